@@ -1,0 +1,94 @@
+//! Dead letters: events a sink refused for good, kept whole with the reason.
+//!
+//! Owns: [`DeadLetter`] and its stored form. Keyed by sink and offset in `state.redb`, so that
+//! writing one twice is writing it once.
+
+use bytes::Bytes;
+
+use crate::event::{Attributes, Event, StoredEvent};
+use crate::row::{Corrupt, Reader, Row};
+
+/// One event that a sink will never take, keyed by sink and offset so that writing it twice is one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// The sink that refused it.
+    pub sink: String,
+    /// The event, whole.
+    pub event: StoredEvent,
+    /// What the sink said.
+    pub reason: String,
+    /// How many times it was offered.
+    pub attempts: u32,
+    /// First attempt, microseconds since the Unix epoch.
+    pub first_us: u64,
+    /// Last attempt, microseconds since the Unix epoch.
+    pub last_us: u64,
+}
+
+impl DeadLetter {
+    /// The stored row; sink and offset are its key.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let StoredEvent { offset: _, seq, event } = &self.event;
+        let mut row = Row::new();
+        row.number(u64::from(self.attempts)).number(self.first_us).number(self.last_us);
+        row.number(*seq).number(u64::from(event.partition)).number(event.received_us);
+        row.bytes(self.reason.as_bytes());
+        row.bytes(event.device_key.as_bytes()).bytes(event.topic.as_bytes());
+        row.bytes(event.attributes.as_bytes()).bytes(&event.payload);
+        row.finish()
+    }
+
+    /// Reads a stored row.
+    pub(crate) fn decode(sink: &str, offset: u64, row: Bytes) -> Result<Self, Corrupt> {
+        let mut row = Reader::checked(row)?;
+        let attempts = u32::try_from(row.number()?).map_err(|_| Corrupt)?;
+        let (first_us, last_us, seq) = (row.number()?, row.number()?, row.number()?);
+        let partition = u16::try_from(row.number()?).map_err(|_| Corrupt)?;
+        let received_us = row.number()?;
+        let reason = row.string()?.to_string();
+        let event = Event {
+            partition,
+            received_us,
+            device_key: row.string()?,
+            topic: row.string()?,
+            attributes: Attributes::from_bytes(row.bytes()?),
+            payload: row.bytes()?,
+        };
+        let event = StoredEvent { offset, seq, event };
+        Ok(Self { sink: sink.to_owned(), event, reason, attempts, first_us, last_us })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dead_letter_round_trips() {
+        let letter = DeadLetter {
+            sink: "cloud".into(),
+            event: StoredEvent {
+                offset: 7,
+                seq: 3,
+                event: Event {
+                    partition: 2,
+                    received_us: 1_700_000_000_000_000,
+                    device_key: "dev-1".into(),
+                    topic: "a/b".into(),
+                    attributes: Attributes::default(),
+                    payload: Bytes::from_static(b"\0payload"),
+                },
+            },
+            reason: "413: too large".into(),
+            attempts: 2,
+            first_us: 5,
+            last_us: 6,
+        };
+        let row = letter.encode();
+        assert_eq!(DeadLetter::decode("cloud", 7, row.clone().into()), Ok(letter));
+        for len in 0..row.len() {
+            let cut = Bytes::copy_from_slice(&row[..len]);
+            assert_eq!(DeadLetter::decode("cloud", 7, cut), Err(Corrupt));
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! The files under the store, as one seam.
+//!
+//! Owns: [`Disk`], the few operations on files that the store needs, [`FileDisk`], which is a
+//! folder, and the two rules of writing under redb:
+//! - [`Fenced`]: after the first failure nothing more is written to a file, not even by redb when
+//!   its handle is dropped, because what a failed sync covered cannot be trusted;
+//! - [`Overlay`]: a file that this process does not append to is never written at all. redb opens
+//!   it over memory that keeps what it would have written (its mark that the file is in use, and
+//!   the whole repair of a file that was not closed).
+//!
+//! [`OpenFile`] is a file under redb whose damage is an error, not a panic. A test puts another
+//! [`Disk`] here to fail, to fill up or to cut the power.
+//!
+//! Deliberately absent: what the files hold.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::ops::Bound;
+use std::os::unix::fs::MetadataExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+
+use redb::backends::FileBackend;
+use redb::{
+    BackendError, Builder, Database, DatabaseError, ReadTransaction, ReadableDatabase,
+    StorageBackend, WriteTransaction,
+};
+
+/// The operations on files that the store needs. Names are relative to the data folder.
+pub(crate) trait Disk: fmt::Debug + Send + Sync {
+    /// Opens a file that is there.
+    fn open(&self, name: &str) -> io::Result<Box<dyn StorageBackend>>;
+    /// Creates a file, empty even if it was there.
+    fn create(&self, name: &str) -> io::Result<Box<dyn StorageBackend>>;
+    /// Gives a file another name, in place of whatever had it; durable on return.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    /// Removes a file; durable on return. One that is not there is no error.
+    fn remove(&self, name: &str) -> io::Result<()>;
+    /// Names of the files in a folder, without the folder.
+    fn list(&self, folder: &str) -> io::Result<Vec<String>>;
+    /// Bytes that a file takes on the device; 0 if it is not there.
+    fn used_bytes(&self, name: &str) -> u64;
+    /// A name as the user knows it.
+    fn path(&self, name: &str) -> PathBuf;
+}
+
+/// A folder of a file system.
+#[derive(Debug)]
+pub(crate) struct FileDisk {
+    dir: PathBuf,
+}
+
+impl FileDisk {
+    /// Creates the folders that are missing; the parent of the data folder must be there.
+    pub(crate) fn prepare(dir: PathBuf, folder: &str) -> io::Result<Self> {
+        for path in [dir.clone(), dir.join(folder)] {
+            match fs::create_dir(&path) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(e),
+                Ok(()) => File::open(path.parent().unwrap_or(&path))?.sync_all()?,
+            }
+        }
+        Ok(Self { dir })
+    }
+
+    fn backend(file: File) -> io::Result<Box<dyn StorageBackend>> {
+        match FileBackend::new(file) {
+            Ok(backend) => Ok(Box::new(backend)),
+            Err(DatabaseError::Storage(redb::StorageError::Io(e))) => Err(e),
+            Err(e) => Err(io::Error::other(e)),
+        }
+    }
+
+    fn sync_folder_of(&self, name: &str) -> io::Result<()> {
+        let path = self.dir.join(name);
+        File::open(path.parent().unwrap_or(&self.dir))?.sync_all()
+    }
+}
+
+impl Disk for FileDisk {
+    fn open(&self, name: &str) -> io::Result<Box<dyn StorageBackend>> {
+        Self::backend(OpenOptions::new().read(true).write(true).open(self.dir.join(name))?)
+    }
+
+    fn create(&self, name: &str) -> io::Result<Box<dyn StorageBackend>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true);
+        Self::backend(options.open(self.dir.join(name))?)
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.dir.join(from), self.dir.join(to))?;
+        self.sync_folder_of(to)
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        match fs::remove_file(self.dir.join(name)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(e),
+            Ok(()) => self.sync_folder_of(name),
+        }
+    }
+
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(self.dir.join(folder))? {
+            if let Ok(name) = entry?.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    fn used_bytes(&self, name: &str) -> u64 {
+        const BLOCK_BYTES: u64 = 512; // the unit of st_blocks, whatever the file system
+        fs::metadata(self.dir.join(name)).map_or(0, |m| m.blocks() * BLOCK_BYTES)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+}
+
+/// Whether an error says that the file system has no room.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// A file that redb has open. redb trusts what a file that was closed cleanly says and panics on
+/// some damage: here that is an error like any other.
+pub(crate) struct OpenFile(Option<Database>);
+
+impl OpenFile {
+    /// Opens a file to write to it, or nothing if anything was committed since it was last closed
+    /// cleanly: then it must be left as it is, see [`OpenFile::overlaid`]. If the very first commit
+    /// after a clean close failed, the file still counts as clean; all that its failed sync may
+    /// have cost is the header, which the next commit writes anew.
+    pub(crate) fn clean(
+        disk: &dyn Disk,
+        name: &str,
+        cache_bytes: usize,
+    ) -> Result<Option<Self>, redb::Error> {
+        let backend = Fenced::new(disk.open(name)?);
+        let mut builder = Builder::new();
+        builder.set_cache_size(cache_bytes).set_repair_callback(redb::RepairSession::abort);
+        match caught(|| Ok(builder.create_with_backend(backend)?)) {
+            Ok(database) => Ok(Some(Self(Some(database)))),
+            Err(redb::Error::RepairAborted) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Creates a file, in place of whatever had the name.
+    pub(crate) fn create(
+        disk: &dyn Disk,
+        name: &str,
+        cache_bytes: usize,
+    ) -> Result<Self, redb::Error> {
+        Self::build(Fenced::new(disk.create(name)?), cache_bytes)
+    }
+
+    /// Opens a file without ever writing to it; repairs it in memory if it was not closed cleanly.
+    pub(crate) fn overlaid(
+        disk: &dyn Disk,
+        name: &str,
+        cache_bytes: usize,
+    ) -> Result<Self, redb::Error> {
+        let overlay = Overlay::new(disk.open(name)?)?;
+        if overlay.len()? == 0 {
+            return Err(redb::Error::Corrupted("the file is empty".into()));
+        }
+        Self::build(overlay, cache_bytes)
+    }
+
+    fn build(backend: impl StorageBackend, cache_bytes: usize) -> Result<Self, redb::Error> {
+        let mut builder = Builder::new();
+        builder.set_cache_size(cache_bytes);
+        caught(|| Ok(Self(Some(builder.create_with_backend(backend)?))))
+    }
+
+    /// Looks at the last commit.
+    pub(crate) fn read<T>(
+        &self,
+        look: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, redb::Error> {
+        caught(|| look(&self.database().begin_read()?))
+    }
+
+    /// Changes something in one transaction, synced on return.
+    pub(crate) fn write<T>(
+        &self,
+        change: impl FnOnce(&WriteTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, redb::Error> {
+        caught(|| {
+            let transaction = self.database().begin_write()?;
+            let result = change(&transaction)?;
+            transaction.commit()?;
+            Ok(result)
+        })
+    }
+
+    fn database(&self) -> &Database {
+        self.0.as_ref().expect("open until it is dropped")
+    }
+}
+
+impl Drop for OpenFile {
+    /// Closes the file cleanly, unless something failed before.
+    fn drop(&mut self) {
+        let database = self.0.take();
+        let close = || {
+            drop(database);
+            Ok(())
+        };
+        if let Err(error) = caught(close) {
+            tracing::warn!(%error, "a file could not be closed");
+        }
+    }
+}
+
+fn caught<T>(f: impl FnOnce() -> Result<T, redb::Error>) -> Result<T, redb::Error> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let reason = panic.downcast_ref::<String>().map_or("a panic", String::as_str);
+        Err(redb::Error::Corrupted(format!("redb gave up on it: {reason}")))
+    })
+}
+
+/// A file that takes no write any more after the first failure.
+#[derive(Debug)]
+struct Fenced {
+    file: Box<dyn StorageBackend>,
+    /// What the first failure was: redb may only hand on a later one.
+    failed: OnceLock<io::ErrorKind>,
+}
+
+impl Fenced {
+    fn new(file: Box<dyn StorageBackend>) -> Self {
+        Self { file, failed: OnceLock::new() }
+    }
+
+    fn guarded(&self, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        if let Some(&kind) = self.failed.get() {
+            return Err(io::Error::new(kind, "an earlier write to this file failed"));
+        }
+        write().inspect_err(|error| {
+            let _ = self.failed.set(error.kind());
+        })
+    }
+}
+
+impl StorageBackend for Fenced {
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.file.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.guarded(|| self.file.set_len(len))
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.guarded(|| self.file.sync_data())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.guarded(|| self.file.write(offset, data))
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.file.close()
+    }
+
+    fn try_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
+        self.file.try_lock_range(start, end)
+    }
+
+    fn try_lock_shared_range(
+        &self,
+        start: Bound<u64>,
+        end: Bound<u64>,
+    ) -> Result<bool, BackendError> {
+        self.file.try_lock_shared_range(start, end)
+    }
+
+    fn lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
+        self.file.lock_range(start, end)
+    }
+
+    fn lock_shared_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
+        self.file.lock_shared_range(start, end)
+    }
+
+    fn unlock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
+        self.file.unlock_range(start, end)
+    }
+
+    fn query_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
+        self.file.query_lock_range(start, end)
+    }
+}
+
+const PAGE_BYTES: u64 = 4096;
+
+/// A file under a layer of memory that keeps every write. It takes no lock either: the store has
+/// one for the whole folder, and a process may open a file twice this way.
+#[derive(Debug)]
+struct Overlay {
+    file: Box<dyn StorageBackend>,
+    written: RwLock<Written>,
+}
+
+#[derive(Debug)]
+struct Written {
+    len: u64,
+    /// What the file itself still shows; below its length once it was cut short.
+    file_len: u64,
+    pages: BTreeMap<u64, Box<[u8]>>,
+}
+
+impl Overlay {
+    fn new(file: Box<dyn StorageBackend>) -> io::Result<Self> {
+        let len = file.len()?;
+        let written = Written { len, file_len: len, pages: BTreeMap::new() };
+        Ok(Self { file, written: RwLock::new(written) })
+    }
+
+    /// Copies what the file shows of `out.len()` bytes at `offset`, zeros past its end.
+    fn read_file(&self, file_len: u64, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let there = file_len.saturating_sub(offset).min(out.len() as u64) as usize;
+        let (there, beyond) = out.split_at_mut(there);
+        beyond.fill(0);
+        if there.is_empty() { Ok(()) } else { self.file.read(offset, there) }
+    }
+}
+
+impl StorageBackend for Overlay {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.written.read().unwrap_or_else(PoisonError::into_inner).len)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let written = self.written.read().unwrap_or_else(PoisonError::into_inner);
+        let end = offset + out.len() as u64;
+        if end > written.len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.read_file(written.file_len, offset, out)?;
+        for (&page, bytes) in written.pages.range(offset / PAGE_BYTES..end.div_ceil(PAGE_BYTES)) {
+            let page_start = page * PAGE_BYTES;
+            let (from, to) = (offset.max(page_start), end.min(page_start + PAGE_BYTES));
+            out[(from - offset) as usize..(to - offset) as usize]
+                .copy_from_slice(&bytes[(from - page_start) as usize..(to - page_start) as usize]);
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut written = self.written.write().unwrap_or_else(PoisonError::into_inner);
+        if len < written.len {
+            let keep = len / PAGE_BYTES;
+            let mut cut = written.pages.split_off(&keep);
+            if let Some(mut page) = cut.remove(&keep) {
+                page[(len % PAGE_BYTES) as usize..].fill(0);
+                written.pages.insert(keep, page);
+            }
+            written.file_len = written.file_len.min(len);
+        }
+        written.len = len;
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut written = self.written.write().unwrap_or_else(PoisonError::into_inner);
+        let end = offset + data.len() as u64;
+        if end > written.len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        for page in offset / PAGE_BYTES..end.div_ceil(PAGE_BYTES) {
+            let page_start = page * PAGE_BYTES;
+            let (from, to) = (offset.max(page_start), end.min(page_start + PAGE_BYTES));
+            let mut bytes = vec![0; PAGE_BYTES as usize].into_boxed_slice();
+            if let Some(kept) = written.pages.remove(&page) {
+                bytes = kept;
+            } else {
+                self.read_file(written.file_len, page_start, &mut bytes)?;
+            }
+            bytes[(from - page_start) as usize..(to - page_start) as usize]
+                .copy_from_slice(&data[(from - offset) as usize..(to - offset) as usize]);
+            written.pages.insert(page, bytes);
+        }
+        Ok(())
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.file.close()
+    }
+}
+
+/// A disk to share.
+pub(crate) type SharedDisk = Arc<dyn Disk>;

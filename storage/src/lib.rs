@@ -1,0 +1,48 @@
+//! The durable log of edge-gateway, on redb.
+//!
+//! Owns: the rolling log files, the state database beside them, the lock on the data folder.
+//! Invariant: nothing at or beyond the watermark is readable, and nothing below it is ever lost
+//! except by a named policy that first writes the loss ledger.
+//! Deliberately absent: MQTT, networks, tokio, metrics, clocks. Time is an argument, outcomes are
+//! return values.
+//!
+//! # Code map
+//! - [`event`]: what is stored ([`Event`], [`StoredEvent`]) and what it is called ([`EventId`]);
+//!   [`control`]: changes of state that ride beside events.
+//! - `batch`: the packed, checksummed unit of append; `head`: what a file takes over from the one
+//!   before; `row`: the plain encoding under both. Pure codecs.
+//! - `log`: rolling files of batches; `state`: checkpoint, dead letters and loss ledger beside them;
+//!   `disk`: the files under both, and the seam where tests fail, fill up or cut the power;
+//!   `ballast`: room kept for a full disk.
+//! - `cursor`, `retention`: what is still needed and what may go, pure; [`dead_letter`],
+//!   [`loss_ledger`]: the record of what was refused and of what went.
+//! - [`store`]: [`Store`] (shared handle, reads) and [`Writer`] (the one writer), which put them
+//!   together.
+
+mod ballast;
+mod batch;
+pub mod control;
+mod cursor;
+pub mod dead_letter;
+mod disk;
+pub mod error;
+pub mod event;
+mod head;
+mod log;
+pub mod loss_ledger;
+mod retention;
+mod row;
+#[cfg(test)]
+mod sim;
+mod state;
+pub mod store;
+
+pub use control::Control;
+pub use dead_letter::DeadLetter;
+pub use error::{CommitError, OpenError, ReadError, StateError};
+pub use event::{Attribute, Attributes, Event, EventId, StoredEvent};
+pub use loss_ledger::{Loss, LossReason};
+pub use store::{
+    AtQuota, Committed, Mark, Read, RetentionReport, SinkRetention, Store, StoreOptions,
+    StoreStats, Writer,
+};

@@ -1,0 +1,686 @@
+//! The log: rolling redb files of batches, `log/<first offset, 20 digits>.redb`.
+//!
+//! Owns: the list of files, the one that is appended to, and a few handles to those that are read.
+//! Each file has a table of batches keyed by [`Position`] and a head row.
+//!
+//! Invariants:
+//! - a file holds the offsets from its name to the next file's name; what it may hold beyond, from
+//!   a commit that failed, is void for ever;
+//! - a file has its final name only once its head row is durable;
+//! - only the process that created a file, or found it closed cleanly, appends to it, and no more
+//!   after the first failed write: what a failed sync covered may be lost even if it reads back
+//!   well, so the log goes on in a new file. Every other file is opened over an overlay and never
+//!   written.
+//!
+//! Deliberately absent: what is durable (the caller passes the watermark), what may go (see
+//! `retention`), and redb's caches beyond their sizes.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::{ControlFlow, Range};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use bytes::Bytes;
+use redb::TableDefinition;
+
+use crate::batch::{Batch, BatchHead, Encoder, events_max};
+use crate::control::Control;
+use crate::disk::{OpenFile, SharedDisk, is_full};
+use crate::event::{Event, StoredEvent};
+use crate::head::{BadHead, Head, Position, Tail};
+
+const BATCHES: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("batches");
+const HEAD: TableDefinition<'_, (), &[u8]> = TableDefinition::new("head");
+
+/// The folder of the log files, in the data folder.
+pub(crate) const FOLDER: &str = "log";
+const EXTENSION: &str = ".redb";
+/// What a file is called until its head row is durable.
+const UNFINISHED: &str = "log/new";
+
+/// Handles kept for reading files that are not appended to.
+const HANDLES_MAX: usize = 3;
+
+/// Something went wrong with a file.
+#[derive(Debug)]
+pub(crate) struct LogError {
+    pub(crate) path: PathBuf,
+    pub(crate) error: redb::Error,
+}
+
+impl LogError {
+    /// Whether the file system has no room.
+    pub(crate) fn is_full(&self) -> bool {
+        matches!(&self.error, redb::Error::Io(error) if is_full(error))
+    }
+
+    /// Whether the file itself is damaged, so that trying again would not help.
+    fn is_damage(&self) -> bool {
+        use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
+        use redb::Error::{Corrupted, TableDoesNotExist, TableTypeMismatch, UpgradeRequired};
+        match &self.error {
+            Corrupted(_) | UpgradeRequired(_) | TableDoesNotExist(_) | TableTypeMismatch { .. } => {
+                true
+            }
+            redb::Error::Io(e) => {
+                matches!(e.kind(), NotFound | UnexpectedEof | InvalidData)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// A log file as retention sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    /// Offsets that it holds.
+    pub(crate) offsets: Range<u64>,
+    /// Bytes that it takes on the device.
+    pub(crate) size_bytes: u64,
+}
+
+/// What a read found.
+#[derive(Default)]
+pub(crate) struct Found {
+    pub(crate) events: Vec<StoredEvent>,
+    /// Everything before this offset was read or is in `corrupt`.
+    pub(crate) next: u64,
+    /// Offsets that should be there and cannot be read.
+    pub(crate) corrupt: Vec<Range<u64>>,
+    /// Where the file that is read ends.
+    end: u64,
+    events_max: usize,
+    size_bytes: usize,
+    size_bytes_max: usize,
+    /// The next event would pass a limit.
+    full: bool,
+}
+
+/// Why the log could not be opened.
+#[derive(Debug)]
+pub(crate) enum LogOpenError {
+    Log(LogError),
+    /// A file of another store.
+    Foreign(PathBuf),
+    /// A file of a later format.
+    Newer(u32),
+}
+
+impl From<LogError> for LogOpenError {
+    fn from(error: LogError) -> Self {
+        Self::Log(error)
+    }
+}
+
+pub(crate) struct Log {
+    disk: SharedDisk,
+    active_cache_bytes: usize,
+    sealed_cache_bytes: usize,
+    files: RwLock<Files>,
+    handles: Mutex<Vec<Arc<Handle>>>,
+}
+
+struct Files {
+    /// In offset order; the active one, if there is one, is the last.
+    list: VecDeque<LogFile>,
+    active: Option<OpenFile>,
+    closed: bool,
+}
+
+struct LogFile {
+    first: u64,
+    /// Bytes that it takes on the device.
+    size_bytes: AtomicU64,
+}
+
+impl LogFile {
+    fn name(&self) -> String {
+        name(self.first)
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Relaxed)
+    }
+}
+
+fn name(first: u64) -> String {
+    format!("{FOLDER}/{first:020}{EXTENSION}")
+}
+
+fn parse(file: &str) -> Option<u64> {
+    let digits = file.strip_suffix(EXTENSION)?;
+    (digits.len() == 20).then(|| digits.parse().ok())?
+}
+
+/// A file open for reading; opened by the first who needs it, while others wait.
+struct Handle {
+    first: u64,
+    database: Mutex<Option<Arc<OpenFile>>>,
+}
+
+impl Log {
+    /// Finds the files, finishes what was cut short, and replays what came after the checkpoint
+    /// `tail`, which is moved to the end of the log. Offsets below `start` were trimmed.
+    pub(crate) fn open(
+        disk: SharedDisk,
+        cache_bytes: usize,
+        start: u64,
+        epoch: u64,
+        tail: &mut Tail,
+        replay: &mut dyn FnMut(Control),
+    ) -> Result<Self, LogOpenError> {
+        let log = Self {
+            active_cache_bytes: cache_bytes / 2,
+            sealed_cache_bytes: cache_bytes / 2 / HANDLES_MAX,
+            files: RwLock::new(Files { list: VecDeque::new(), active: None, closed: false }),
+            handles: Mutex::new(Vec::new()),
+            disk,
+        };
+        log.list(start)?;
+        log.replay(epoch, tail, replay)?;
+        log.open_last(tail)?;
+        Ok(log)
+    }
+
+    fn list(&self, start: u64) -> Result<(), LogOpenError> {
+        let io = |file: &str, error: io::Error| LogError {
+            path: self.disk.path(file),
+            error: redb::Error::Io(error),
+        };
+        let mut firsts = Vec::new();
+        for file in self.disk.list(FOLDER).map_err(|e| io(FOLDER, e))? {
+            firsts.extend(parse(&file));
+        }
+        self.disk.remove(UNFINISHED).map_err(|e| io(UNFINISHED, e))?;
+        firsts.sort_unstable();
+        // An unlink that was cut short: everything below `start` was given up before.
+        let trimmed = firsts.windows(2).take_while(|pair| pair[1] <= start).count();
+        for first in firsts.drain(..trimmed) {
+            self.disk.remove(&name(first)).map_err(|e| io(&name(first), e))?;
+        }
+        self.files_mut().list = firsts.into_iter().map(|first| self.log_file(first)).collect();
+        Ok(())
+    }
+
+    fn log_file(&self, first: u64) -> LogFile {
+        LogFile { first, size_bytes: self.disk.used_bytes(&name(first)).into() }
+    }
+
+    /// Moves the tail over every batch at or after it.
+    fn replay(
+        &self,
+        epoch: u64,
+        tail: &mut Tail,
+        apply: &mut dyn FnMut(Control),
+    ) -> Result<(), LogOpenError> {
+        let firsts: Vec<u64> = self.files().list.iter().map(|file| file.first).collect();
+        let checkpoint = tail.position;
+        let from = firsts.partition_point(|&first| first < tail.position.offset).saturating_sub(1);
+        for (at, &first) in firsts.iter().enumerate().skip(from) {
+            if let Some(head) = self.head(first, epoch)?
+                && head.tail.position > checkpoint
+            {
+                // What was damaged before it was passed over by too little or too much: the head
+                // knows where this file starts.
+                *tail = head.tail;
+            }
+            tail.position = tail.position.max(Position::at(first));
+            let end = match firsts.get(at + 1) {
+                Some(&next) => {
+                    self.head(next, epoch)?.map_or(Position::at(next), |head| head.tail.position)
+                }
+                None => Position { offset: u64::MAX, ordinal: u32::MAX },
+            };
+            let replayed = self.open_sealed(first).and_then(|db| {
+                rows(&db, tail.position, end, |position, row| {
+                    replay_batch(position, row, tail, apply);
+                    ControlFlow::Continue(())
+                })
+            });
+            if let Err(error) = replayed.map_err(|e| self.error(first, e)) {
+                if !error.is_damage() {
+                    return Err(error.into());
+                }
+                tracing::error!(path = %error.path.display(), error = %error.error,
+                    offset = tail.position.offset, "a log file is damaged and cannot be replayed");
+                // More than it can have held, so that no number is ever given twice.
+                skip(tail, events_max(self.disk.used_bytes(&name(first)) as usize));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the last file the active one if it was closed cleanly.
+    fn open_last(&self, tail: &Tail) -> Result<(), LogOpenError> {
+        let mut files = self.files_mut();
+        let Some(first) = files.list.back().map(|file| file.first) else {
+            return Ok(());
+        };
+        if first > tail.position.offset {
+            return Ok(());
+        }
+        match OpenFile::clean(&*self.disk, &name(first), self.active_cache_bytes) {
+            Ok(Some(active)) => {
+                // The overlaid handle would not see what is appended.
+                self.forget(first);
+                files.active = Some(active);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                let error = self.error(first, error);
+                if !error.is_damage() {
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn head(&self, first: u64, epoch: u64) -> Result<Option<Head>, LogOpenError> {
+        let head = self.open_sealed(first).and_then(|db| head_row(&db));
+        match head.map_err(|e| self.error(first, e)) {
+            Ok(Ok(head)) if head.epoch == epoch => Ok(Some(head)),
+            Ok(Ok(_)) => Err(LogOpenError::Foreign(self.disk.path(&name(first)))),
+            Ok(Err(BadHead::Newer(format))) => Err(LogOpenError::Newer(format)),
+            Ok(Err(BadHead::Corrupt)) => Ok(None),
+            Err(error) if error.is_damage() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether commits have a file to go to.
+    pub(crate) fn has_active(&self) -> bool {
+        self.files().active.is_some()
+    }
+
+    /// Offset of the first file; nothing if there is none.
+    pub(crate) fn first_offset(&self) -> Option<u64> {
+        self.files().list.front().map(|file| file.first)
+    }
+
+    /// First offset of the last file, where a new one would collide with it.
+    pub(crate) fn last_first_offset(&self) -> Option<u64> {
+        self.files().list.back().map(|file| file.first)
+    }
+
+    /// Appends events and control records in one synced transaction and moves the tail past them.
+    /// Returns the bytes of its batches. On an error the tail is as it was, and the file takes no
+    /// more: see [`Log::fail`].
+    pub(crate) fn append(
+        &self,
+        encoder: &mut Encoder,
+        mut events: &[Event],
+        mut controls: &[Control],
+        tail: &mut Tail,
+    ) -> Result<u64, LogError> {
+        let files = self.files();
+        let file = files.list.back().expect("the active file is in the list");
+        let active = files.active.as_ref().expect("the caller rolled to an active file");
+        let mut moved = tail.clone();
+        let appended = active.write(|transaction| {
+            let mut size_bytes = 0;
+            let mut table = transaction.open_table(BATCHES)?;
+            while !events.is_empty() || !controls.is_empty() {
+                let packed = encoder.pack(events, controls, &mut moved);
+                let len = packed.head.len() + packed.body.len();
+                let mut row = table.insert_reserve(packed.position.key(), len)?;
+                let (head, body) = row.as_mut().split_at_mut(packed.head.len());
+                head.copy_from_slice(packed.head);
+                body.copy_from_slice(packed.body);
+                size_bytes += len as u64;
+                events = &events[packed.events..];
+                controls = &controls[packed.controls..];
+            }
+            Ok(size_bytes)
+        });
+        let size_bytes = appended.map_err(|error| self.error(file.first, error))?;
+        file.size_bytes.store(self.disk.used_bytes(&file.name()), Ordering::Relaxed);
+        *tail = moved;
+        Ok(size_bytes)
+    }
+
+    /// Gives up the active file after a failed append. What it holds below the next file's offset
+    /// stays readable.
+    pub(crate) fn fail(&self) {
+        self.files_mut().active = None;
+    }
+
+    /// Starts a new file that takes over at `head`, and seals the one before. A file that starts
+    /// at the same offset holds no event and is replaced: the caller has its control records in
+    /// the checkpoint.
+    pub(crate) fn roll(&self, head: &Head) -> Result<(), LogError> {
+        let first = head.tail.position.offset;
+        let active = self.create(head, &name(first)).map_err(|error| {
+            // Best effort: else it goes when the next one is made, or at the next open.
+            let _ = self.disk.remove(UNFINISHED);
+            self.error(first, error)
+        })?;
+        let mut files = self.files_mut();
+        // Dropping its handle closes the old file. The lock keeps readers off until it is closed.
+        files.active = None;
+        if let Some(before) = files.list.pop_back() {
+            self.forget(before.first);
+            if before.first != first {
+                files.list.push_back(self.log_file(before.first));
+            }
+        }
+        files.list.push_back(self.log_file(first));
+        files.active = Some(active);
+        Ok(())
+    }
+
+    fn create(&self, head: &Head, name: &str) -> Result<OpenFile, redb::Error> {
+        let active = OpenFile::create(&*self.disk, UNFINISHED, self.active_cache_bytes)?;
+        active.write(|transaction| {
+            transaction.open_table(HEAD)?.insert((), head.encode().as_slice())?;
+            transaction.open_table(BATCHES)?;
+            Ok(())
+        })?;
+        self.disk.rename(UNFINISHED, name).map_err(redb::Error::Io)?;
+        Ok(active)
+    }
+
+    /// The files, each with the offsets it holds below the watermark.
+    pub(crate) fn spans(&self, watermark: u64) -> Vec<Span> {
+        let files = self.files();
+        let ends = files.list.iter().skip(1).map(|next| next.first).chain([watermark]);
+        let spans = files.list.iter().zip(ends);
+        spans
+            .map(|(file, end)| Span {
+                offsets: file.first..end.max(file.first),
+                size_bytes: file.size_bytes(),
+            })
+            .collect()
+    }
+
+    /// Bytes that all files take.
+    pub(crate) fn used_bytes(&self) -> u64 {
+        self.files().list.iter().map(LogFile::size_bytes).sum()
+    }
+
+    /// Bytes that the last file takes.
+    pub(crate) fn active_bytes(&self) -> u64 {
+        self.files().list.back().map_or(0, LogFile::size_bytes)
+    }
+
+    /// Takes the first `count` files out of the list, never the active one, and unlinks them. One
+    /// that cannot be unlinked is left for the next open.
+    pub(crate) fn remove_first(&self, count: usize) {
+        let removed: Vec<LogFile> = {
+            let mut files = self.files_mut();
+            let sealed = files.list.len() - usize::from(files.active.is_some());
+            files.list.drain(..count.min(sealed)).collect()
+        };
+        for file in removed {
+            self.forget(file.first);
+            if let Err(error) = self.disk.remove(&file.name()) {
+                tracing::warn!(path = %self.disk.path(&file.name()).display(), %error,
+                    "cannot remove a log file that is no longer needed; the next start tries again");
+            }
+        }
+    }
+
+    /// Receive time of the last event before the file that starts at `first`.
+    pub(crate) fn received_before(&self, first: u64) -> Option<u64> {
+        let read = |db: &OpenFile| head_row(db).map(|head| head.ok().map(|h| h.tail.received_us));
+        self.with_file(first, |db, _| read(db)).ok()?
+    }
+
+    /// Events from `from` on, below the watermark: at least one if there is any, else at most
+    /// `events_max` and about `size_bytes_max` event bytes.
+    pub(crate) fn read(
+        &self,
+        from: u64,
+        watermark: u64,
+        events_max: usize,
+        size_bytes_max: usize,
+    ) -> Result<Found, LogError> {
+        let mut found = Found { next: from, events_max, size_bytes_max, ..Found::default() };
+        while !found.full && found.next < watermark {
+            let offset = found.next;
+            let read = self.with_file(offset, |db, file_end| {
+                found.end = file_end.min(watermark);
+                let end = Position::at(found.end);
+                rows(db, floor(db, offset)?, end, |_, row| found.row(row))
+            });
+            match read {
+                Err(error) if !error.is_damage() => return Err(error),
+                _ => {}
+            }
+            if !found.full {
+                found.skip_to(self.file_end(offset).min(watermark));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The batch that holds the event at `offset` or, if that one is gone, the next readable one
+    /// below the watermark.
+    pub(crate) fn batch_at(&self, offset: u64, watermark: u64) -> Result<Option<Bytes>, LogError> {
+        let mut from = offset;
+        while from < watermark {
+            let mut batch = None;
+            let read = self.with_file(from, |db, file_end| {
+                let end = Position::at(file_end.min(watermark));
+                rows(db, floor(db, from)?, end, |_, row| {
+                    if BatchHead::decode(row).is_ok_and(|head| head.end() > from) {
+                        batch = Some(Bytes::copy_from_slice(row));
+                        return ControlFlow::Break(());
+                    }
+                    ControlFlow::Continue(())
+                })
+            });
+            match read {
+                Err(error) if !error.is_damage() => return Err(error),
+                _ if batch.is_some() => return Ok(batch),
+                _ => from = self.file_end(from),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Closes every file. Nothing can be read or appended after that.
+    pub(crate) fn close(&self) {
+        let mut files = self.files_mut();
+        files.active = None;
+        files.closed = true;
+        self.handles().clear();
+    }
+
+    /// End of the file that holds `offset`, end-exclusive; no end if it is the last.
+    fn file_end(&self, offset: u64) -> u64 {
+        let files = self.files();
+        files.list.iter().map(|file| file.first).find(|&first| first > offset).unwrap_or(u64::MAX)
+    }
+
+    /// Runs `f` on the file that holds `offset`, with the offset at which the next one starts.
+    fn with_file<T>(
+        &self,
+        offset: u64,
+        f: impl FnOnce(&OpenFile, u64) -> Result<T, redb::Error>,
+    ) -> Result<T, LogError> {
+        let files = self.files();
+        if files.closed {
+            let path = self.disk.path(FOLDER);
+            return Err(LogError { path, error: redb::Error::DatabaseClosed });
+        }
+        let next = files.list.partition_point(|file| file.first <= offset);
+        let end = files.list.get(next).map_or(u64::MAX, |file| file.first);
+        let Some(file) = next.checked_sub(1).and_then(|at| files.list.get(at)) else {
+            let path = self.disk.path(&name(offset));
+            return Err(LogError { path, error: redb::Error::Corrupted("no such file".into()) });
+        };
+        let first = file.first;
+        let result = match &files.active {
+            Some(active) if next == files.list.len() => f(active, end),
+            _ => {
+                drop(files);
+                let result = self.open_sealed(first).and_then(|db| f(&db, end));
+                if result.is_err() {
+                    self.forget(first);
+                }
+                result
+            }
+        };
+        result.map_err(|error| self.error(first, error))
+    }
+
+    /// A handle to a file that is not appended to, from the few that are kept.
+    fn open_sealed(&self, first: u64) -> Result<Arc<OpenFile>, redb::Error> {
+        let handle = {
+            let mut handles = self.handles();
+            let handle = match handles.iter().position(|handle| handle.first == first) {
+                Some(at) => handles.remove(at),
+                None => Arc::new(Handle { first, database: Mutex::new(None) }),
+            };
+            handles.truncate(HANDLES_MAX - 1);
+            handles.insert(0, handle.clone());
+            handle
+        };
+        let mut database = handle.database.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(database) = &*database {
+            return Ok(database.clone());
+        }
+        let opened = OpenFile::overlaid(&*self.disk, &name(first), self.sealed_cache_bytes)?;
+        Ok(database.insert(Arc::new(opened)).clone())
+    }
+
+    fn forget(&self, first: u64) {
+        self.handles().retain(|handle| handle.first != first);
+    }
+
+    fn error(&self, first: u64, error: impl Into<redb::Error>) -> LogError {
+        LogError { path: self.disk.path(&name(first)), error: error.into() }
+    }
+
+    fn files(&self) -> RwLockReadGuard<'_, Files> {
+        self.files.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn files_mut(&self) -> RwLockWriteGuard<'_, Files> {
+        self.files.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handles(&self) -> MutexGuard<'_, Vec<Arc<Handle>>> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Calls `f` with every row from `start` to before `end`, in order, until it breaks off.
+fn rows(
+    file: &OpenFile,
+    start: Position,
+    end: Position,
+    mut f: impl FnMut(Position, &[u8]) -> ControlFlow<()>,
+) -> Result<(), redb::Error> {
+    if start >= end {
+        return Ok(());
+    }
+    file.read(|transaction| {
+        for row in transaction.open_table(BATCHES)?.range(start.key()..end.key())? {
+            let (key, value) = row?;
+            let (offset, ordinal) = key.value();
+            if f(Position { offset, ordinal }, value.value()).is_break() {
+                break;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Where the last batch at or before `offset` stands, which is the one that holds its event.
+fn floor(file: &OpenFile, offset: u64) -> Result<Position, redb::Error> {
+    file.read(|transaction| {
+        let mut before = transaction.open_table(BATCHES)?.range(..=(offset, u32::MAX))?;
+        let last = before.next_back().transpose()?;
+        Ok(last.map_or(Position::at(offset), |(key, _)| {
+            let (offset, ordinal) = key.value();
+            Position { offset, ordinal }
+        }))
+    })
+}
+
+fn head_row(file: &OpenFile) -> Result<Result<Head, BadHead>, redb::Error> {
+    file.read(|transaction| {
+        let row = transaction.open_table(HEAD)?.get(())?;
+        Ok(row.map_or(Err(BadHead::Corrupt), |row| Head::decode(row.value())))
+    })
+}
+
+impl Found {
+    /// Takes a stored batch in, by what its checked head says rather than by its key.
+    fn row(&mut self, row: &[u8]) -> ControlFlow<()> {
+        // Of a batch without a sound head, the one after it shows what was lost.
+        let Ok(head) = BatchHead::decode(row) else {
+            return ControlFlow::Continue(());
+        };
+        if head.end() <= self.next || head.end() > self.end {
+            return ControlFlow::Continue(());
+        }
+        // Batches are dense: what is missing in front of this one could not be read.
+        self.skip_to(head.position().offset);
+        let Ok(batch) = Batch::decode(Bytes::copy_from_slice(row)) else {
+            self.skip_to(head.end());
+            return ControlFlow::Continue(());
+        };
+        for event in batch.events(self.next) {
+            let Ok(event) = event else { break };
+            let size_bytes = event.event.size_bytes();
+            let fits = self.events.len() < self.events_max
+                && self.size_bytes.saturating_add(size_bytes) <= self.size_bytes_max;
+            if !fits && !self.events.is_empty() {
+                self.full = true;
+                return ControlFlow::Break(());
+            }
+            self.size_bytes += size_bytes;
+            self.next = event.offset + 1;
+            self.events.push(event);
+        }
+        self.skip_to(head.end());
+        ControlFlow::Continue(())
+    }
+
+    /// Notes everything before `offset` that was not read as lost.
+    fn skip_to(&mut self, offset: u64) {
+        if self.next < offset {
+            self.corrupt.push(self.next..offset);
+            self.next = offset;
+        }
+    }
+}
+
+fn sound_head(position: Position, row: &[u8]) -> Option<BatchHead<'_>> {
+    BatchHead::decode(row).ok().filter(|head| head.position() == position)
+}
+
+/// Moves the tail over one batch and hands out its control records.
+fn replay_batch(position: Position, row: &[u8], tail: &mut Tail, apply: &mut dyn FnMut(Control)) {
+    let Some(head) = sound_head(position, row) else {
+        tracing::error!(offset = position.offset, "a batch is damaged and cannot be replayed");
+        tail.position = position;
+        skip(tail, events_max(row.len()));
+        return;
+    };
+    head.advance(tail);
+    match Batch::decode(Bytes::copy_from_slice(row)).and_then(|batch| batch.controls()) {
+        Ok(controls) => controls.into_iter().for_each(apply),
+        Err(_) => {
+            tracing::error!(
+                offset = position.offset,
+                "the control records of a damaged batch are lost; what they confirmed may be \
+                 delivered again"
+            );
+        }
+    }
+}
+
+/// Leaves out `count` offsets and sequence numbers that may have been given to what cannot be
+/// read, so that none is ever given twice.
+fn skip(tail: &mut Tail, count: u64) {
+    tail.position = Position::at(tail.position.offset + count.max(1));
+    for seq in &mut tail.next_seq {
+        *seq += count;
+    }
+}

@@ -1,0 +1,375 @@
+//! A disk in memory for tests: it loses what was not synced when its power is cut, fails on
+//! demand and fills up.
+//!
+//! Unsynced writes stay readable until the cut, as the page cache keeps them. A cut keeps any
+//! version that a page had since the last sync, or tears several of them at 512-byte sectors. A
+//! failed sync leaves its pages readable and clean: no later sync writes them. The length is not a
+//! page: file systems keep it in their journal.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use redb::StorageBackend;
+
+use crate::disk::Disk;
+
+const PAGE_BYTES: usize = 4096;
+const SECTOR_BYTES: usize = 512;
+
+type Page = Arc<[u8; PAGE_BYTES]>;
+
+/// Handles to the same disk share it.
+#[derive(Clone, Debug)]
+pub(crate) struct SimDisk(Arc<Mutex<Sim>>);
+
+#[derive(Clone, Debug)]
+struct Sim {
+    rng: fastrand::Rng,
+    /// Name to index in `files`.
+    names: BTreeMap<String, usize>,
+    files: Vec<SimFile>,
+    /// Names that a cut may lose.
+    unsynced_names: Vec<String>,
+    faults: Faults,
+}
+
+/// What goes wrong.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Faults {
+    /// The power goes after this many more writing operations; the last may half happen.
+    pub(crate) power_left: Option<u64>,
+    /// Syncs say that they worked and did nothing.
+    pub(crate) sync_lies: bool,
+    /// This many syncs work, then one fails.
+    pub(crate) fail_sync_after: Option<u64>,
+    /// No more pages than this fit, over all files.
+    pub(crate) pages_max: Option<usize>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct SimFile {
+    len: u64,
+    pages: BTreeMap<u64, Page>,
+    durable_len: u64,
+    durable: BTreeMap<u64, Page>,
+    unsynced: Vec<Change>,
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Len(u64),
+    Page(u64, Page),
+}
+
+impl SimDisk {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(Arc::new(Mutex::new(Sim {
+            rng: fastrand::Rng::with_seed(seed),
+            names: BTreeMap::new(),
+            files: Vec::new(),
+            unsynced_names: Vec::new(),
+            faults: Faults::default(),
+        })))
+    }
+
+    fn sim(&self) -> MutexGuard<'_, Sim> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_faults(&self, change: impl FnOnce(&mut Faults)) {
+        change(&mut self.sim().faults);
+    }
+
+    /// Pages in use.
+    pub(crate) fn pages(&self) -> usize {
+        self.sim().pages()
+    }
+
+    /// What the next process finds when this one is killed: everything that was written. What this
+    /// one still does goes to the old disk.
+    pub(crate) fn after_kill(&self) -> Self {
+        let mut sim = self.sim().clone();
+        sim.faults = Faults { sync_lies: sim.faults.sync_lies, ..Faults::default() };
+        Self(Arc::new(Mutex::new(sim)))
+    }
+
+    /// What the next process finds when the power is cut: what was synced, and of the rest
+    /// whatever happened to be written.
+    pub(crate) fn after_cut(&self) -> Self {
+        let next = self.after_kill();
+        {
+            let sim = &mut *next.sim();
+            for name in std::mem::take(&mut sim.unsynced_names) {
+                if sim.rng.bool() {
+                    sim.names.remove(&name);
+                }
+            }
+            for file in &mut sim.files {
+                file.cut(&mut sim.rng);
+            }
+        }
+        next
+    }
+
+    /// Flips one bit of a file; says whether the file has that byte.
+    pub(crate) fn flip(&self, name: &str, at: u64, bit: u8) -> bool {
+        let mut sim = self.sim();
+        let file = sim.names[name];
+        let file = &mut sim.files[file];
+        let (page, within) = (at / PAGE_BYTES as u64, (at % PAGE_BYTES as u64) as usize);
+        let there = file.pages.get_mut(&page).map(|page| Arc::make_mut(page)[within] ^= 1 << bit);
+        if let Some(durable) = file.durable.get_mut(&page) {
+            Arc::make_mut(durable)[within] ^= 1 << bit;
+        }
+        there.is_some()
+    }
+
+    /// Places of the pages of a file that hold anything.
+    pub(crate) fn page_offsets(&self, name: &str) -> Vec<u64> {
+        let sim = self.sim();
+        sim.files[sim.names[name]].pages.keys().map(|page| page * PAGE_BYTES as u64).collect()
+    }
+}
+
+impl Sim {
+    fn pages(&self) -> usize {
+        self.names.values().map(|&file| self.files[file].pages.len()).sum()
+    }
+
+    /// Counts a writing operation; fails it if the power is off.
+    fn operate(&mut self) -> io::Result<()> {
+        match &mut self.faults.power_left {
+            None => Ok(()),
+            Some(0) => Err(io::Error::other("the power is off")),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+        }
+    }
+
+    /// As `operate`, for an operation that happens at once or not at all, and says whether it
+    /// happened. That is a matter of luck if the power goes meanwhile.
+    fn operate_at_once(&mut self) -> (bool, io::Result<()>) {
+        let going = self.faults.power_left == Some(1);
+        match self.operate() {
+            Ok(()) if going => (self.rng.bool(), Err(io::Error::other("the power is off"))),
+            result => (result.is_ok(), result),
+        }
+    }
+}
+
+impl SimFile {
+    fn cut(&mut self, rng: &mut fastrand::Rng) {
+        let unsynced = std::mem::take(&mut self.unsynced);
+        let mut lens = vec![self.durable_len];
+        let mut versions: BTreeMap<u64, Vec<Option<Page>>> = BTreeMap::new();
+        for change in unsynced {
+            match change {
+                Change::Len(len) => lens.push(len),
+                Change::Page(at, page) => {
+                    let before = || vec![self.durable.get(&at).cloned()];
+                    versions.entry(at).or_insert_with(before).push(Some(page));
+                }
+            }
+        }
+        let drop_all = rng.u8(..4) == 0;
+        let tear = rng.bool();
+        if !drop_all {
+            self.durable_len = lens[rng.usize(..lens.len())];
+            for (at, versions) in versions {
+                let pick = |rng: &mut fastrand::Rng| versions[rng.usize(..versions.len())].clone();
+                let mut page = pick(rng);
+                if tear {
+                    let mut torn = [0; PAGE_BYTES];
+                    for sector in torn.chunks_mut(SECTOR_BYTES).enumerate() {
+                        let from = sector.0 * SECTOR_BYTES;
+                        if let Some(version) = pick(rng) {
+                            sector.1.copy_from_slice(&version[from..from + SECTOR_BYTES]);
+                        }
+                    }
+                    page = Some(Arc::new(torn));
+                }
+                if let Some(page) = page {
+                    self.durable.insert(at, page);
+                }
+            }
+        }
+        self.durable.retain(|&page, _| page * (PAGE_BYTES as u64) < self.durable_len);
+        self.pages = self.durable.clone();
+        self.len = self.durable_len;
+    }
+
+    fn set_len(&mut self, len: u64) {
+        self.pages.split_off(&len.div_ceil(PAGE_BYTES as u64));
+        self.len = len;
+        self.unsynced.push(Change::Len(len));
+    }
+
+    fn sync(&mut self) {
+        for change in std::mem::take(&mut self.unsynced) {
+            match change {
+                Change::Len(len) => {
+                    self.durable.split_off(&len.div_ceil(PAGE_BYTES as u64));
+                    self.durable_len = len;
+                }
+                Change::Page(at, page) => {
+                    self.durable.insert(at, page);
+                }
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct SimBackend {
+    disk: SimDisk,
+    file: usize,
+}
+
+impl StorageBackend for SimBackend {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.disk.sim().files[self.file].len)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let sim = self.disk.sim();
+        let file = &sim.files[self.file];
+        if offset + out.len() as u64 > file.len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut at = offset;
+        for chunk in pieces(offset, out.len()) {
+            let out = &mut out[(at - offset) as usize..][..chunk];
+            let within = (at % PAGE_BYTES as u64) as usize;
+            match file.pages.get(&(at / PAGE_BYTES as u64)) {
+                Some(page) => out.copy_from_slice(&page[within..within + chunk]),
+                None => out.fill(0),
+            }
+            at += chunk as u64;
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut sim = self.disk.sim();
+        sim.operate()?;
+        sim.files[self.file].set_len(len);
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut sim = self.disk.sim();
+        sim.operate()?;
+        if sim.faults.sync_lies {
+            return Ok(());
+        }
+        match &mut sim.faults.fail_sync_after {
+            Some(0) => {
+                sim.faults.fail_sync_after = None;
+                let unsynced = &mut sim.files[self.file].unsynced;
+                unsynced.retain(|change| matches!(change, Change::Len(_)));
+                return Err(io::Error::other("the sync failed"));
+            }
+            Some(after) => *after -= 1,
+            None => {}
+        }
+        sim.files[self.file].sync();
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut sim = self.disk.sim();
+        sim.operate()?;
+        let used = sim.pages();
+        let pages_max = sim.faults.pages_max.unwrap_or(usize::MAX);
+        let file = &mut sim.files[self.file];
+        let mut new = 0;
+        let mut at = offset;
+        for chunk in pieces(offset, data.len()) {
+            let page_at = at / PAGE_BYTES as u64;
+            if !file.pages.contains_key(&page_at) {
+                new += 1;
+                if used + new > pages_max {
+                    return Err(io::ErrorKind::StorageFull.into());
+                }
+            }
+            let page = file.pages.entry(page_at).or_insert_with(|| Arc::new([0; PAGE_BYTES]));
+            let within = (at % PAGE_BYTES as u64) as usize;
+            Arc::make_mut(page)[within..within + chunk]
+                .copy_from_slice(&data[(at - offset) as usize..][..chunk]);
+            let version = page.clone();
+            file.unsynced.push(Change::Page(page_at, version));
+            at += chunk as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Lengths of the parts of a range that lie in one page each.
+fn pieces(offset: u64, len: usize) -> impl Iterator<Item = usize> {
+    let (mut at, end) = (offset, offset + len as u64);
+    std::iter::from_fn(move || {
+        let page_end = (at / PAGE_BYTES as u64 + 1) * PAGE_BYTES as u64;
+        let piece = page_end.min(end).saturating_sub(at);
+        at += piece;
+        (piece > 0).then_some(piece as usize)
+    })
+}
+
+impl Disk for SimDisk {
+    fn open(&self, name: &str) -> io::Result<Box<dyn StorageBackend>> {
+        let file = self.sim().names.get(name).copied().ok_or(io::ErrorKind::NotFound)?;
+        Ok(Box::new(SimBackend { disk: self.clone(), file }))
+    }
+
+    fn create(&self, name: &str) -> io::Result<Box<dyn StorageBackend>> {
+        let mut sim = self.sim();
+        sim.operate()?;
+        let file = sim.files.len();
+        sim.files.push(SimFile::default());
+        sim.names.insert(name.to_owned(), file);
+        sim.unsynced_names.push(name.to_owned());
+        Ok(Box::new(SimBackend { disk: self.clone(), file }))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let mut sim = self.sim();
+        let (happens, result) = sim.operate_at_once();
+        if happens {
+            let file = sim.names.remove(from).ok_or(io::ErrorKind::NotFound)?;
+            sim.unsynced_names.retain(|name| name != from);
+            sim.names.insert(to.to_owned(), file);
+        }
+        result
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        let mut sim = self.sim();
+        let (happens, result) = sim.operate_at_once();
+        if happens {
+            sim.names.remove(name);
+            sim.unsynced_names.retain(|unsynced| unsynced != name);
+        }
+        result
+    }
+
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        let sim = self.sim();
+        let names =
+            sim.names.keys().filter_map(|name| name.strip_prefix(folder)?.strip_prefix('/'));
+        Ok(names.map(str::to_owned).collect())
+    }
+
+    fn used_bytes(&self, name: &str) -> u64 {
+        let sim = self.sim();
+        let pages = sim.names.get(name).map_or(0, |&file| sim.files[file].pages.len());
+        (pages * PAGE_BYTES) as u64
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        name.into()
+    }
+}

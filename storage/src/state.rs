@@ -1,0 +1,444 @@
+//! The state database, `state.redb`: what is not in the log, or no longer.
+//!
+//! Owns: the checkpoint (head row, cursors, key-value projection as of one position of the log),
+//! where the log starts, the dead letters and the loss ledger.
+//!
+//! Invariants:
+//! - every change is one synced transaction;
+//! - a file that was not closed cleanly, or to which a write failed, is never written again: its
+//!   content is copied to a new file that takes its name. A failed sync leaves pages that read
+//!   well and are not on the disk; the copy writes every one of them anew;
+//! - the file has its name only once it is whole.
+//!
+//! Deliberately absent: what changed since the checkpoint (see `store`), and what the keys mean.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use redb::{
+    ReadTransaction, ReadableTable, ReadableTableMetadata, TableDefinition, TableError,
+    WriteTransaction,
+};
+
+use crate::cursor::Cursor;
+use crate::dead_letter::DeadLetter;
+use crate::disk::{self, OpenFile, SharedDisk};
+use crate::error::StateError;
+use crate::head::{BadHead, Head, Tail};
+use crate::loss_ledger::{Loss, LossKey};
+
+const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+/// Sink to origin and cursor.
+const CURSORS: TableDefinition<'_, &str, (u64, u64)> = TableDefinition::new("cursors");
+const PROJECTION: TableDefinition<'_, (u16, &[u8]), &[u8]> = TableDefinition::new("projection");
+const DEAD_LETTERS: TableDefinition<'_, (&str, u64), &[u8]> = TableDefinition::new("dead_letters");
+const LOSSES: TableDefinition<'_, LossKey<'static>, &[u8]> = TableDefinition::new("losses");
+
+/// Rows of `META`.
+const META_HEAD: &str = "head";
+const META_START: &str = "start";
+
+const NAME: &str = "state.redb";
+/// What the file is called until it is whole.
+const UNFINISHED: &str = "state.new";
+
+/// Its tables are small and most of its reads are at start.
+const CACHE_BYTES: usize = 1 << 20;
+
+/// Changes of the key-value projection; nothing for a deleted key.
+pub(crate) type Changes = HashMap<(u16, Bytes), Option<Bytes>>;
+
+/// What a checkpoint says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Checkpoint {
+    pub(crate) head: Head,
+    /// Offsets below were trimmed.
+    pub(crate) start: u64,
+    pub(crate) cursors: BTreeMap<String, Cursor>,
+}
+
+/// Why the state database could not be opened.
+#[derive(Debug)]
+pub(crate) enum StateOpenError {
+    Head(BadHead),
+    Database(redb::Error),
+}
+
+impl From<redb::Error> for StateOpenError {
+    fn from(error: redb::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+pub(crate) struct State {
+    disk: SharedDisk,
+    open: Mutex<Open>,
+    /// Number of dead letters per sink, once it was asked for.
+    dead_letters: Mutex<Option<BTreeMap<String, u64>>>,
+}
+
+enum Open {
+    Yes(Arc<OpenFile>),
+    /// A write failed: the next write copies what the file holds to a new one. Until then it is
+    /// read over an overlay.
+    Suspect(Option<Arc<OpenFile>>),
+    Closed,
+}
+
+impl State {
+    pub(crate) fn path(disk: &SharedDisk) -> PathBuf {
+        disk.path(NAME)
+    }
+
+    /// Opens the state database, or creates it with a new epoch.
+    pub(crate) fn open(
+        disk: SharedDisk,
+        partitions: u16,
+        epoch: impl FnOnce() -> u64,
+    ) -> Result<(Self, Checkpoint), StateOpenError> {
+        refuse_newer(&disk)?;
+        disk.remove(UNFINISHED).map_err(redb::Error::Io)?;
+        let database = match OpenFile::clean(&*disk, NAME, CACHE_BYTES) {
+            Ok(Some(database)) => database,
+            Ok(None) => rewrite(&disk)?,
+            Err(redb::Error::Io(e)) if e.kind() == io::ErrorKind::NotFound => {
+                let head = Head { epoch: epoch(), tail: Tail::new(partitions) };
+                create(&disk, |transaction| {
+                    transaction.open_table(META)?.insert(META_HEAD, head.encode().as_slice())?;
+                    Ok(())
+                })?
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let checkpoint = read_checkpoint(&database)?;
+        Ok((
+            Self {
+                disk,
+                open: Mutex::new(Open::Yes(Arc::new(database))),
+                dead_letters: Mutex::new(None),
+            },
+            checkpoint,
+        ))
+    }
+
+    /// Writes a checkpoint with the changes of the projection since the last one, and the losses
+    /// that it makes, in one transaction.
+    pub(crate) fn checkpoint(
+        &self,
+        checkpoint: &Checkpoint,
+        changes: &Changes,
+        losses: &[Loss],
+    ) -> Result<(), StateError> {
+        self.write(|transaction| {
+            let mut meta = transaction.open_table(META)?;
+            meta.insert(META_HEAD, checkpoint.head.encode().as_slice())?;
+            meta.insert(META_START, checkpoint.start.to_le_bytes().as_slice())?;
+            let mut cursors = transaction.open_table(CURSORS)?;
+            for (sink, cursor) in &checkpoint.cursors {
+                cursors.insert(sink.as_str(), (cursor.origin, cursor.offset))?;
+            }
+            if !changes.is_empty() {
+                let mut projection = transaction.open_table(PROJECTION)?;
+                for ((namespace, key), value) in changes {
+                    match value {
+                        Some(value) => {
+                            projection.insert((*namespace, &key[..]), &value[..])?;
+                        }
+                        None => {
+                            projection.remove((*namespace, &key[..]))?;
+                        }
+                    }
+                }
+            }
+            put_losses(transaction, losses)
+        })
+    }
+
+    pub(crate) fn put_losses(&self, losses: &[Loss]) -> Result<(), StateError> {
+        self.write(|transaction| put_losses(transaction, losses))
+    }
+
+    /// Rows of the loss ledger, oldest first.
+    pub(crate) fn losses(&self) -> Result<Vec<Loss>, StateError> {
+        let mut losses = Vec::new();
+        self.read(|transaction| {
+            let Some(table) = table(transaction.open_table(LOSSES))? else {
+                return Ok(());
+            };
+            for row in table.iter()? {
+                let (key, value) = row?;
+                let Ok(loss) = Loss::decode(key.value(), value.value()) else {
+                    tracing::error!("a row of the loss ledger is damaged: left out");
+                    continue;
+                };
+                losses.push(loss);
+            }
+            Ok(())
+        })?;
+        losses.sort_by_key(|loss| loss.at_us);
+        Ok(losses)
+    }
+
+    pub(crate) fn count_losses(&self) -> Result<u64, StateError> {
+        self.read(|transaction| {
+            table(transaction.open_table(LOSSES))?.map_or(Ok(0), |table| Ok(table.len()?))
+        })
+    }
+
+    pub(crate) fn put_dead_letters(&self, letters: &[DeadLetter]) -> Result<(), StateError> {
+        let mut counts = self.dead_letters.lock().unwrap_or_else(PoisonError::into_inner);
+        // Counted anew if this fails: it may or may not be on the disk.
+        let mut counted = counts.take();
+        self.write(|transaction| {
+            let mut table = transaction.open_table(DEAD_LETTERS)?;
+            for letter in letters {
+                let key = (letter.sink.as_str(), letter.event.offset);
+                let new = table.insert(key, letter.encode().as_slice())?.is_none();
+                if let Some(counts) = &mut counted
+                    && new
+                {
+                    *counts.entry(letter.sink.clone()).or_default() += 1;
+                }
+            }
+            Ok(())
+        })?;
+        *counts = counted;
+        Ok(())
+    }
+
+    /// Dead letters of a sink from an offset on.
+    pub(crate) fn dead_letters(
+        &self,
+        sink: &str,
+        from: u64,
+        max: usize,
+    ) -> Result<Vec<DeadLetter>, StateError> {
+        let mut letters = Vec::new();
+        self.read(|transaction| {
+            let Some(table) = table(transaction.open_table(DEAD_LETTERS))? else {
+                return Ok(());
+            };
+            for row in table.range((sink, from)..=(sink, u64::MAX))?.take(max) {
+                let (key, value) = row?;
+                let offset = key.value().1;
+                let row = Bytes::copy_from_slice(value.value());
+                let Ok(letter) = DeadLetter::decode(sink, offset, row) else {
+                    tracing::error!(sink, offset, "a dead letter is damaged: left out");
+                    continue;
+                };
+                letters.push(letter);
+            }
+            Ok(())
+        })?;
+        Ok(letters)
+    }
+
+    /// Number of dead letters per sink. Only the first call reads them all.
+    pub(crate) fn count_dead_letters(&self) -> Result<Vec<(String, u64)>, StateError> {
+        let mut counts = self.dead_letters.lock().unwrap_or_else(PoisonError::into_inner);
+        if counts.is_none() {
+            let mut counted: BTreeMap<String, u64> = BTreeMap::new();
+            self.read(|transaction| {
+                let Some(table) = table(transaction.open_table(DEAD_LETTERS))? else {
+                    return Ok(());
+                };
+                for row in table.iter()? {
+                    let (key, _) = row?;
+                    *counted.entry(key.value().0.to_owned()).or_default() += 1;
+                }
+                Ok(())
+            })?;
+            *counts = Some(counted);
+        }
+        Ok(counts.iter().flatten().map(|(sink, &count)| (sink.clone(), count)).collect())
+    }
+
+    /// A value of the projection as of the checkpoint.
+    pub(crate) fn get(&self, namespace: u16, key: &[u8]) -> Result<Option<Bytes>, StateError> {
+        self.read(|transaction| {
+            let Some(table) = table(transaction.open_table(PROJECTION))? else {
+                return Ok(None);
+            };
+            let value = table.get((namespace, key))?;
+            Ok(value.map(|value| Bytes::copy_from_slice(value.value())))
+        })
+    }
+
+    /// Bytes that the file takes.
+    pub(crate) fn used_bytes(&self) -> u64 {
+        self.disk.used_bytes(NAME)
+    }
+
+    /// Closes the file cleanly. Later calls fail.
+    pub(crate) fn close(&self) {
+        *self.lock() = Open::Closed;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(
+        &self,
+        change: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
+    ) -> Result<(), StateError> {
+        let file = {
+            let mut open = self.lock();
+            match &*open {
+                Open::Yes(file) => file.clone(),
+                Open::Suspect(_) => {
+                    let file = rewrite(&self.disk).map_err(|e| state_error(&e))?;
+                    let file = Arc::new(file);
+                    *open = Open::Yes(file.clone());
+                    file
+                }
+                Open::Closed => return Err(closed()),
+            }
+        };
+        file.write(change).map_err(|error| self.suspect(&file, &error))
+    }
+
+    fn read<T>(
+        &self,
+        look: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, StateError> {
+        let file = {
+            let mut open = self.lock();
+            match &mut *open {
+                Open::Yes(file) | Open::Suspect(Some(file)) => file.clone(),
+                Open::Suspect(overlaid) => {
+                    let file = OpenFile::overlaid(&*self.disk, NAME, CACHE_BYTES);
+                    let file = Arc::new(file.map_err(|e| state_error(&e))?);
+                    overlaid.insert(file).clone()
+                }
+                Open::Closed => return Err(closed()),
+            }
+        };
+        file.read(look).map_err(|error| self.suspect(&file, &error))
+    }
+
+    /// Gives a file up on which something failed, unless another thread did already.
+    fn suspect(&self, failed: &Arc<OpenFile>, error: &redb::Error) -> StateError {
+        let mut open = self.lock();
+        if let Open::Yes(file) | Open::Suspect(Some(file)) = &*open
+            && Arc::ptr_eq(file, failed)
+        {
+            *open = Open::Suspect(None);
+        }
+        state_error(error)
+    }
+}
+
+/// Refuses the file of a later version before anything is written to it: opening it to write marks
+/// it as in use. Whatever else is wrong with it is found when it is opened.
+fn refuse_newer(disk: &SharedDisk) -> Result<(), StateOpenError> {
+    let Ok(file) = OpenFile::overlaid(&**disk, NAME, CACHE_BYTES) else {
+        return Ok(());
+    };
+    match read_checkpoint(&file) {
+        Err(newer @ StateOpenError::Head(BadHead::Newer(_))) => Err(newer),
+        _ => Ok(()),
+    }
+}
+
+fn closed() -> StateError {
+    StateError { disk_full: false, reason: "the store is closed".into() }
+}
+
+fn state_error(error: &redb::Error) -> StateError {
+    StateError {
+        disk_full: matches!(error, redb::Error::Io(error) if disk::is_full(error)),
+        reason: error.to_string(),
+    }
+}
+
+/// A table that nothing was written to yet is not there.
+fn table<T>(opened: Result<T, TableError>) -> Result<Option<T>, redb::Error> {
+    match opened {
+        Ok(table) => Ok(Some(table)),
+        Err(TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn put_losses(transaction: &WriteTransaction, losses: &[Loss]) -> Result<(), redb::Error> {
+    if !losses.is_empty() {
+        let mut table = transaction.open_table(LOSSES)?;
+        for loss in losses {
+            // Written before, if the process ended between the row and the drop: its time stays.
+            let stored = table.get(loss.key())?;
+            let stored = stored.and_then(|row| Loss::decode(loss.key(), row.value()).ok());
+            if stored.is_none_or(|stored| stored.offsets != loss.offsets) {
+                table.insert(loss.key(), loss.encode().as_slice())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read_checkpoint(database: &OpenFile) -> Result<Checkpoint, StateOpenError> {
+    let (head, start, cursors) = database.read(|transaction| {
+        let meta = transaction.open_table(META)?;
+        let head = meta.get(META_HEAD)?;
+        let head = head.map_or(Err(BadHead::Corrupt), |row| Head::decode(row.value()));
+        let start = meta.get(META_START)?.and_then(|row| row.value().try_into().ok());
+        let mut cursors = BTreeMap::new();
+        if let Some(table) = table(transaction.open_table(CURSORS))? {
+            for row in table.iter()? {
+                let (sink, cursor) = row?;
+                let (origin, offset) = cursor.value();
+                cursors.insert(sink.value().to_owned(), Cursor { origin, offset });
+            }
+        }
+        Ok((head, start, cursors))
+    })?;
+    Ok(Checkpoint {
+        head: head.map_err(StateOpenError::Head)?,
+        start: start.map_or(0, u64::from_le_bytes),
+        cursors,
+    })
+}
+
+/// Creates the file with a first transaction, in place of one that was there.
+fn create(
+    disk: &SharedDisk,
+    fill: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
+) -> Result<OpenFile, redb::Error> {
+    let database = OpenFile::create(&**disk, UNFINISHED, CACHE_BYTES)?;
+    database.write(fill)?;
+    disk.rename(UNFINISHED, NAME).map_err(redb::Error::Io)?;
+    Ok(database)
+}
+
+/// Copies what the file holds to a new one that takes its place.
+fn rewrite(disk: &SharedDisk) -> Result<OpenFile, redb::Error> {
+    let old = OpenFile::overlaid(&**disk, NAME, CACHE_BYTES)?;
+    old.read(|old| {
+        create(disk, |new| {
+            copy(old, new, META)?;
+            copy(old, new, CURSORS)?;
+            copy(old, new, PROJECTION)?;
+            copy(old, new, DEAD_LETTERS)?;
+            copy(old, new, LOSSES)
+        })
+    })
+}
+
+fn copy<K: redb::Key + 'static, V: redb::Value + 'static>(
+    old: &ReadTransaction,
+    new: &WriteTransaction,
+    definition: TableDefinition<'_, K, V>,
+) -> Result<(), redb::Error> {
+    let Some(old) = table(old.open_table(definition))? else {
+        return Ok(());
+    };
+    let mut new = new.open_table(definition)?;
+    for row in old.iter()? {
+        let (key, value) = row?;
+        new.insert(key.value(), value.value())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! Where two failures meet: a crash with what was not synced, a crash or a grown state on a full
+//! disk, damage in front of sound files.
+
+use super::world::{self, SINKS, World};
+use super::*;
+use crate::disk::Disk;
+use crate::sim::SimDisk;
+
+/// A commit whose sync was under way when the process was killed is in the page cache only. The next
+/// process shows it, so it must be on the disk: redb syncs a file that it finds unclosed.
+#[test]
+fn what_a_killed_process_left_in_the_page_cache_is_synced_before_it_is_shown() {
+    for seed in 0..20 {
+        let mut world = World::new(SimDisk::new(seed), world::options());
+        world.commit_events(20, 100);
+        world.disk.set_faults(|faults| faults.sync_lies = true);
+        world.commit_events(10, 100);
+        let killed = world.disk.after_kill();
+        killed.set_faults(|faults| faults.sync_lies = false);
+        world.reopen(killed);
+        assert_eq!(world.store.mark().watermark, 30, "seed {seed}");
+        let cut = world.disk.after_cut();
+        world.reopen(cut);
+        assert_eq!(read_all(&world.store, 0).len(), 30, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_full_disk_does_not_keep_what_was_delivered_for_a_wish() {
+    let options = StoreOptions { retain_bytes: 1 << 29, ..world::options() };
+    let mut world = World::new(SimDisk::new(12), options);
+    for _ in 0..40 {
+        world.commit_events(50, 1000);
+    }
+    fill_up(&mut world);
+    let watermark = world.watermark();
+    for sink in SINKS {
+        world.cursor_to(sink, watermark).unwrap();
+    }
+    world.retain().unwrap();
+    world.commit_events(10, 100);
+    world.check();
+}
+
+#[test]
+fn a_process_that_was_killed_on_a_full_disk_starts_in_the_room_of_the_ballast() {
+    let mut world = World::new(SimDisk::new(13), world::options());
+    for _ in 0..40 {
+        world.commit_events(50, 1000);
+    }
+    let killed = world.disk.after_kill();
+    let pages = killed.pages();
+    killed.set_faults(|faults| faults.pages_max = Some(pages));
+    world.reopen(killed);
+    let watermark = world.watermark();
+    for sink in SINKS {
+        world.cursor_to(sink, watermark).unwrap();
+    }
+    world.retain().unwrap();
+    world.check();
+}
+
+/// A write to the state database that finds no room leaves it to be copied: the ballast must have
+/// grown with it.
+#[test]
+fn a_full_disk_is_freed_however_large_the_state_has_grown() {
+    let mut world = World::new(SimDisk::new(14), world::options());
+    for _ in 0..40 {
+        world.commit_events(50, 1000);
+    }
+    for key in 0..8 {
+        let (key, value) = (Bytes::from(vec![key]), Bytes::from(vec![key; 1_500_000]));
+        world.commit(vec![], vec![Control::Put { namespace: 1, key, value }]).unwrap();
+    }
+    world.commit_events(1, 100);
+    let pages = world.disk.pages();
+    world.disk.set_faults(|faults| faults.pages_max = Some(pages));
+    let event = StoredEvent { offset: 0, seq: 0, event: event(0, &"x".repeat(1_000_000)) };
+    let letter = DeadLetter {
+        sink: "cloud".into(),
+        event,
+        reason: String::new(),
+        attempts: 1,
+        first_us: 0,
+        last_us: 0,
+    };
+    let error = world.store.put_dead_letters(&[letter]).unwrap_err();
+    assert!(error.disk_full, "{error}");
+    fill_up(&mut world);
+    let watermark = world.watermark();
+    for sink in SINKS {
+        world.cursor_to(sink, watermark).unwrap();
+    }
+    world.retain().unwrap();
+    world.commit_events(10, 100);
+    world.check();
+}
+
+/// Leaves no room at all, and commits until the store says so.
+fn fill_up(world: &mut World) {
+    let pages = world.disk.pages();
+    world.disk.set_faults(|faults| faults.pages_max = Some(pages));
+    for _ in 0..100 {
+        let events = world.make(50, 1000);
+        match world.commit(events, vec![]) {
+            Ok(_) => {}
+            Err(CommitError::DiskFull { .. }) => return,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    panic!("the disk is not full");
+}
+
+/// What cannot be read is passed over by more than it can have held, but not past the next file,
+/// whose head says where it starts.
+#[test]
+fn a_damaged_file_hides_no_control_record_of_the_files_after_it() {
+    let mut world = World::new(SimDisk::new(15), world::options());
+    for _ in 0..8 {
+        world.commit_events(50, 1000);
+    }
+    world.cursor_to("cloud", 321).unwrap();
+    let mut names = world.disk.list(log::FOLDER).unwrap();
+    names.sort();
+    let first = format!("{}/{}", log::FOLDER, names[0]);
+    assert!(names.len() > 3, "{names:?}");
+    let killed = world.disk.after_kill();
+    for at in killed.page_offsets(&first) {
+        for within in [0, 7, 64, 1000] {
+            killed.flip(&first, at + within, 3);
+        }
+    }
+    let opened =
+        Store::open_on(Arc::new(killed), None, world.options.clone(), world.now_us).unwrap();
+    assert_eq!(opened.0.cursor("cloud"), Some(321));
+    assert_eq!(opened.0.mark().watermark, world.watermark());
+    assert_eq!(opened.0.stats().next_seq, world.store.stats().next_seq);
+}

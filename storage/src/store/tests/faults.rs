@@ -1,0 +1,199 @@
+//! Failing, full and power-cut disks.
+
+use super::world::{self, SINKS, World};
+use super::*;
+use crate::disk::Disk;
+use crate::sim::SimDisk;
+
+#[test]
+fn a_failed_sync_acks_nothing_and_the_log_goes_on_in_a_new_file() {
+    let mut world = World::new(SimDisk::new(1), world::options());
+    world.commit_events(20, 100);
+    let files = world.store.stats().files;
+
+    world.disk.set_faults(|faults| faults.fail_sync_after = Some(0));
+    let events = world.make(10, 100);
+    let Err(CommitError::Io { reason, .. }) = world.commit(events, vec![]) else {
+        panic!("the commit went through")
+    };
+    assert!(reason.contains("the sync failed"), "{reason}");
+    world.check();
+
+    // The numbers of the failed commit go to the next one.
+    world.commit_events(10, 100);
+    assert_eq!(world.store.stats().files, files + 1);
+    world.check();
+    world.commit_events(10, 100);
+    world.check();
+
+    // What the failed commit left in the page cache is void, and so is it after a power cut,
+    // which takes it away.
+    let killed = world.disk.after_kill();
+    let cut = world.disk.after_cut();
+    world.reopen(killed);
+    world.reopen(cut);
+    world.commit_events(10, 100);
+    world.check();
+}
+
+#[test]
+fn a_file_without_events_that_failed_is_replaced_and_its_control_records_stay() {
+    let mut world = World::new(SimDisk::new(2), world::options());
+    world.commit_events(20, 100);
+    let killed = world.disk.after_kill();
+    world.reopen(killed);
+    world.cursor_to("cloud", 7).unwrap();
+    world.disk.set_faults(|faults| faults.fail_sync_after = Some(0));
+    let events = world.make(1, 100);
+    world.commit(events, vec![]).unwrap_err();
+    world.cursor_to("local", 9).unwrap();
+    let cut = world.disk.after_cut();
+    world.reopen(cut);
+    assert_eq!(world.store.cursor("cloud"), Some(7));
+    assert_eq!(world.store.cursor("local"), Some(9));
+}
+
+/// The process ends between the failed sync and the new file. Its pages read back well from the
+/// page cache, but nothing may be built on them: they go with the power.
+#[test]
+fn what_a_failed_sync_left_behind_is_not_built_upon_after_a_restart() {
+    let mut world = World::new(SimDisk::new(5), world::options());
+    world.commit_events(20, 100);
+    world.disk.set_faults(|faults| faults.fail_sync_after = Some(0));
+    let events = world.make(10, 100);
+    world.commit(events, vec![]).unwrap_err();
+    let killed = world.disk.after_kill();
+    world.reopen(killed);
+    world.commit_events(10, 100);
+    let cut = world.disk.after_cut();
+    world.reopen(cut);
+}
+
+#[test]
+fn control_records_of_a_failed_commit_stay_void() {
+    let mut world = World::new(SimDisk::new(6), world::options());
+    world.commit_events(20, 100);
+    world.disk.set_faults(|faults| faults.fail_sync_after = Some(0));
+    world.cursor_to("cloud", 20).unwrap_err();
+    world.commit_events(1, 100);
+    let killed = world.disk.after_kill();
+    world.reopen(killed);
+    assert_eq!(world.store.cursor("cloud"), Some(0));
+}
+
+#[test]
+fn a_full_disk_refuses_and_recovers_when_there_is_room() {
+    let mut world = World::new(SimDisk::new(3), world::options());
+    world.commit_events(20, 100);
+    let pages = world.disk.pages();
+    world.disk.set_faults(|faults| faults.pages_max = Some(pages));
+    let mut refused = 0;
+    for _ in 0..5 {
+        let events = world.make(50, 1000);
+        match world.commit(events, vec![]) {
+            Ok(_) => {}
+            Err(CommitError::DiskFull { .. }) => refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+        world.check();
+    }
+    assert!(refused > 3);
+    world.disk.set_faults(|faults| faults.pages_max = None);
+    world.commit_events(50, 1000);
+    world.check();
+    let killed = world.disk.after_kill();
+    world.reopen(killed);
+    world.commit_events(50, 1000);
+    world.check();
+}
+
+/// Runs a life of commits, cursor moves, trims and reopens until the power is cut.
+fn live_until_cut(seed: u64, world: &mut World, rng: &mut fastrand::Rng) {
+    world.disk.set_faults(|faults| faults.power_left = Some(rng.u64(..400)));
+    for _ in 0..100 {
+        let result = match rng.u8(..10) {
+            0..6 => {
+                let (count, payload_bytes) = (rng.usize(1..40), rng.usize(..2000));
+                let events = world.make(count, payload_bytes);
+                let control = if rng.bool() { vec![] } else { vec![put(rng)] };
+                world.commit(events, control)
+            }
+            6..8 => {
+                let watermark = world.watermark();
+                world.cursor_to(SINKS[rng.usize(..2)], rng.u64(watermark / 2..=watermark))
+            }
+            8 => world.commit(vec![], vec![put(rng)]),
+            _ => match world.writer.retain(world.now_us) {
+                Ok(_) => continue,
+                Err(_) => return,
+            },
+        };
+        if let Err(error) = result {
+            assert!(matches!(error, CommitError::Io { .. }), "seed {seed}: {error}");
+            return;
+        }
+        world.now_us += 1_000_000;
+    }
+}
+
+fn put(rng: &mut fastrand::Rng) -> Control {
+    let value = vec![rng.u8(..); rng.usize(..300)];
+    Control::Put { namespace: 1, key: Bytes::from(vec![rng.u8(..8)]), value: value.into() }
+}
+
+fn cut_power(seed: u64, sync_lies: bool) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut world = World::new(SimDisk::new(seed), world::options());
+    world.disk.set_faults(|faults| faults.sync_lies = sync_lies);
+    for _ in 0..4 {
+        live_until_cut(seed, &mut world, &mut rng);
+        let cut = world.disk.after_cut();
+        world.reopen(cut);
+    }
+    world.commit_events(3, 100);
+    world.check();
+}
+
+/// How many power cuts; the environment may ask for more.
+fn cuts() -> u64 {
+    std::env::var("POWER_CUTS").ok().and_then(|cuts| cuts.parse().ok()).unwrap_or(200)
+}
+
+#[test]
+fn no_power_cut_loses_what_was_acked() {
+    for seed in 0..cuts() / 4 {
+        let result = std::panic::catch_unwind(|| cut_power(seed, false));
+        assert!(result.is_ok(), "seed {seed}");
+    }
+}
+
+#[test]
+fn without_syncs_power_cuts_do_lose_what_was_acked() {
+    let loses = |&seed: &u64| std::panic::catch_unwind(|| cut_power(seed, true)).is_err();
+    assert!((0..8).any(|seed| loses(&seed)), "the simulated cuts prove nothing");
+}
+
+/// Flips one bit of a closed store at a time.
+#[test]
+fn a_flipped_bit_of_the_log_is_found_or_harmless() {
+    let mut world = World::new(SimDisk::new(4), world::options());
+    for round in 0..40 {
+        world.commit_events(20 + round, 150);
+        world.cursor_to("cloud", 5).unwrap();
+    }
+    world.close();
+    let files = world.disk.list(crate::log::FOLDER).unwrap();
+    assert!(files.len() > 3, "{files:?}");
+    let mut rng = fastrand::Rng::with_seed(4);
+    let (mut found, flips) = (0, 200);
+    for _ in 0..flips {
+        let disk = world.disk.after_kill();
+        let name = format!("log/{}", files[rng.usize(..files.len())]);
+        let pages = disk.page_offsets(&name);
+        let at = pages[rng.usize(..pages.len())] + rng.u64(..4096);
+        let bit = rng.u8(..8);
+        assert!(disk.flip(&name, at, bit));
+        found += usize::from(world.reads_nothing_wrong(disk, &format!("{name} {at}.{bit}")));
+    }
+    assert!(found > 20, "of {flips} flipped bits {found} were found");
+}

@@ -1,0 +1,323 @@
+//! A store on a simulated disk, and beside it a plain model of what it must hold.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::sim::{Faults, SimDisk};
+
+/// Sinks of the store under test.
+pub(super) const SINKS: [&str; 2] = ["cloud", "local"];
+
+/// What the store must hold.
+#[derive(Clone, Default)]
+struct Model {
+    /// Every event by offset.
+    events: Vec<StoredEvent>,
+    /// Whether an event was acked: it was in a commit that succeeded.
+    acked: Vec<bool>,
+    cursors: BTreeMap<String, u64>,
+    state: BTreeMap<Bytes, Bytes>,
+    next_seq: Vec<u64>,
+    received_us: u64,
+}
+
+/// A commit that failed. After a crash the last one that got as far as the disk may come back.
+type Attempt = (Vec<Event>, Vec<Control>);
+
+pub(super) struct World {
+    pub(super) disk: SimDisk,
+    pub(super) options: StoreOptions,
+    pub(super) store: Store,
+    pub(super) writer: Writer,
+    pub(super) now_us: u64,
+    model: Model,
+    /// Commits that failed since the last one that succeeded.
+    attempts: Vec<Attempt>,
+    marks: Arc<Mutex<Vec<Mark>>>,
+    /// Makes every event another one.
+    made: u64,
+}
+
+pub(super) fn options() -> StoreOptions {
+    let sinks = SINKS.map(|name| SinkRetention { name: name.into() });
+    StoreOptions {
+        sinks: sinks.into(),
+        file_bytes_max: 128 << 10,
+        cache_bytes: 1 << 20,
+        ..super::options(std::path::Path::new("sim"))
+    }
+}
+
+impl World {
+    pub(super) fn new(disk: SimDisk, options: StoreOptions) -> Self {
+        let (store, writer) =
+            Store::open_on(Arc::new(disk.clone()), None, options.clone(), NOW_US).unwrap();
+        let mut model = Model { next_seq: vec![0; 4], ..Model::default() };
+        for sink in &options.sinks {
+            model.cursors.insert(sink.name.clone(), 0);
+        }
+        let mut world = Self {
+            disk,
+            options,
+            store,
+            writer,
+            now_us: NOW_US,
+            model,
+            attempts: Vec::new(),
+            marks: Arc::default(),
+            made: 0,
+        };
+        world.listen();
+        world
+    }
+
+    fn listen(&mut self) {
+        let marks = self.marks.clone();
+        self.writer.on_durable(move |mark| marks.lock().unwrap().push(mark));
+    }
+
+    /// `count` new events of about `payload_bytes` each.
+    pub(super) fn make(&mut self, count: usize, payload_bytes: usize) -> Vec<Event> {
+        (0..count)
+            .map(|_| {
+                self.made += 1;
+                let mut payload = format!("event {} ", self.made).into_bytes();
+                payload.resize(payload.len().max(payload_bytes), b'.');
+                Event {
+                    received_us: self.now_us - self.made % 3,
+                    payload: payload.into(),
+                    ..event((self.made % 4) as u16, "")
+                }
+            })
+            .collect()
+    }
+
+    /// Commits and holds the store to what it says.
+    pub(super) fn commit(
+        &mut self,
+        events: Vec<Event>,
+        control: Vec<Control>,
+    ) -> Result<Committed, CommitError> {
+        self.marks.lock().unwrap().clear();
+        let before = self.store.mark();
+        let result = self.writer.commit(&events, &control, self.now_us);
+        let marks = self.marks.lock().unwrap().clone();
+        self.follow_losses();
+        if let Ok(committed) = &result {
+            let first = self.watermark();
+            assert_eq!(committed.offsets, first..first + events.len() as u64);
+            let mark = Mark { commit: before.commit + 1, watermark: committed.offsets.end };
+            assert_eq!((marks, self.store.mark()), (vec![mark], mark));
+            self.attempts.clear();
+            self.model.apply((events, control), true);
+        } else {
+            assert_eq!((marks, self.store.mark()), (vec![], before), "acked a failed commit");
+            self.attempts.push((events, control));
+        }
+        result
+    }
+
+    pub(super) fn commit_events(&mut self, count: usize, payload_bytes: usize) {
+        let events = self.make(count, payload_bytes);
+        self.commit(events, vec![]).unwrap();
+    }
+
+    /// Moves the cursor of a sink to an offset at most the watermark.
+    pub(super) fn cursor_to(&mut self, sink: &str, offset: u64) -> Result<Committed, CommitError> {
+        let offset = offset.min(self.store.mark().watermark);
+        self.commit(vec![], vec![cursor(sink, offset)])
+    }
+
+    pub(super) fn watermark(&self) -> u64 {
+        self.model.events.len() as u64
+    }
+
+    /// Opens the store on another disk, as the next process does, and checks all of it.
+    pub(super) fn reopen(&mut self, disk: SimDisk) {
+        let opened =
+            Store::open_on(Arc::new(disk.clone()), None, self.options.clone(), self.now_us);
+        (self.store, self.writer) = opened.unwrap();
+        self.disk = disk;
+        self.listen();
+        self.follow_losses();
+        let watermark = self.store.mark().watermark;
+        while self.watermark() > watermark {
+            assert_eq!(self.model.acked.pop(), Some(false), "an acked event is gone");
+            let event = self.model.events.pop().expect("counted once");
+            self.model.next_seq[usize::from(event.event.partition)] -= 1;
+        }
+        let back = std::mem::take(&mut self.attempts).into_iter().map(|attempt| {
+            let mut model = self.model.clone();
+            model.apply(attempt, false);
+            model
+        });
+        if let Some(model) = back.rev().find(|model| self.shows(model)) {
+            self.model = model;
+        }
+        self.check();
+    }
+
+    /// Whether the store's end and state are those of a model.
+    fn shows(&self, model: &Model) -> bool {
+        let stats = self.store.stats();
+        let end = stats.watermark.saturating_sub(1);
+        let last = self.store.read(end, 1, 1).unwrap().events.pop();
+        let cursors: BTreeMap<_, _> = stats.cursors.into_iter().collect();
+        stats.watermark == model.events.len() as u64
+            && last.as_ref().is_none_or(|last| model.events.last() == Some(last))
+            && cursors == model.cursors
+            && (0..8).all(|key| {
+                let key = Bytes::from(vec![key]);
+                self.store.state(1, &key).unwrap().as_ref() == model.state.get(&key)
+            })
+    }
+
+    /// Closes the store cleanly; another, empty one takes its place.
+    pub(super) fn close(&mut self) {
+        let empty = Store::open_on(Arc::new(SimDisk::new(0)), None, options(), self.now_us);
+        let (store, writer) = empty.unwrap();
+        self.store = store;
+        std::mem::replace(&mut self.writer, writer).close().unwrap();
+    }
+
+    /// Closes the store and opens it again.
+    pub(super) fn reopen_cleanly(&mut self) {
+        self.disk.set_faults(|faults| *faults = Faults::default());
+        self.close();
+        self.reopen(self.disk.clone());
+    }
+
+    /// Opens and reads a store that is damaged somewhere: every event is right or reported
+    /// missing, and numbers go on past all that was given. Says whether anything was missing.
+    pub(super) fn reads_nothing_wrong(&self, disk: SimDisk, damage: &str) -> bool {
+        let opened = Store::open_on(Arc::new(disk), None, self.options.clone(), self.now_us);
+        let (store, mut writer) = opened.unwrap_or_else(|e| panic!("{damage}: {e}"));
+        let watermark = store.mark().watermark;
+        assert!(watermark >= self.watermark(), "{damage}: the end is lost");
+        let (mut from, mut missing) = (0, Vec::new());
+        while from < watermark {
+            let read = store.read(from, 64, 32 << 10).unwrap();
+            for event in &read.events {
+                let expected = self.model.events.get(event.offset as usize);
+                assert_eq!(Some(event), expected, "{damage}");
+            }
+            let read_missing: u64 = read.missing.iter().map(|range| range.end - range.start).sum();
+            assert_eq!(read.events.len() as u64 + read_missing, read.next - from, "{damage}");
+            missing.extend(read.missing);
+            from = read.next;
+        }
+        let losses = store.losses().unwrap();
+        for range in &missing {
+            let written = losses.iter().any(|l| {
+                l.offsets.start <= range.start.max(l.offsets.start)
+                    && l.offsets.end == range.end
+                    && l.reason == LossReason::Corrupt
+            });
+            assert!(written, "{damage}: {range:?} is not in {losses:?}");
+        }
+        let committed = writer.commit(&[event(0, "after")], &[], self.now_us).unwrap();
+        assert!(committed.offsets.start >= self.watermark());
+        let read = store.read(committed.offsets.start, 1, 1).unwrap();
+        assert!(
+            read.events[0].seq >= self.model.next_seq[0],
+            "{damage}: an identity is used twice"
+        );
+        !missing.is_empty()
+    }
+
+    /// Trims; what the report says was lost must be in the ledger.
+    pub(super) fn retain(&mut self) -> Result<RetentionReport, StateError> {
+        let report = self.writer.retain(self.now_us)?;
+        let ledger = self.store.losses().unwrap();
+        for loss in &report.losses {
+            // A row that was written before and then failed keeps its time.
+            let written = |l: &Loss| Loss { at_us: loss.at_us, ..l.clone() } == *loss;
+            assert!(ledger.iter().any(written), "{loss:?} is not in {ledger:?}");
+        }
+        Ok(report)
+    }
+
+    /// Moves the model's cursors over what the ledger says its sinks lost.
+    fn follow_losses(&mut self) {
+        let start = self.store.stats().first_offset;
+        for sink in &self.options.sinks {
+            // A new sink starts at the first stored offset.
+            self.model.cursors.entry(sink.name.clone()).or_insert(start);
+        }
+        for loss in self.store.losses().unwrap() {
+            // A row whose transaction failed may show before the data is gone.
+            if loss.reason != LossReason::Corrupt
+                && loss.offsets.end <= start
+                && let Some(sink) = &loss.sink
+            {
+                let cursor = self.model.cursors.entry(sink.clone()).or_default();
+                *cursor = loss.offsets.end.max(*cursor);
+            }
+        }
+    }
+
+    /// Everything that the store shows is what the model says.
+    pub(super) fn check(&self) {
+        let stats = self.store.stats();
+        assert_eq!(stats.watermark, self.watermark());
+        assert_eq!(stats.next_seq, self.model.next_seq, "sequence numbers");
+        for sink in self.options.sinks.iter().map(|sink| &sink.name) {
+            let cursor = self.model.cursors[sink];
+            assert_eq!(self.store.cursor(sink), Some(cursor), "cursor of {sink}");
+            assert!(cursor >= stats.first_offset, "{sink} was passed without a loss");
+        }
+        for key in 0..8_u8 {
+            let key = Bytes::from(vec![key]);
+            let value = self.store.state(1, &key).unwrap();
+            assert_eq!(value.as_ref(), self.model.state.get(&key), "state of {key:?}");
+        }
+        let mut from = stats.first_offset;
+        let mut received_us = 0;
+        while from < stats.watermark {
+            let read = self.store.read(from, 64, 32 << 10).unwrap();
+            let mut offset = from;
+            for missing in &read.missing {
+                let acked = &self.model.acked[missing.start as usize..missing.end as usize];
+                assert!(!acked.contains(&true), "acked events are missing: {missing:?}");
+            }
+            for event in read.events {
+                offset = offset.max(event.offset);
+                assert!(event.event.received_us >= received_us, "receive times go back");
+                received_us = event.event.received_us;
+                let expected = self.model.events.get(event.offset as usize);
+                assert_eq!(Some(&event), expected, "offset {}", event.offset);
+            }
+            assert!(read.next > from, "reading makes no progress at {from}");
+            from = read.next;
+        }
+        assert_eq!(from, stats.watermark);
+    }
+}
+
+impl Model {
+    fn apply(&mut self, (events, control): Attempt, acked: bool) {
+        for event in events {
+            self.received_us = self.received_us.max(event.received_us);
+            let seq = &mut self.next_seq[usize::from(event.partition)];
+            let event = Event { received_us: self.received_us, ..event };
+            let offset = self.events.len() as u64;
+            self.events.push(StoredEvent { offset, seq: *seq, event });
+            self.acked.push(acked);
+            *seq += 1;
+        }
+        for control in control {
+            match control {
+                Control::Cursor { sink, offset } => {
+                    let cursor = self.cursors.entry(sink.to_string()).or_default();
+                    *cursor = offset.max(*cursor);
+                }
+                Control::Put { key, value, .. } => {
+                    self.state.insert(key, value);
+                }
+                Control::Delete { key, .. } => {
+                    self.state.remove(&key);
+                }
+            }
+        }
+    }
+}
