@@ -1,0 +1,477 @@
+//! What a sink still owes, as a pure state machine: no I/O, no clock, no randomness of its own.
+//!
+//! Owns: the events between the cursor and the end of what was read, cut into *parts* in offset
+//! order. A part is what one request carries. It waits, is in flight, and leaves when its last
+//! event is delivered or stands in the dead letters; a refused part is replaced by its halves,
+//! until the poison event is alone.
+//!
+//! Invariants:
+//! - The cursor never passes an event that is neither delivered nor a durable dead letter.
+//! - Requests begin in offset order. After a failure nothing new begins until everything in flight
+//!   has ended; then the oldest part goes first, alone, until one request has come through. So, with
+//!   the contract of [`Sink`](crate::sink::Sink), no event overtakes an older one of its device.
+//! - What is held is at most the window, two requests' worth read ahead, and one read.
+//!
+//! Deliberately absent: how an upstream's answers are sorted (each sink), when to read (forwarder).
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use storage::{DeadLetter, Read, StoredEvent};
+
+use crate::retry::{Backoff, RETRY_AFTER_MAX};
+use crate::sink::{Answer, Failure, Request, RequestId, Which, Window};
+
+/// Now, on both clocks that delivery needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    /// For pauses.
+    pub(crate) at: Instant,
+    /// For dead letters: microseconds since the Unix epoch.
+    pub(crate) unix_us: u64,
+}
+
+impl Moment {
+    /// Reads both clocks.
+    pub(crate) fn now() -> Self {
+        let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Self { at: Instant::now(), unix_us: unix.as_micros() as u64 }
+    }
+}
+
+/// Bounds of requests and of what is in flight.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Events in one request at most.
+    request_events_max: usize,
+    /// Event bytes in one request at most; a single larger event still goes, alone.
+    request_bytes_max: usize,
+    /// Over all requests.
+    window: Window,
+}
+
+impl Limits {
+    /// No request is larger than the window.
+    pub(crate) fn new(request_events_max: usize, request_bytes_max: usize, window: Window) -> Self {
+        Self {
+            request_events_max: request_events_max.min(window.events_max),
+            request_bytes_max: request_bytes_max.min(window.bytes_max),
+            window,
+        }
+    }
+    /// Events that one read should bring at most.
+    pub(crate) fn read_events_max(&self) -> usize {
+        self.request_events_max
+    }
+    /// Event bytes that one read should bring at most.
+    pub(crate) fn read_bytes_max(&self) -> usize {
+        self.request_bytes_max
+    }
+}
+
+/// Sums since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Events delivered, each once.
+    pub(crate) delivered_events: u64,
+    /// Their event bytes.
+    pub(crate) delivered_bytes: u64,
+    /// Events that stand in the dead letters.
+    pub(crate) dead_lettered_events: u64,
+    /// Requests that failed and are tried again.
+    pub(crate) retries: u64,
+}
+
+/// What stands in the way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Trouble {
+    /// The upstream, for a while.
+    Upstream(String),
+    /// The upstream, until somebody acts.
+    Held(String),
+    /// The store on this side.
+    Store(String),
+}
+
+/// After a failure: nothing begins before `until`, and one request at a time after it.
+#[derive(Debug)]
+struct Setback {
+    trouble: Trouble,
+    until: Instant,
+    /// Requests from this one on were begun after the failure: the first that comes through ends it.
+    first_after: RequestId,
+}
+
+#[derive(Debug)]
+struct Part {
+    events: Arc<Vec<StoredEvent>>,
+    size_bytes: usize,
+    /// The request that carries it.
+    in_flight: Option<RequestId>,
+    /// It comes from a request that was refused as a whole, and goes alone: a sink that packs
+    /// requests together (Kafka) could not tell whose fault the next refusal is.
+    suspect: bool,
+    /// Requests that carried its events so far.
+    attempts: u32,
+    first_us: u64,
+    last_us: u64,
+}
+
+impl Part {
+    fn new(events: Vec<StoredEvent>) -> Self {
+        let size_bytes = events.iter().map(|e| e.event.size_bytes()).sum();
+        Self {
+            events: Arc::new(events),
+            size_bytes,
+            in_flight: None,
+            suspect: false,
+            attempts: 0,
+            first_us: 0,
+            last_us: 0,
+        }
+    }
+
+    /// Some of its events, which wait again.
+    fn rest(&self, events: Vec<StoredEvent>, suspect: bool) -> Self {
+        let Self { attempts, first_us, last_us, .. } = *self;
+        Self { suspect, attempts, first_us, last_us, ..Self::new(events) }
+    }
+}
+
+/// What a sink still owes.
+#[derive(Debug)]
+pub(crate) struct Delivery {
+    sink: String,
+    limits: Limits,
+    backoff: Backoff,
+    /// In offset order; none is empty.
+    parts: VecDeque<Part>,
+    /// Dead letters that are not durable yet.
+    letters: Vec<DeadLetter>,
+    read_to: u64,
+    next_id: RequestId,
+    setback: Option<Setback>,
+    counts: Counts,
+}
+
+impl Delivery {
+    /// Starts at the durable cursor of a sink.
+    pub(crate) fn new(sink: String, limits: Limits, backoff: Backoff, cursor: u64) -> Self {
+        Self {
+            sink,
+            limits,
+            backoff,
+            parts: VecDeque::new(),
+            letters: Vec::new(),
+            read_to: cursor,
+            next_id: 0,
+            setback: None,
+            counts: Counts::default(),
+        }
+    }
+
+    /// Where to read on.
+    pub(crate) fn read_to(&self) -> u64 {
+        self.read_to
+    }
+
+    /// Next offset that the sink needs: everything below is delivered, a durable dead letter, or
+    /// missing from the log.
+    pub(crate) fn cursor(&self) -> u64 {
+        let open = self.parts.front().map_or(self.read_to, |part| part.events[0].offset);
+        self.letters.iter().map(|letter| letter.event.offset).fold(open, u64::min)
+    }
+
+    /// Sums since the start.
+    pub(crate) fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// What stands in the way, if something does.
+    pub(crate) fn trouble(&self) -> Option<&Trouble> {
+        self.setback.as_ref().map(|setback| &setback.trouble)
+    }
+
+    /// Whether any event is owed.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.parts.is_empty() && self.letters.is_empty()
+    }
+
+    /// Number of requests in flight.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.parts.iter().filter(|part| part.in_flight.is_some()).count()
+    }
+
+    /// Whether to read on. While the log holds more than the last read could bring (`backlog`), one
+    /// request's worth is kept ready; else only what can begin at once, so that requests grow with
+    /// the load instead of going out as crumbs.
+    pub(crate) fn wants_events(&self, backlog: bool, now: Moment) -> bool {
+        if self.is_paused(now) && matches!(self.trouble(), Some(Trouble::Store(_))) {
+            return false;
+        }
+        let waiting = || self.parts.iter().filter(|part| part.in_flight.is_none());
+        if backlog {
+            let events: usize = waiting().map(|part| part.events.len()).sum();
+            let bytes: usize = waiting().map(|part| part.size_bytes).sum();
+            events < self.limits.request_events_max && bytes < self.limits.request_bytes_max
+        } else {
+            waiting().next().is_none() && self.may_begin(self.parts.len(), 1, 1, now)
+        }
+    }
+
+    /// Takes what was read at [`Delivery::read_to`].
+    pub(crate) fn push(&mut self, read: Read) {
+        assert!(read.next >= self.read_to, "reading never goes back");
+        if matches!(self.trouble(), Some(Trouble::Store(_))) {
+            self.recover();
+        }
+        let mut rest = read.events;
+        while !rest.is_empty() {
+            let after = rest.split_off(self.cut(&rest));
+            self.parts.push_back(Part::new(std::mem::replace(&mut rest, after)));
+        }
+        self.read_to = read.next;
+    }
+
+    /// How many of these events the first request takes: at least one.
+    fn cut(&self, events: &[StoredEvent]) -> usize {
+        let mut size_bytes = 0;
+        let fit = events
+            .iter()
+            .take(self.limits.request_events_max)
+            .take_while(|e| {
+                size_bytes += e.event.size_bytes();
+                size_bytes <= self.limits.request_bytes_max
+            })
+            .count();
+        fit.max(1)
+    }
+
+    /// The next request to begin now, if one may.
+    pub(crate) fn next_request(&mut self, now: Moment) -> Option<Request> {
+        let place = self.parts.iter().position(|part| part.in_flight.is_none())?;
+        // A part that failed waits for whatever was in flight behind it.
+        if self.parts.iter().skip(place).any(|part| part.in_flight.is_some()) {
+            return None;
+        }
+        let part = &self.parts[place];
+        if !self.may_begin(place, part.events.len(), part.size_bytes, now) {
+            return None;
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        let part = &mut self.parts[place];
+        part.in_flight = Some(id);
+        part.attempts += 1;
+        part.last_us = now.unix_us;
+        if part.attempts == 1 {
+            part.first_us = now.unix_us;
+        }
+        Some(Request { id, events: Arc::clone(&part.events) })
+    }
+
+    /// Whether a request of this size may begin while the parts before `place` are in flight.
+    fn may_begin(&self, place: usize, events: usize, bytes: usize, now: Moment) -> bool {
+        // Dead letters first: what cannot be written down must not pile up.
+        if !self.letters.is_empty() || self.is_paused(now) {
+            return false;
+        }
+        let Window { requests_max, events_max, bytes_max } = self.limits.window;
+        let ahead = || self.parts.iter().take(place);
+        let alone =
+            self.setback.is_some() || self.parts.iter().take(place + 1).any(|part| part.suspect);
+        place == 0
+            || !alone
+                && place < requests_max
+                && ahead().map(|part| part.events.len()).sum::<usize>() + events <= events_max
+                && ahead().map(|part| part.size_bytes).sum::<usize>() + bytes <= bytes_max
+    }
+
+    /// Whether a failure still asks for patience.
+    pub(crate) fn is_paused(&self, now: Moment) -> bool {
+        self.resumes_at().is_some_and(|at| now.at < at)
+    }
+
+    /// When the pause after the last failure ends, if there is one.
+    pub(crate) fn resumes_at(&self) -> Option<Instant> {
+        self.setback.as_ref().map(|setback| setback.until)
+    }
+
+    /// Takes the answer to a request in flight. `random` is drawn evenly from `0.0..1.0`.
+    pub(crate) fn answer(&mut self, id: RequestId, answer: &Answer, now: Moment, random: f64) {
+        let place = self
+            .parts
+            .iter()
+            .position(|part| part.in_flight == Some(id))
+            .expect("an answer belongs to a request in flight");
+        let part = self.parts.remove(place).expect("the place was just found");
+        if answer.failed.is_empty() {
+            self.counts.delivered_events += part.events.len() as u64;
+            self.counts.delivered_bytes += part.size_bytes as u64;
+        } else {
+            self.take_apart(place, &part, answer);
+        }
+        self.settle(id, answer, now, random);
+    }
+
+    /// Sorts the events of a request that was not delivered as a whole; what is still open waits at
+    /// its place again.
+    fn take_apart(&mut self, place: usize, part: &Part, answer: &Answer) {
+        let fates = Fates::sort(part.events.len(), answer);
+        for (index, stored) in part.events.iter().enumerate() {
+            match fates.of[index] {
+                Fate::Delivered => {
+                    self.counts.delivered_events += 1;
+                    self.counts.delivered_bytes += stored.event.size_bytes() as u64;
+                }
+                Fate::Bad(group) => self.letters.push(DeadLetter {
+                    sink: self.sink.clone(),
+                    event: stored.clone(),
+                    reason: answer.failed[group].reason.clone(),
+                    attempts: part.attempts,
+                    first_us: part.first_us,
+                    last_us: part.last_us,
+                }),
+                Fate::Open | Fate::Suspect => {}
+            }
+        }
+        let open = |range: std::ops::Range<usize>| -> Vec<StoredEvent> {
+            range.filter(|&i| fates.is_open(i)).map(|i| part.events[i].clone()).collect()
+        };
+        let suspect = part.suspect || fates.halfway.is_some();
+        let halfway = fates.halfway.unwrap_or(0);
+        for events in [open(halfway..part.events.len()), open(0..halfway)] {
+            if !events.is_empty() {
+                self.parts.insert(place, part.rest(events, suspect));
+            }
+        }
+    }
+
+    /// Begins, prolongs or ends the setback.
+    fn settle(&mut self, id: RequestId, answer: &Answer, now: Moment, random: f64) {
+        let fresh = self.setback.as_ref().is_none_or(|setback| id >= setback.first_after);
+        let mut failures = answer.failed.iter().filter_map(|failed| match failed.failure {
+            Failure::Retry { after } => Some((Trouble::Upstream(failed.reason.clone()), after)),
+            Failure::Hold => Some((Trouble::Held(failed.reason.clone()), None)),
+            Failure::Suspect | Failure::Reject => None,
+        });
+        let Some((mut trouble, mut after)) = failures.next() else {
+            if fresh {
+                self.recover();
+            }
+            return;
+        };
+        for (other, other_after) in failures {
+            if matches!(other, Trouble::Held(_)) {
+                trouble = other;
+            }
+            after = after.max(other_after);
+        }
+        self.counts.retries += 1;
+        let mut until = now.at + after.unwrap_or_default().min(RETRY_AFTER_MAX);
+        // What was in flight beside the first failure fails with it: that is one failure, not many.
+        if fresh {
+            until = until.max(now.at + self.backoff.pause(random));
+        }
+        if matches!(trouble, Trouble::Held(_)) {
+            until = until.max(now.at + self.backoff.pause_max());
+        }
+        match &mut self.setback {
+            Some(setback) if !fresh => {
+                setback.until = setback.until.max(until);
+                if matches!(trouble, Trouble::Held(_)) {
+                    setback.trouble = trouble;
+                }
+            }
+            setback => {
+                let first_after = self.next_id;
+                *setback = Some(Setback { trouble, until, first_after });
+            }
+        }
+    }
+
+    /// The store failed us: everything waits. `random` as in [`Delivery::answer`].
+    pub(crate) fn store_failed(&mut self, reason: String, now: Moment, random: f64) {
+        self.setback = Some(Setback {
+            trouble: Trouble::Store(reason),
+            until: now.at + self.backoff.pause(random),
+            first_after: self.next_id,
+        });
+    }
+
+    fn recover(&mut self) {
+        self.setback = None;
+        self.backoff.reset();
+    }
+
+    /// Dead letters to make durable before anything else begins.
+    pub(crate) fn letters(&self) -> &[DeadLetter] {
+        &self.letters
+    }
+
+    /// The first `count` of [`Delivery::letters`] are durable.
+    pub(crate) fn letters_written(&mut self, count: usize) {
+        self.letters.drain(..count);
+        self.counts.dead_lettered_events += count as u64;
+        if matches!(self.trouble(), Some(Trouble::Store(_))) {
+            self.recover();
+        }
+    }
+}
+
+/// What an answer means for one event.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Delivered,
+    /// To be sent again.
+    Open,
+    /// To be sent again in a smaller request.
+    Suspect,
+    /// Never to be sent again, because of this group of the answer.
+    Bad(usize),
+}
+
+/// What an answer means for every event of a request.
+struct Fates {
+    of: Vec<Fate>,
+    /// Where to cut, if there is something to bisect: half of the suspects are before it.
+    halfway: Option<usize>,
+}
+
+impl Fates {
+    fn sort(len: usize, answer: &Answer) -> Self {
+        let mut of = vec![Fate::Delivered; len];
+        for (group, failed) in answer.failed.iter().enumerate() {
+            let count = match &failed.which {
+                Which::All => len,
+                Which::These(indexes) => indexes.len(),
+            };
+            let fate = match failed.failure {
+                Failure::Retry { .. } | Failure::Hold => Fate::Open,
+                Failure::Suspect if count > 1 => Fate::Suspect,
+                // Suspected alone is guilty.
+                Failure::Suspect | Failure::Reject => Fate::Bad(group),
+            };
+            match &failed.which {
+                Which::All => of.fill(fate),
+                Which::These(indexes) => indexes.iter().for_each(|&index| of[index] = fate),
+            }
+        }
+        let suspects = of.iter().filter(|&&fate| fate == Fate::Suspect).count();
+        let halfway = of
+            .iter()
+            .enumerate()
+            .filter(|&(_, &fate)| fate == Fate::Suspect)
+            .nth(suspects / 2)
+            .map(|(index, _)| index);
+        Self { of, halfway }
+    }
+
+    fn is_open(&self, index: usize) -> bool {
+        matches!(self.of[index], Fate::Open | Fate::Suspect)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,301 @@
+//! The shell around delivery: one task per sink that reads the log, sends, and moves the cursor.
+//!
+//! Owns: when to read, and the order of effects: a dead letter is durable before the cursor passes
+//! it, and the cursor moves only over what `delivery` calls done. A range that is missing from the
+//! log is passed over with a warning; it stands in the loss ledger.
+//! Deliberately absent: decisions about requests (`delivery`), and shared state between sinks.
+
+mod report;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use storage::{Read, ReadError, StateError, Store};
+use tokio::sync::watch;
+use tokio::task::{JoinError, JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use self::report::Report;
+use crate::cloudevents::Envelope;
+use crate::config::{SinkConfig, Target};
+use crate::delivery::{Delivery, Limits, Moment, Trouble};
+use crate::file::FileSink;
+use crate::http::HttpSink;
+#[cfg(feature = "kafka")]
+use crate::kafka::KafkaSink;
+use crate::origin::Origin;
+use crate::retry::Backoff;
+use crate::sink::{Answer, RequestId, Sink};
+
+/// What a sink is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SinkState {
+    /// Not yet connected.
+    Starting,
+    /// Everything that is durable has been delivered.
+    Idle,
+    /// Sending.
+    Sending,
+    /// The last request failed; it is tried again after a pause.
+    Retrying {
+        /// What went wrong.
+        error: String,
+    },
+    /// The upstream refuses us (authentication, unknown topic ...): nothing is dropped, tried again
+    /// slowly, and somebody must act.
+    Held {
+        /// What the upstream said, and what to do.
+        error: String,
+    },
+    /// Shut down.
+    Stopped,
+}
+
+/// A look at a sink. Counters are since the start of the process.
+#[derive(Clone, Debug)]
+pub struct SinkStatus {
+    /// Name.
+    pub name: String,
+    /// `http`, `kafka` or `file`.
+    pub kind: &'static str,
+    /// What it is doing.
+    pub state: SinkState,
+    /// Next offset that it needs: the end of the contiguous acknowledged prefix.
+    pub cursor: u64,
+    /// Events acknowledged.
+    pub delivered_events: u64,
+    /// Event bytes acknowledged.
+    pub delivered_bytes: u64,
+    /// Events sent to the dead letters.
+    pub dead_lettered_events: u64,
+    /// Requests that failed and were tried again.
+    pub retries: u64,
+    /// Last acknowledgement, microseconds since the Unix epoch.
+    pub last_delivered_us: Option<u64>,
+}
+
+/// Reports that a sink needs nothing below an offset any more. Must not block: the committer
+/// coalesces moves and writes them with its next batch.
+pub type MoveCursor = Arc<dyn Fn(&str, u64) + Send + Sync>;
+
+/// One sink's task.
+pub struct Forwarder {
+    config: SinkConfig,
+    origin: Origin,
+    store: Store,
+    watermark: watch::Receiver<u64>,
+    report: Report,
+    cursor: u64,
+}
+
+impl Forwarder {
+    /// Prepares a forwarder that starts at the store's durable cursor. `watermark` is a wake-up:
+    /// it carries the durable end of the log.
+    pub fn new(
+        config: SinkConfig,
+        origin: Origin,
+        store: Store,
+        watermark: watch::Receiver<u64>,
+        move_cursor: MoveCursor,
+    ) -> Self {
+        let cursor = store.cursor(&config.name).unwrap_or_else(|| store.stats().first_offset);
+        let report = Report::new(&config.name, config.target.kind(), cursor, move_cursor);
+        Self { config, origin, store, watermark, report, cursor }
+    }
+
+    /// A view of the status that stays valid while the task runs, and after it.
+    pub fn status(&self) -> watch::Receiver<SinkStatus> {
+        self.report.subscribe()
+    }
+
+    /// Runs until cancelled; then lets the requests in flight end, within their timeout, and returns.
+    ///
+    /// # Panics
+    /// Only on a bug of this package. Give it a task of its own, so that it ends nothing else.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let timeout = self.config.request_timeout;
+        let envelope = Envelope::new(&self.origin, &self.config.event_type);
+        match self.config.target.clone() {
+            Target::Http(config) => {
+                let sink = HttpSink::new(config, envelope, &self.origin, timeout);
+                self.drive(sink, shutdown).await;
+            }
+            #[cfg(feature = "kafka")]
+            Target::Kafka(config) => {
+                self.drive(KafkaSink::new(config, envelope, timeout), shutdown).await;
+            }
+            Target::File(config) => self.drive(FileSink::new(config, envelope), shutdown).await,
+        }
+    }
+
+    async fn drive<S: Sink>(self, sink: S, shutdown: CancellationToken) {
+        let config = self.config;
+        let limits =
+            Limits::new(config.request_events_max, config.request_bytes_max, sink.window());
+        let backoff = Backoff::new(config.retry_backoff_min, config.retry_backoff_max);
+        let task = Task {
+            sink,
+            delivery: Delivery::new(config.name, limits, backoff, self.cursor),
+            limits,
+            store: self.store,
+            watermark: self.watermark,
+            report: self.report,
+            reading: None,
+            writing: None,
+            backlog: false,
+        };
+        task.run(shutdown).await;
+    }
+}
+
+/// A forwarder at work: one owner of everything, one `select!`, then plain functions that change
+/// state.
+struct Task<S> {
+    sink: S,
+    delivery: Delivery,
+    limits: Limits,
+    store: Store,
+    watermark: watch::Receiver<u64>,
+    report: Report,
+    /// A read of the log, on the blocking pool.
+    reading: Option<JoinHandle<Result<Read, ReadError>>>,
+    /// Dead letters being made durable, on the blocking pool, and how many.
+    writing: Option<JoinHandle<(usize, Result<(), StateError>)>>,
+    /// The last read left something behind.
+    backlog: bool,
+}
+
+impl<S: Sink> Task<S> {
+    async fn run(mut self, shutdown: CancellationToken) {
+        let mut stopping = false;
+        let mut watched = true;
+        loop {
+            let now = Moment::now();
+            self.write_letters(now);
+            if !stopping {
+                self.begin_requests(now);
+                self.read_on(now);
+            }
+            let caught_up = self.delivery.read_to() >= *self.watermark.borrow();
+            self.report.update(&self.delivery, caught_up, now);
+            if stopping && self.is_quiet() {
+                break;
+            }
+            let resumes_at = self.delivery.resumes_at().filter(|&at| at > now.at && !stopping);
+            tokio::select! {
+                () = shutdown.cancelled(), if !stopping => stopping = true,
+                (id, answer) = self.sink.answer() => self.answered(id, &answer),
+                read = finished(&mut self.reading) => self.has_read(read),
+                (count, result) = finished(&mut self.writing) => self.has_written(count, result),
+                // Only once all is read: a busy log is not to wake us with every commit.
+                changed = self.watermark.changed(), if watched && caught_up => {
+                    watched = changed.is_ok();
+                }
+                () = sleep_until(resumes_at) => {}
+            }
+        }
+        // A producer's threads end while it is dropped: not where other tasks run.
+        let sink = self.sink;
+        joined(tokio::task::spawn_blocking(move || drop(sink)).await);
+        self.report.stopped();
+    }
+
+    /// Whether nothing is under way any more. Dead letters that the store does not take now are
+    /// found again from the cursor.
+    fn is_quiet(&self) -> bool {
+        self.delivery.in_flight() == 0 && self.reading.is_none() && self.writing.is_none()
+    }
+
+    fn begin_requests(&mut self, now: Moment) {
+        while let Some(request) = self.delivery.next_request(now) {
+            self.sink.begin(request);
+        }
+    }
+
+    fn read_on(&mut self, now: Moment) {
+        let from = self.delivery.read_to();
+        if self.reading.is_some()
+            || from >= *self.watermark.borrow_and_update()
+            || !self.delivery.wants_events(self.backlog, now)
+        {
+            return;
+        }
+        let store = self.store.clone();
+        let (events_max, bytes_max) = (self.limits.read_events_max(), self.limits.read_bytes_max());
+        self.reading =
+            Some(tokio::task::spawn_blocking(move || store.read(from, events_max, bytes_max)));
+    }
+
+    fn has_read(&mut self, read: Result<Read, ReadError>) {
+        let from = self.delivery.read_to();
+        match read {
+            Ok(read) if read.next > from => {
+                self.report.missing(&read.missing);
+                self.backlog = read.next < *self.watermark.borrow();
+                self.delivery.push(read);
+            }
+            Ok(_) => self.store_failed(format!("the log gave nothing at offset {from}")),
+            Err(error) => self.store_failed(error.to_string()),
+        }
+    }
+
+    fn answered(&mut self, id: RequestId, answer: &Answer) {
+        self.delivery.answer(id, answer, Moment::now(), fastrand::f64());
+    }
+
+    fn write_letters(&mut self, now: Moment) {
+        let letters = self.delivery.letters();
+        if self.writing.is_some() || letters.is_empty() || self.store_is_failing(now) {
+            return;
+        }
+        self.report.dead_letters(letters, now);
+        let (store, letters) = (self.store.clone(), letters.to_vec());
+        self.writing = Some(tokio::task::spawn_blocking(move || {
+            (letters.len(), store.put_dead_letters(&letters))
+        }));
+    }
+
+    fn has_written(&mut self, count: usize, result: Result<(), StateError>) {
+        match result {
+            Ok(()) => self.delivery.letters_written(count),
+            Err(error) => self.store_failed(error.to_string()),
+        }
+    }
+
+    fn store_failed(&mut self, reason: String) {
+        let now = Moment::now();
+        self.report.complain(&Trouble::Store(reason.clone()), now);
+        self.delivery.store_failed(reason, now, fastrand::f64());
+    }
+
+    fn store_is_failing(&self, now: Moment) -> bool {
+        matches!(self.delivery.trouble(), Some(Trouble::Store(_))) && self.delivery.is_paused(now)
+    }
+}
+
+/// Waits for a job on the blocking pool; pends while there is none. Cancel-safe.
+async fn finished<T>(job: &mut Option<JoinHandle<T>>) -> T {
+    match job {
+        Some(handle) => {
+            let outcome = handle.await;
+            *job = None;
+            joined(outcome)
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// What a job gave; its panic goes on in this task.
+fn joined<T>(outcome: Result<T, JoinError>) -> T {
+    outcome.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,343 @@
+//! Forwarders between a real store and upstreams on loopback.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use serde_json::Value;
+use storage::{AtQuota, SinkRetention, StoreOptions, Writer};
+use tokio::task::JoinSet;
+
+use super::*;
+use crate::config::{FileConfig, HttpConfig};
+use crate::fake::{self, Upstream, reply};
+
+/// A store, its writer, and what the gateway would put around them.
+struct Log {
+    store: Store,
+    writer: Writer,
+    watermark: watch::Sender<u64>,
+    cursors: Arc<Mutex<Vec<(String, u64)>>>,
+}
+
+impl Log {
+    fn open(dir: &Path, sinks: &[&str]) -> Self {
+        Self::with(Self::options(dir, sinks))
+    }
+
+    fn options(dir: &Path, sinks: &[&str]) -> StoreOptions {
+        StoreOptions {
+            dir: dir.join("data"),
+            partitions: 1,
+            sinks: sinks.iter().map(|&name| SinkRetention { name: name.into() }).collect(),
+            file_bytes_max: 1 << 20,
+            cache_bytes: 1 << 20,
+            quota_bytes: 1 << 30,
+            at_quota: AtQuota::Hold,
+            retain_bytes: 0,
+            retain_age_us: 0,
+        }
+    }
+
+    fn with(options: StoreOptions) -> Self {
+        let (store, writer) = Store::open(options, 1).expect("a store");
+        let watermark = watch::Sender::new(store.mark().watermark);
+        Self { store, writer, watermark, cursors: Arc::default() }
+    }
+
+    /// Commits events of three devices in turn, numbered by their sequence number.
+    fn append(&mut self, count: u64) {
+        let from = self.store.mark().watermark;
+        let event = |n: u64| fake::event(&format!("dev-{}", n % 3), &format!("{{\"n\":{n}}}"));
+        let events: Vec<_> = (from..from + count).map(event).collect();
+        self.writer.commit(&events, &[], 1).expect("committed");
+        self.watermark.send_replace(self.store.mark().watermark);
+    }
+
+    fn forwarder(&self, config: SinkConfig) -> Forwarder {
+        let cursors = Arc::clone(&self.cursors);
+        let move_cursor: MoveCursor =
+            Arc::new(move |sink, offset| cursors.lock().unwrap().push((sink.into(), offset)));
+        let origin = fake::origin();
+        Forwarder::new(config, origin, self.store.clone(), self.watermark.subscribe(), move_cursor)
+    }
+
+    /// Makes the cursors that were moved durable, as the committer would.
+    fn commit_cursors(&mut self) {
+        let moves = std::mem::take(&mut *self.cursors.lock().unwrap());
+        let moves: Vec<_> = moves
+            .into_iter()
+            .map(|(sink, offset)| storage::Control::Cursor { sink: sink.into(), offset })
+            .collect();
+        self.writer.commit(&[], &moves, 1).expect("committed");
+    }
+}
+
+fn http(name: &str, url: &str) -> SinkConfig {
+    SinkConfig {
+        request_events_max: 10,
+        retry_backoff_min: Duration::from_millis(1),
+        retry_backoff_max: Duration::from_millis(20),
+        ..SinkConfig::new(name, Target::Http(HttpConfig::new(url)))
+    }
+}
+
+/// Running forwarders; stops them in order.
+struct Running {
+    tasks: JoinSet<()>,
+    shutdown: CancellationToken,
+}
+
+impl Running {
+    fn start(forwarders: impl IntoIterator<Item = Forwarder>) -> Self {
+        let (mut tasks, shutdown) = (JoinSet::new(), CancellationToken::new());
+        for forwarder in forwarders {
+            tasks.spawn(forwarder.run(shutdown.clone()));
+        }
+        Self { tasks, shutdown }
+    }
+
+    async fn stop(mut self) {
+        self.shutdown.cancel();
+        while let Some(outcome) = self.tasks.join_next().await {
+            outcome.expect("no panic");
+        }
+    }
+}
+
+async fn until(
+    status: &mut watch::Receiver<SinkStatus>,
+    reached: impl FnMut(&SinkStatus) -> bool,
+) -> SinkStatus {
+    status.wait_for(reached).await.expect("the forwarder lives").clone()
+}
+
+#[tokio::test]
+async fn what_is_stored_and_what_comes_later_is_delivered_in_order() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["cloud"]);
+    log.append(95);
+    let upstream = Upstream::start(|_| reply(204)).await;
+    let forwarder = log.forwarder(http("cloud", &upstream.url));
+    let mut status = forwarder.status();
+    assert_eq!(status.borrow().state, SinkState::Starting);
+    let running = Running::start([forwarder]);
+    let seen = until(&mut status, |s| s.state == SinkState::Idle).await;
+    assert_eq!((seen.cursor, seen.delivered_events), (95, 95));
+    assert!(seen.last_delivered_us.is_some());
+    for _ in 0..20 {
+        log.append(3);
+    }
+    let seen = until(&mut status, |s| s.cursor == 155).await;
+    running.stop().await;
+    assert_eq!(seen.retries, 0);
+    assert_eq!(upstream.seqs(), (0..155).collect::<Vec<_>>());
+    assert_eq!(status.borrow().state, SinkState::Stopped);
+    assert_eq!(log.cursors.lock().unwrap().last(), Some(&("cloud".to_owned(), 155)));
+    assert!(upstream.accepted().iter().all(|received| received.seqs().len() <= 10));
+}
+
+#[tokio::test]
+async fn an_outage_loses_nothing_and_is_visible() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["cloud"]);
+    let upstream = Upstream::start(|_| reply(503)).await;
+    let forwarder = log.forwarder(http("cloud", &upstream.url));
+    let mut status = forwarder.status();
+    let running = Running::start([forwarder]);
+    log.append(50);
+    let seen = until(&mut status, |s| s.retries > 3).await;
+    assert!(matches!(&seen.state, SinkState::Retrying { error } if error.contains("503")));
+    assert_eq!(seen.cursor, 0);
+    // Down, up, and down in the middle.
+    let mut count = 0;
+    upstream.behave(move |_| {
+        count += 1;
+        reply(if count == 3 || count == 4 { 500 } else { 200 })
+    });
+    until(&mut status, |s| s.cursor == 50 && s.state == SinkState::Idle).await;
+    running.stop().await;
+    assert_eq!(upstream.seqs(), (0..50).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_dead_sink_does_not_touch_the_other() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["dead", "file"]);
+    log.append(100);
+    let upstream = Upstream::start(|_| reply(401)).await;
+    let path = dir.path().join("events.ndjson");
+    let dead = log.forwarder(http("dead", &upstream.url));
+    let file = log.forwarder(SinkConfig::new("file", Target::File(FileConfig::new(&path))));
+    let (mut dead_status, mut file_status) = (dead.status(), file.status());
+    let running = Running::start([dead, file]);
+    let held = until(&mut dead_status, |s| matches!(s.state, SinkState::Held { .. })).await;
+    until(&mut file_status, |s| s.cursor == 100).await;
+    running.stop().await;
+    assert_eq!((held.cursor, held.dead_lettered_events), (0, 0));
+    let text = std::fs::read_to_string(path).expect("a file");
+    let data = |line| serde_json::from_str::<Value>(line).expect("JSON")["data"]["n"].as_u64();
+    assert!(text.lines().map(data).eq((0..100).map(Some)));
+}
+
+#[tokio::test]
+async fn poison_goes_to_the_dead_letters_and_its_neighbours_arrive_in_order() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["cloud"]);
+    log.append(60);
+    let poison = [7, 23, 24, 59];
+    let upstream = Upstream::start(move |received| {
+        if received.seqs().iter().any(|seq| poison.contains(seq)) {
+            (StatusCode::BAD_REQUEST, vec![], "no such unit".into())
+        } else {
+            reply(200)
+        }
+    })
+    .await;
+    let forwarder = log.forwarder(http("cloud", &upstream.url));
+    let mut status = forwarder.status();
+    let running = Running::start([forwarder]);
+    let seen = until(&mut status, |s| s.cursor == 60).await;
+    running.stop().await;
+    assert_eq!((seen.delivered_events, seen.dead_lettered_events), (56, 4));
+    let rest: Vec<u64> = (0..60).filter(|seq| !poison.contains(seq)).collect();
+    assert_eq!(upstream.seqs(), rest);
+    let letters = log.store.dead_letters("cloud", 0, 100).expect("readable");
+    assert_eq!(letters.iter().map(|letter| letter.event.seq).collect::<Vec<_>>(), poison);
+    for letter in letters {
+        assert_eq!(letter.reason, "HTTP 400 Bad Request: no such unit");
+        assert!(letter.attempts > 1 && letter.first_us <= letter.last_us);
+    }
+}
+
+#[tokio::test]
+async fn a_restart_goes_on_at_the_durable_cursor() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let upstream = Upstream::start(|_| reply(200)).await;
+    {
+        let mut log = Log::open(dir.path(), &["cloud"]);
+        log.append(40);
+        let forwarder = log.forwarder(http("cloud", &upstream.url));
+        let mut status = forwarder.status();
+        let running = Running::start([forwarder]);
+        until(&mut status, |s| s.cursor == 40).await;
+        running.stop().await;
+        log.commit_cursors();
+        log.append(5);
+        log.writer.close().expect("closed");
+    }
+    let log = Log::open(dir.path(), &["cloud"]);
+    let forwarder = log.forwarder(http("cloud", &upstream.url));
+    let mut status = forwarder.status();
+    assert_eq!(status.borrow().cursor, 40);
+    let running = Running::start([forwarder]);
+    until(&mut status, |s| s.cursor == 45).await;
+    running.stop().await;
+    assert_eq!(upstream.seqs(), (0..45).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_shutdown_waits_for_the_request_in_flight_and_begins_no_other() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["cloud"]);
+    log.append(30);
+    let shutdown = CancellationToken::new();
+    let token = shutdown.clone();
+    // Asked to stop while the first request is with the upstream.
+    let upstream = Upstream::start(move |_| {
+        token.cancel();
+        reply(200)
+    })
+    .await;
+    let forwarder = log.forwarder(http("cloud", &upstream.url));
+    let status = forwarder.status();
+    forwarder.run(shutdown).await;
+    assert_eq!(upstream.seqs(), (0..10).collect::<Vec<_>>());
+    assert_eq!(status.borrow().cursor, 10);
+    assert_eq!(log.cursors.lock().unwrap().last(), Some(&("cloud".to_owned(), 10)));
+}
+
+#[tokio::test]
+async fn a_shutdown_does_not_wait_for_an_upstream_that_is_down() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["cloud"]);
+    log.append(30);
+    let upstream = Upstream::start(|_| reply(500)).await;
+    let mut config = http("cloud", &upstream.url);
+    (config.retry_backoff_min, config.retry_backoff_max) =
+        (Duration::from_hours(1), Duration::from_hours(1));
+    let forwarder = log.forwarder(config);
+    let mut status = forwarder.status();
+    let running = Running::start([forwarder]);
+    until(&mut status, |s| s.retries == 1).await;
+    running.stop().await;
+    assert_eq!(status.borrow().state, SinkState::Stopped);
+}
+
+#[tokio::test]
+async fn what_a_policy_has_dropped_is_passed_over() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::with(StoreOptions {
+        file_bytes_max: 64 * 1024,
+        quota_bytes: 512 * 1024,
+        at_quota: AtQuota::DropOldest,
+        ..Log::options(dir.path(), &["cloud"])
+    });
+    for _ in 0..200 {
+        log.append(100);
+    }
+    let end = log.store.mark().watermark;
+    let upstream = Upstream::start(|_| reply(200)).await;
+    let mut config = http("cloud", &upstream.url);
+    config.request_events_max = 1_000;
+    let forwarder = log.forwarder(config);
+    let mut status = forwarder.status();
+    let running = Running::start([forwarder]);
+    let seen = until(&mut status, |s| s.cursor == end).await;
+    running.stop().await;
+    let lost: u64 =
+        log.store.losses().expect("readable").iter().map(|l| l.offsets.end - l.offsets.start).sum();
+    assert!(lost > 0, "the quota was to bite");
+    assert_eq!(seen.delivered_events, end - lost);
+    assert_eq!(upstream.seqs(), (lost..end).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_gateway_that_went_away_does_not_make_it_spin() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["cloud"]);
+    log.append(3);
+    let upstream = Upstream::start(|_| reply(200)).await;
+    let forwarder = log.forwarder(http("cloud", &upstream.url));
+    let mut status = forwarder.status();
+    let running = Running::start([forwarder]);
+    drop(std::mem::replace(&mut log.watermark, watch::Sender::new(0)));
+    until(&mut status, |s| s.cursor == 3).await;
+    running.stop().await;
+}
+
+#[cfg(feature = "kafka")]
+#[tokio::test]
+async fn kafka_takes_a_backlog_through_its_window() {
+    use crate::config::KafkaConfig;
+    use rdkafka::mocking::MockCluster;
+
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["bus"]);
+    for _ in 0..10 {
+        log.append(500);
+    }
+    let cluster = MockCluster::new(1).expect("a mock cluster");
+    cluster.create_topic("events", 2, 1).expect("a topic");
+    let config = KafkaConfig::new(cluster.bootstrap_servers(), "events");
+    let forwarder = log.forwarder(SinkConfig {
+        request_events_max: 100,
+        ..SinkConfig::new("bus", Target::Kafka(config))
+    });
+    let mut status = forwarder.status();
+    let running = Running::start([forwarder]);
+    let seen = until(&mut status, |s| s.cursor == 5_000).await;
+    running.stop().await;
+    assert_eq!((seen.delivered_events, seen.retries), (5_000, 0));
+}

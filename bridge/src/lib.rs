@@ -1,0 +1,31 @@
+//! The way out of edge-gateway: sinks and delivery.
+//!
+//! Owns: one forwarder per sink, each with its own cursor, budgets and failures.
+//! Invariant: a cursor is the end of the contiguous prefix that the upstream has acknowledged, or
+//! that the dead letters hold; the outage of one sink never touches another.
+//! Deliberately absent: MQTT ingest, redb types, metrics (outcomes are in [`SinkStatus`]).
+//!
+//! # Code map
+//! - [`config`]: validated settings of a sink.
+//! - `sink`: the trait, and how an upstream's answers are sorted.
+//! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
+//! - [`forwarder`]: the shell around it; `retry`: backoff.
+//! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
+//!   with whose name (`origin`).
+
+mod cloudevents;
+pub mod config;
+mod delivery;
+#[cfg(test)]
+mod fake;
+mod file;
+pub mod forwarder;
+mod http;
+#[cfg(feature = "kafka")]
+mod kafka;
+mod origin;
+mod retry;
+mod sink;
+
+pub use forwarder::{Forwarder, SinkState, SinkStatus};
+pub use origin::Origin;

@@ -1,0 +1,112 @@
+//! What every sink is: something that takes requests and says what became of their events.
+//!
+//! Owns: the [`Sink`] trait, and the one vocabulary ([`Answer`], [`Failure`]) into which a sink
+//! sorts what its upstream said. Nothing behind the trait decides what to do next: that is
+//! `delivery`.
+//! Deliberately absent: retries, pauses, cursors. A sink that failed is simply asked again.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use storage::StoredEvent;
+
+/// Number of a request, rising by one within a sink's life.
+pub(crate) type RequestId = u64;
+
+/// Events that are sent at once, in offset order.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    /// Names it in the answer.
+    pub(crate) id: RequestId,
+    /// Never empty. The indexes of an [`Answer`] are positions in here.
+    pub(crate) events: Arc<Vec<StoredEvent>>,
+}
+
+/// How much may be in flight at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_field_names, reason = "a bound ends the name")]
+pub(crate) struct Window {
+    /// Requests.
+    pub(crate) requests_max: usize,
+    /// Events over all requests; bounds one request as well.
+    pub(crate) events_max: usize,
+    /// Event bytes over all requests; a single larger event still goes, alone.
+    pub(crate) bytes_max: usize,
+}
+
+/// What became of the events of a request: those that no failure names were delivered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Answer {
+    /// Disjoint groups of events that were not delivered.
+    pub(crate) failed: Vec<Failed>,
+}
+
+/// A group of events that were not delivered, for one reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Failed {
+    /// Which ones.
+    pub(crate) which: Which,
+    /// What it means for them.
+    pub(crate) failure: Failure,
+    /// What the upstream said, in one line.
+    pub(crate) reason: String,
+}
+
+/// Events of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// All of them.
+    All,
+    /// These, by index; not empty.
+    #[cfg_attr(not(feature = "kafka"), allow(dead_code, reason = "only Kafka names events"))]
+    These(Vec<usize>),
+}
+
+/// The four ways to fail: every answer of every upstream is sorted into one of them, once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// Nothing wrong with the events: try again later, and not before the upstream asks for it.
+    Retry {
+        /// Pause that the upstream asked for.
+        after: Option<Duration>,
+    },
+    /// At least one of these events is bad, and the upstream does not say which.
+    Suspect,
+    /// Each of these events is bad.
+    #[cfg_attr(not(feature = "kafka"), allow(dead_code, reason = "only Kafka names events"))]
+    Reject,
+    /// The upstream refuses us, not the events (authentication, unknown topic ...). Somebody must
+    /// act, and the reason says how; until then nothing is dropped.
+    Hold,
+}
+
+impl Answer {
+    /// Every event was delivered.
+    pub(crate) fn delivered() -> Self {
+        Self::default()
+    }
+    /// No event was delivered.
+    pub(crate) fn failed(failure: Failure, reason: impl Into<String>) -> Self {
+        Self { failed: vec![Failed { which: Which::All, failure, reason: reason.into() }] }
+    }
+}
+
+/// One upstream.
+///
+/// Contract, on which the order per device rests: requests are taken in the order in which they
+/// were begun, and once one of them was not delivered, no later one that was in flight beside it
+/// delivers an event of the same device.
+pub(crate) trait Sink: Send + 'static {
+    /// What may be in flight; constant through the sink's life.
+    fn window(&self) -> Window;
+
+    /// Hands a request over. Does not wait for the upstream.
+    fn begin(&mut self, request: Request);
+
+    /// Waits for the answer to any request that was begun. Each gets exactly one, within the
+    /// request timeout. Pends while nothing is in flight.
+    ///
+    /// Cancel-safe: dropping the future loses no answer.
+    fn answer(&mut self) -> impl Future<Output = (RequestId, Answer)> + Send;
+}
