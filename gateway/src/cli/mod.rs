@@ -1,0 +1,103 @@
+//! The command line: one module per verb, and the exit codes that scripts rely on.
+
+mod check;
+mod demo;
+mod logging;
+mod run;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Done, and where there was an audit it balanced.
+const DONE: u8 = 0;
+/// Something failed at run time.
+const FAILED: u8 = 1;
+/// The configuration or the arguments are wrong. clap uses the same number.
+const WRONG_INPUT: u8 = 2;
+/// The audit found loss or disorder.
+const UNBALANCED: u8 = 3;
+
+/// MQTT in, a durable log, store-and-forward to Kafka or HTTP.
+///
+/// A device is acked only when its event is on disk. Whatever happens upstream, events keep their
+/// order per device and are delivered when the upstream is back.
+#[derive(Parser)]
+#[command(name = "edge-gateway", version, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  edge-gateway demo                                 see it work: outage, kill -9, balance
+  edge-gateway check --config gateway.toml          every mistake at once
+  edge-gateway run --config gateway.toml            the gateway
+  edge-gateway status                               what a running gateway is doing
+
+Exit codes: 0 done and balanced, 1 failed at run time, 2 wrong configuration or arguments,
+3 the audit found loss or disorder.";
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run the gateway until SIGTERM or SIGINT
+    Run(ConfigFile),
+    /// Check a configuration: every problem at once, exit code 2 if there is one
+    Check(ConfigFile),
+    /// Show what a running gateway is doing
+    Status(status::StatusArgs),
+    /// See the whole journey on this machine: a fleet, an outage, a kill -9, and the final balance
+    Demo(demo::DemoArgs),
+}
+
+#[derive(Args)]
+struct ConfigFile {
+    /// Configuration file (TOML); see configs/gateway.toml for every key
+    #[arg(
+        short = 'c',
+        long = "config",
+        value_name = "FILE",
+        env = "EDGE_GATEWAY_CONFIG",
+        default_value = "/etc/edge-gateway/gateway.toml"
+    )]
+    path: PathBuf,
+}
+
+/// Parses the arguments and does what they say.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    crate::install_tls_provider();
+    let code = match cli.verb {
+        Verb::Run(file) => run::run(&file.path),
+        Verb::Check(file) => check::check(&file.path),
+        Verb::Status(args) => status::status(&args),
+        Verb::Demo(args) => demo::demo(&args),
+    };
+    ExitCode::from(code)
+}
+
+/// Reads a configuration, or says what is wrong with it.
+fn load(path: &std::path::Path) -> Result<crate::config::Config, u8> {
+    crate::config::Config::load(path).map_err(|wrong| {
+        eprintln!("{wrong}");
+        WRONG_INPUT
+    })
+}
+
+/// A runtime for verbs that only ask a running gateway.
+fn small_runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

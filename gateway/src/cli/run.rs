@@ -1,0 +1,105 @@
+//! `run`: the gateway until a signal ends it.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use tokio::runtime::{self, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::{DONE, FAILED, WRONG_INPUT, load, logging};
+use crate::config::Config;
+use crate::{Gateway, StartError};
+
+/// Another signal within this time belongs to the first: wrappers that signal a child and then its
+/// whole group, as `timeout` does, send two.
+const ECHO: Duration = Duration::from_millis(500);
+
+pub(super) fn run(path: &Path) -> u8 {
+    let config = match load(path) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    logging::start(&config.log);
+    let runtime = runtime::Builder::new_multi_thread().enable_all().build();
+    match runtime.map(|runtime| to_the_end(runtime, serve(config))) {
+        Ok(Ok(())) => DONE,
+        Ok(Err(failure)) => {
+            eprintln!("edge-gateway: {failure}");
+            match failure.downcast_ref() {
+                Some(StartError::Store(storage::OpenError::Partitions { .. })) => WRONG_INPUT,
+                _ => FAILED,
+            }
+        }
+        Err(source) => {
+            eprintln!("edge-gateway: cannot start the runtime: {source}");
+            FAILED
+        }
+    }
+}
+
+/// Runs a future, and waits for nothing else: a call that blocks beyond the grace time (a name server
+/// that does not answer, a disk that hangs) must not keep the process.
+fn to_the_end<T>(runtime: Runtime, future: impl Future<Output = T>) -> T {
+    let output = runtime.block_on(future);
+    runtime.shutdown_background();
+    output
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    // Before the ready line: a signal that follows it must not kill us.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let gateway = Gateway::start(config).await?;
+    // Scripts wait for this line, and read the ports from it.
+    println!("{}", gateway.addresses().ready_line());
+    let shutdown = CancellationToken::new();
+    let running = gateway.run(shutdown.clone());
+    tokio::pin!(running);
+    let name = tokio::select! {
+        ended = &mut running => return Ok(ended?),
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    info!("{name}: draining; a second signal ends at once");
+    shutdown.cancel();
+    let first = Instant::now();
+    let second = async {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if first.elapsed() > ECHO {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        ended = running => Ok(ended?),
+        () = second => cut_short(),
+    }
+}
+
+fn cut_short() -> anyhow::Result<()> {
+    warn!("a second signal: not waiting any longer; what is not acked will be sent again");
+    anyhow::bail!("ended by a second signal before everything was flushed")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn a_call_that_blocks_does_not_keep_the_process() {
+        let (unblock, blocked) = mpsc::sync_channel::<()>(0);
+        let runtime = runtime::Builder::new_multi_thread().build().expect("a runtime");
+        to_the_end(runtime, async {
+            tokio::task::spawn_blocking(move || blocked.recv());
+        });
+        drop(unblock);
+    }
+}

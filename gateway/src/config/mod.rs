@@ -1,0 +1,408 @@
+//! The configuration, validated: every value here is in its range.
+//!
+//! Owns: [`Config`], its defaults and bounds, and how it is read from TOML. It is validated once,
+//! here; nothing behind it checks again. `reader` does the reading, `units` sizes and times,
+//! `sinks` the sinks.
+//! Invariant: `configs/gateway.toml` shows every key with the default that this code has; a test
+//! holds the two together.
+
+mod reader;
+mod sinks;
+mod units;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bridge::config::SinkConfig;
+use storage::AtQuota;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+
+use crate::ingest::device_key;
+pub use reader::{Env, Problem};
+use reader::{Reader, Section};
+
+/// The whole configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `[gateway]`.
+    pub gateway: GatewayConfig,
+    /// `[[listener]]`, at least one.
+    pub listeners: Vec<ListenerConfig>,
+    /// `[[route]]`, in the order in which they are tried. None: every topic is accepted and the
+    /// device key is the client id.
+    pub routes: Vec<RouteConfig>,
+    /// `[ingest]`.
+    pub ingest: IngestConfig,
+    /// `[storage]`.
+    pub storage: StorageConfig,
+    /// `[[sink]]`.
+    pub sinks: Vec<SinkConfig>,
+    /// `[admin]`.
+    pub admin: AdminConfig,
+    /// `[log]`.
+    pub log: LogConfig,
+}
+
+/// `[gateway]`.
+#[derive(Clone, Debug)]
+pub struct GatewayConfig {
+    /// Name of this gateway, in the identity of every event.
+    pub id: String,
+    /// Data folder.
+    pub data_dir: PathBuf,
+    /// How long a shutdown may take to flush and to let requests end.
+    pub shutdown_grace: Duration,
+}
+
+/// `[[listener]]`.
+#[derive(Clone, Debug)]
+pub struct ListenerConfig {
+    /// Address and port; port 0 takes one from the system.
+    pub bind: SocketAddr,
+    /// Whether a CONNECT without credentials is let in.
+    pub allow_anonymous: bool,
+    /// Connections at once, at most.
+    pub connections_max: usize,
+    /// Time from accept to a whole CONNECT, at most.
+    pub connect_timeout: Duration,
+    /// Largest packet in bytes, fixed header included.
+    pub packet_bytes_max: usize,
+    /// QoS 1 publishes of one connection that wait for their ack, at most; v5 clients are told so
+    /// as Receive Maximum.
+    pub in_flight_max: u16,
+}
+
+/// `[[route]]`.
+#[derive(Clone, Debug)]
+pub struct RouteConfig {
+    /// MQTT topic filter whose one `{device}` level, if any, is the device key.
+    pub filter: String,
+    /// Media type of payloads that name none themselves.
+    pub content_type: Option<String>,
+}
+
+/// `[ingest]`.
+#[derive(Clone, Debug)]
+pub struct IngestConfig {
+    /// Number of partitions, 1 to 1024; fixed when the store is created.
+    pub partitions: u16,
+    /// Events a partition's ring holds, at most.
+    pub ring_events_max: usize,
+    /// Event bytes in all rings together, at most.
+    pub ring_bytes_max: usize,
+    /// Longest wait for more events before a commit. Zero: none, commits follow the disk.
+    pub commit_linger_max: Duration,
+    /// Events in one commit, at most.
+    pub commit_events_max: usize,
+    /// Event bytes in one commit, at most.
+    pub commit_bytes_max: usize,
+    /// Decoded publishes held for connections whose ring is full, in bytes over all connections.
+    pub held_bytes_max: usize,
+}
+
+/// `[storage]`.
+#[derive(Clone, Debug)]
+pub struct StorageConfig {
+    /// Bytes the log may take on disk.
+    pub quota_bytes: u64,
+    /// What happens at the quota.
+    pub at_quota: AtQuota,
+    /// Size in bytes at which a log file is sealed.
+    pub file_bytes_max: u64,
+    /// redb's cache in bytes.
+    pub cache_bytes: usize,
+    /// Delivered data kept for replay, in bytes.
+    pub retain_bytes: u64,
+    /// Delivered data kept for replay, by age.
+    pub retain_age: Duration,
+}
+
+/// `[admin]`.
+#[derive(Clone, Debug)]
+pub struct AdminConfig {
+    /// Address and port; port 0 takes one from the system.
+    pub bind: SocketAddr,
+}
+
+/// `[log]`.
+#[derive(Clone, Debug)]
+pub struct LogConfig {
+    /// Least severity that is written, or a filter per module as `tracing` knows them.
+    pub level: String,
+    /// How a line looks.
+    pub format: LogFormat,
+}
+
+/// How a log line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why there is no configuration.
+#[derive(Debug)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It can be read, and these are its mistakes, in the order of the lines.
+    Invalid(Vec<Problem>),
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreadable { path, source } => write!(
+                f,
+                "cannot read the configuration {}: {source}; name another file with --config",
+                path.display()
+            ),
+            Self::Invalid(problems) => {
+                for (i, problem) in problems.iter().enumerate() {
+                    let end = if i + 1 < problems.len() { "\n" } else { "" };
+                    write!(f, "{problem}{end}")?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Config {
+    /// Reads a file, with `${NAME}` in its texts taken from the process environment.
+    ///
+    /// # Errors
+    /// See [`ConfigError`]: every problem at once.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+        Self::parse(&path.display().to_string(), &text, &|name| std::env::var(name).ok())
+    }
+
+    /// Reads a text. `file` names it in messages, `env` looks up `${NAME}`.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] with every problem.
+    pub fn parse(file: &str, text: &str, env: Env<'_>) -> Result<Self, ConfigError> {
+        Self::parse_asking(file, text, env).0
+    }
+
+    /// As [`Config::parse`], with every key that was asked for.
+    fn parse_asking(
+        file: &str,
+        text: &str,
+        env: Env<'_>,
+    ) -> (Result<Self, ConfigError>, BTreeSet<String>) {
+        let reader = Reader::new(file, text, env);
+        let table = reader.parse();
+        let config = read(&reader.root(&table));
+        drop(table);
+        let asked = reader.asked();
+        (reader.finish().map(|()| config).map_err(ConfigError::Invalid), asked)
+    }
+}
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const TIB: u64 = 1 << 40;
+const SECOND: Duration = Duration::from_secs(1);
+const DAY: Duration = Duration::from_hours(24);
+
+fn read(root: &Section<'_, '_>) -> Config {
+    let sinks = sinks::read(root);
+    Config {
+        gateway: read_gateway(&root.section("gateway")),
+        listeners: read_listeners(root),
+        routes: read_routes(root),
+        ingest: read_ingest(&root.section("ingest")),
+        storage: read_storage(&root.section("storage"), !sinks.is_empty()),
+        sinks,
+        admin: read_admin(&root.section("admin")),
+        log: read_log(&root.section("log")),
+    }
+}
+
+fn read_gateway(section: &Section<'_, '_>) -> GatewayConfig {
+    let id = section.string("id").unwrap_or_else(host_name);
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if id.is_empty() || id.len() > 64 || !id.chars().all(fits) {
+        section
+            .problem("id", format!("must be 1 to 64 letters, digits, '-', '_' or '.', not {id:?}"));
+    }
+    let data_dir = section.string("data_dir").unwrap_or("/var/lib/edge-gateway".to_owned());
+    if data_dir.is_empty() {
+        section.problem("data_dir", "must name a folder");
+    }
+    GatewayConfig {
+        id,
+        data_dir: data_dir.into(),
+        shutdown_grace: section.time("shutdown_grace", SECOND..=600 * SECOND, 10 * SECOND),
+    }
+}
+
+/// The machine's name: what people would call their gateway when they do not name it.
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+fn read_listeners(root: &Section<'_, '_>) -> Vec<ListenerConfig> {
+    let sections = root.sections("listener");
+    let mut listeners: Vec<ListenerConfig> = Vec::new();
+    for section in &sections {
+        let listener = read_listener(section);
+        if listener.bind.port() != 0 && listeners.iter().any(|l| l.bind == listener.bind) {
+            section.problem("bind", format!("{} is taken by another listener", listener.bind));
+        }
+        listeners.push(listener);
+    }
+    if listeners.is_empty() {
+        // No [[listener]] at all: one on loopback, read like an empty table so that the defaults
+        // stand in one place.
+        listeners.push(read_listener(&root.absent("listener")));
+    }
+    listeners
+}
+
+fn read_listener(section: &Section<'_, '_>) -> ListenerConfig {
+    section.choice("type", &[("mqtt", ())], ());
+    let bind = read_address(section, "bind", SocketAddr::from(([127, 0, 0, 1], 1883)));
+    let loopback = bind.ip().is_loopback();
+    let allow_anonymous = section.boolean("allow_anonymous", loopback);
+    if !allow_anonymous {
+        section.problem(
+            if section.has("allow_anonymous") { "allow_anonymous" } else { "bind" },
+            "nobody could connect: this version knows no users, and anonymous access is on by \
+             default only on loopback; set allow_anonymous = true if the network is trusted",
+        );
+    }
+    ListenerConfig {
+        bind,
+        allow_anonymous,
+        connections_max: section.integer("connections_max", 1..=1_000_000, 10_000) as usize,
+        connect_timeout: section.time("connect_timeout", SECOND..=600 * SECOND, 10 * SECOND),
+        packet_bytes_max: section.size("packet_bytes_max", KIB..=64 * MIB, 256 * KIB) as usize,
+        in_flight_max: section.integer("in_flight_max", 1..=65_535, 1_024) as u16,
+    }
+}
+
+fn read_address(section: &Section<'_, '_>, key: &'static str, default: SocketAddr) -> SocketAddr {
+    let Some(text) = section.string(key) else {
+        return default;
+    };
+    text.parse().unwrap_or_else(|_| {
+        section.problem(
+            key,
+            format!("must be an address and a port such as \"{default}\", not {text:?}"),
+        );
+        default
+    })
+}
+
+fn read_routes(root: &Section<'_, '_>) -> Vec<RouteConfig> {
+    let mut routes = Vec::new();
+    for section in root.sections("route") {
+        let filter = section.required("filter", "a topic filter such as \"devices/{device}/#\"");
+        if let (false, Err(wrong)) = (filter.is_empty(), device_key::RouteFilter::parse(&filter)) {
+            section.problem("filter", wrong.to_string());
+        }
+        routes.push(RouteConfig { filter, content_type: section.string("content_type") });
+    }
+    routes
+}
+
+fn read_ingest(section: &Section<'_, '_>) -> IngestConfig {
+    IngestConfig {
+        partitions: section.integer("partitions", 1..=1_024, 16) as u16,
+        ring_events_max: section.integer("ring_events_max", 16..=1_048_576, 1_024) as usize,
+        ring_bytes_max: section.size("ring_bytes_max", MIB..=GIB, 16 * MIB) as usize,
+        held_bytes_max: section.size("held_bytes_max", MIB..=GIB, 16 * MIB) as usize,
+        commit_linger_max: section.time(
+            "commit_linger_ms_max",
+            Duration::ZERO..=10 * SECOND,
+            Duration::ZERO,
+        ),
+        commit_events_max: section.integer("commit_events_max", 1..=65_536, 4_096) as usize,
+        commit_bytes_max: section.size("commit_bytes_max", 4 * KIB..=64 * MIB, 4 * MIB) as usize,
+    }
+}
+
+fn read_storage(section: &Section<'_, '_>, has_sinks: bool) -> StorageConfig {
+    let policies = [
+        ("hold", AtQuota::Hold),
+        ("refuse", AtQuota::Refuse),
+        ("drop_oldest", AtQuota::DropOldest),
+    ];
+    // Without a sink nothing else would ever make room.
+    let policy = if has_sinks { AtQuota::Hold } else { AtQuota::DropOldest };
+    let at_quota = section.choice("at_quota", &policies, policy);
+    let quota_bytes = section.size("quota_bytes", 16 * MIB..=64 * TIB, 8 * GIB);
+    let file_max = quota_bytes / 4;
+    let file_bytes_max =
+        section.size("file_bytes_max", MIB..=4 * GIB, file_max.clamp(MIB, 128 * MIB));
+    if file_bytes_max > file_max {
+        section.problem(
+            "file_bytes_max",
+            format!(
+                "must be at most a quarter of quota_bytes, {}: room is made a file at a time",
+                units::size(file_max)
+            ),
+        );
+    }
+    StorageConfig {
+        quota_bytes,
+        at_quota,
+        file_bytes_max,
+        cache_bytes: section.size("cache_bytes", MIB..=GIB, 16 * MIB) as usize,
+        retain_bytes: section.size("retain_bytes", 0..=64 * TIB, 0),
+        retain_age: section.time("retain_age", Duration::ZERO..=3_650 * DAY, Duration::ZERO),
+    }
+}
+
+fn read_admin(section: &Section<'_, '_>) -> AdminConfig {
+    AdminConfig { bind: read_address(section, "bind", SocketAddr::from(([127, 0, 0, 1], 9641))) }
+}
+
+fn read_log(section: &Section<'_, '_>) -> LogConfig {
+    let level = section.string("level").unwrap_or("info".to_owned());
+    if !is_log_filter(&level) {
+        section.problem(
+            "level",
+            format!(
+                "must be error, warn, info, debug or trace, or a filter per module such as \
+                 \"info,gateway::mqtt=debug\", not {level:?}"
+            ),
+        );
+    }
+    LogConfig {
+        level,
+        format: section.choice(
+            "format",
+            &[("text", LogFormat::Text), ("json", LogFormat::Json)],
+            LogFormat::Text,
+        ),
+    }
+}
+
+/// Levels and `module=level` pairs. A bare word that is no level names a module to `tracing`, which
+/// would then write nothing of any other: it is a slip of the pen here.
+fn is_log_filter(text: &str) -> bool {
+    let is_level = |word: &str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
+    text.split(',').all(|part| part.contains('=') || is_level(part.trim()))
+        && text.parse::<Targets>().is_ok()
+}
+
+#[cfg(test)]
+mod tests;

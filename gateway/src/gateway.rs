@@ -1,0 +1,223 @@
+//! A gateway as a whole: started, run, and stopped in the order in which data flows.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bridge::Forwarder;
+use bridge::Origin;
+use storage::{SinkRetention, Store, StoreOptions};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::timeout_at;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::addresses::Addresses;
+use crate::admin;
+use crate::config::Config;
+use crate::ingest::device_key::RouteFilterError;
+use crate::ingest::{CommitterError, CommitterHandle, Ingest, Routes, clock};
+use crate::mqtt::{self, Downlink, Front};
+
+/// Why a gateway did not start. Each text is one line that says what and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] storage::OpenError),
+    /// An address cannot be bound.
+    #[error("cannot listen on {address} ({key}): {source}; {}", bind_remedy(source))]
+    Bind {
+        /// Key of the configuration.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A route's filter is none; a configuration that was read from TOML has no such route.
+    #[error("route.filter {0}")]
+    Route(#[from] RouteFilterError),
+    /// The system has no thread for the committer, or a worker panicked.
+    #[error("cannot start: {0}")]
+    System(#[from] std::io::Error),
+}
+
+/// Why a gateway ended although nobody asked it to.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Events cannot be made durable any more.
+    #[error(transparent)]
+    Committer(#[from] CommitterError),
+}
+
+/// A gateway that is ready: its store is open and its addresses are bound.
+pub struct Gateway {
+    addresses: Addresses,
+    fronts: Vec<Front>,
+    forwarders: Vec<Forwarder>,
+    downlink: Downlink,
+    store: Store,
+    committer: CommitterHandle,
+    admin: (TcpListener, Arc<admin::Parts>),
+    grace: Duration,
+}
+
+impl Gateway {
+    /// Opens the store, binds every address and connects the parts. Devices can connect from here
+    /// on; they are served by [`Gateway::run`].
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let started = Instant::now();
+        let routes = Routes::new(&config.routes)?;
+        // Before the store: when this fails there is nothing to undo.
+        let admin = TcpListener::bind(config.admin.bind)
+            .await
+            .map_err(|source| bind_error("admin.bind", config.admin.bind, source))?;
+        let (store, writer) = open_store(&config).await?;
+        let (ingest, committer) =
+            Ingest::start(writer, store.mark().watermark, &config.ingest, config.storage.at_quota)?;
+        let links_max = config.listeners.iter().map(|l| l.connections_max).sum();
+        let downlink = Downlink::new(ingest.watermark(), links_max);
+        let front = Arc::new(mqtt::Shared::new(
+            ingest.clone(),
+            routes,
+            downlink.clone(),
+            config.ingest.held_bytes_max,
+            config.gateway.shutdown_grace,
+        ));
+        let mut fronts = Vec::new();
+        for listener in &config.listeners {
+            match Front::bind(listener, Arc::clone(&front)).await {
+                Ok(front) => fronts.push(front),
+                Err(source) => {
+                    // The store was opened: close it in good order before saying why.
+                    committer.stop().await.ok();
+                    return Err(bind_error("listener.bind", listener.bind, source));
+                }
+            }
+        }
+        let origin = Origin { gateway: config.gateway.id.clone(), epoch: store.epoch() };
+        let forwarders: Vec<_> = config
+            .sinks
+            .into_iter()
+            .map(|sink| {
+                let (store, watermark) = (store.clone(), ingest.watermark());
+                Forwarder::new(sink, origin.clone(), store, watermark, ingest.move_cursor())
+            })
+            .collect();
+        let addresses = Addresses {
+            mqtt: fronts.iter().map(Front::local_addr).collect(),
+            admin: admin.local_addr()?,
+        };
+        let parts = admin::Parts {
+            gateway_id: config.gateway.id,
+            started,
+            front,
+            ingest: ingest.clone(),
+            store: store.clone(),
+            sinks: forwarders.iter().map(Forwarder::status).collect(),
+        };
+        let grace = config.gateway.shutdown_grace;
+        let admin = (admin, Arc::new(parts));
+        Ok(Self { addresses, fronts, forwarders, downlink, store, committer, admin, grace })
+    }
+
+    /// Where it listens.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// Serves until `shutdown` is cancelled; then drains within the grace time: the front acks what
+    /// it took, the sinks end their requests, the last batch and the last cursors are committed.
+    ///
+    /// # Errors
+    /// See [`RunError`]: the committer has ended by itself.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), RunError> {
+        info!("listening: {}", self.addresses);
+        let [front_stop, sinks_stop, admin_stop] = [(); 3].map(|()| CancellationToken::new());
+        let mut admin = JoinSet::new();
+        let (listener, parts) = self.admin;
+        admin.spawn(admin::serve(listener, parts, admin_stop.clone()));
+        let mut fronts = JoinSet::new();
+        for front in self.fronts {
+            fronts.spawn(front.run(front_stop.clone()));
+        }
+        fronts.spawn(self.downlink.follow(self.store, front_stop.clone()));
+        let mut sinks = JoinSet::new();
+        for forwarder in self.forwarders {
+            sinks.spawn(forwarder.run(sinks_stop.clone()));
+        }
+
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => break,
+                // It says why when it is stopped, below.
+                () = self.committer.ended() => break,
+                // A sink runs until it is told to stop: one that ended has panicked.
+                Some(Err(panicked)) = sinks.join_next() => {
+                    error!("a sink panicked and stands still until a restart: {panicked}");
+                }
+            }
+        }
+
+        let deadline = tokio::time::Instant::now() + self.grace;
+        front_stop.cancel();
+        end_by(deadline, "a listener", fronts).await;
+        sinks_stop.cancel();
+        end_by(deadline, "a sink", sinks).await;
+        let stopped = self.committer.stop().await;
+        admin_stop.cancel();
+        end_by(deadline, "the admin endpoint", admin).await;
+        Ok(stopped?)
+    }
+}
+
+/// Waits until every task has ended, or until the deadline: then they are cut short.
+async fn end_by<T: 'static>(deadline: tokio::time::Instant, what: &str, mut tasks: JoinSet<T>) {
+    while let Ok(Some(ended)) = timeout_at(deadline, tasks.join_next()).await {
+        if let Err(panicked) = ended {
+            error!("{what} panicked: {panicked}");
+        }
+    }
+    if !tasks.is_empty() {
+        warn!("{what} did not end within the grace time; what is not acked will be sent again");
+    }
+}
+
+fn bind_remedy(source: &std::io::Error) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::AddrNotAvailable => {
+            "this machine has no such address; 0.0.0.0 stands for all that it has"
+        }
+        std::io::ErrorKind::PermissionDenied => {
+            "ports below 1024 take a privilege (CAP_NET_BIND_SERVICE); choose a higher one"
+        }
+        _ => "is another process listening there? choose another port, or 0 for a free one",
+    }
+}
+
+fn bind_error(key: &'static str, address: SocketAddr, source: std::io::Error) -> StartError {
+    StartError::Bind { key, address, source }
+}
+
+/// Opening reads the disk, and repairs after a kill: off the async workers.
+async fn open_store(config: &Config) -> Result<(Store, storage::Writer), StartError> {
+    let storage = &config.storage;
+    let options = StoreOptions {
+        dir: config.gateway.data_dir.clone(),
+        partitions: config.ingest.partitions,
+        sinks: config.sinks.iter().map(|s| SinkRetention { name: s.name.clone() }).collect(),
+        file_bytes_max: storage.file_bytes_max,
+        cache_bytes: storage.cache_bytes,
+        quota_bytes: storage.quota_bytes,
+        at_quota: storage.at_quota,
+        retain_bytes: storage.retain_bytes,
+        retain_age_us: u64::try_from(storage.retain_age.as_micros()).unwrap_or(u64::MAX),
+    };
+    let opened = tokio::task::spawn_blocking(move || Store::open(options, clock::now_us())).await;
+    Ok(opened.map_err(std::io::Error::other)??)
+}

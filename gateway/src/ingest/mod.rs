@@ -1,0 +1,281 @@
+//! From an accepted publish to a durable event: device key, partition, ring, committer, ack.
+//!
+//! Invariant: a [`Ticket`] is completed only after the mark that covers its event is durable.
+//!
+//! Two queues only stand between a device and its ack: the rings here (volatile, before the ack)
+//! and the log (durable, after it).
+//!
+//! # Code map
+//! - [`device_key`], [`partition`]: whose event it is, and which ring it takes.
+//! - `ring`: the rings, their byte budget, and who waits for whom.
+//! - [`committer`]: the thread that drains them into the log; `cursors`: what rides along.
+//! - `in_flight`: tickets between commit and durability; [`mailbox`], [`ack_ledger`]: from there to
+//!   the connection, and in order to its client.
+//! - [`stats`], `latency`: what the operator sees. [`clock`]: the unit of the log's times.
+
+pub mod ack_ledger;
+pub mod clock;
+pub mod committer;
+mod cursors;
+pub mod device_key;
+mod in_flight;
+mod latency;
+pub mod mailbox;
+pub mod partition;
+mod ring;
+pub mod stats;
+
+pub use ack_ledger::AckLedger;
+pub use committer::{Append, CommitterError, Health};
+pub use device_key::Routes;
+pub use latency::LatencyStats;
+pub use mailbox::{AckMailbox, Ticket};
+pub use stats::IngestStats;
+
+use std::any::Any;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use bridge::forwarder::MoveCursor;
+use storage::AtQuota;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::IngestConfig;
+use committer::{Committer, Pace};
+use cursors::Cursors;
+use in_flight::InFlight;
+use ring::Rings;
+use stats::Counters;
+
+/// An event on its way to the log.
+#[derive(Debug)]
+pub struct Pending {
+    /// The event.
+    pub event: storage::Event,
+    /// When the gateway had read it, for the ack latency.
+    pub read_at: Instant,
+    /// Whom to tell when it is durable; `None` for QoS 0.
+    pub ticket: Option<Ticket>,
+}
+
+/// Whether new publishes are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// Yes.
+    Open,
+    /// The store stands still and the policy is to hold: keep publishes unacked.
+    Hold,
+    /// The store stands still and the policy is to refuse: v5 answers 0x97, v3 closes.
+    Refuse,
+}
+
+/// The connections' side of ingest. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Ingest(Arc<Shared>);
+
+/// What the committer shares with everybody else.
+#[derive(Debug)]
+struct Shared {
+    rings: Rings,
+    cursors: Cursors,
+    in_flight: InFlight,
+    status: Mutex<(Health, Admission)>,
+    /// Whether `status` admits publishes: what the connections look at for each of them.
+    open: AtomicBool,
+    counters: Mutex<Counters>,
+    stopping: AtomicBool,
+    /// Last time given out, in microseconds since the Unix epoch.
+    clock_us: AtomicU64,
+}
+
+impl Ingest {
+    /// Starts the committer over a log whose durable end is `watermark`.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn start<A: Append>(
+        log: A,
+        watermark: u64,
+        config: &IngestConfig,
+        at_quota: AtQuota,
+    ) -> std::io::Result<(Self, CommitterHandle)> {
+        Self::start_paced(log, watermark, config, at_quota, Pace::default())
+    }
+
+    fn start_paced<A: Append>(
+        log: A,
+        watermark: u64,
+        config: &IngestConfig,
+        at_quota: AtQuota,
+        pace: Pace,
+    ) -> std::io::Result<(Self, CommitterHandle)> {
+        let shared = Arc::new(Shared::new(watermark, config));
+        let committer = Committer::new(log, Arc::clone(&shared), config, at_quota, pace);
+        let ended = CancellationToken::new();
+        let on_end = ended.clone().drop_guard();
+        let thread = thread::Builder::new().name("committer".to_owned()).spawn(move || {
+            // Dropped also by a panic, so that nobody waits for a committer that is gone.
+            let _on_end = on_end;
+            committer.run()
+        })?;
+        shared.rings.set_committer(thread.thread().clone());
+        let handle = CommitterHandle { shared: Arc::clone(&shared), ended, thread };
+        Ok((Self(shared), handle))
+    }
+
+    /// Puts an event into its partition's ring and wakes the committer.
+    ///
+    /// # Errors
+    /// Gives the event back when the ring or the byte budget is full.
+    #[expect(clippy::result_large_err, reason = "the event goes back to its connection")]
+    pub fn try_push(&self, pending: Pending) -> Result<(), Pending> {
+        self.0.rings.try_push(pending)
+    }
+
+    /// Resolves when a push that failed is worth another try. May resolve early. Cancel safe.
+    pub async fn room(&self) {
+        self.0.rings.room().await;
+    }
+
+    /// Whether new publishes are taken.
+    pub fn admission(&self) -> Admission {
+        if self.0.open.load(Ordering::Relaxed) { Admission::Open } else { self.0.status().1 }
+    }
+
+    /// How the log takes events.
+    pub fn health(&self) -> Health {
+        self.0.status().0
+    }
+
+    /// Number of partitions.
+    pub fn partitions(&self) -> u16 {
+        self.0.rings.partitions()
+    }
+
+    /// Now, in microseconds since the Unix epoch: the receive time of events read now. Follows the
+    /// system's clock, but never goes back.
+    pub fn now_us(&self) -> u64 {
+        self.0.now_us()
+    }
+
+    /// The durable end of the log, now and whenever it rises.
+    pub fn watermark(&self) -> watch::Receiver<u64> {
+        self.0.in_flight.watermark()
+    }
+
+    /// What the forwarders report their progress to.
+    pub fn move_cursor(&self) -> MoveCursor {
+        let shared = Arc::clone(&self.0);
+        Arc::new(move |sink, offset| {
+            if shared.cursors.advance(sink, offset, Instant::now()) {
+                // The committer may sleep without knowing that a move waits.
+                shared.rings.wake_committer();
+            }
+        })
+    }
+
+    /// A look at ingest.
+    pub fn stats(&self) -> IngestStats {
+        let shared = &self.0;
+        let (durable, commit_latency, ack_latency) = shared.in_flight.stats(Instant::now());
+        let (health, admission) = shared.status();
+        IngestStats {
+            health,
+            admission,
+            watermark: *shared.in_flight.watermark().borrow(),
+            ring_events: shared.rings.depths(),
+            ring_events_max: shared.rings.events_max(),
+            ring_bytes: shared.rings.size_bytes(),
+            ring_bytes_max: shared.rings.size_bytes_max(),
+            waiting_connections: shared.rings.waiters(),
+            durable,
+            counters: *shared.counters.lock().unwrap_or_else(PoisonError::into_inner),
+            commit_latency,
+            ack_latency,
+        }
+    }
+}
+
+impl Shared {
+    fn new(watermark: u64, config: &IngestConfig) -> Self {
+        let IngestConfig { partitions, ring_events_max, ring_bytes_max, .. } = *config;
+        Self {
+            rings: Rings::new(partitions, ring_events_max, ring_bytes_max),
+            cursors: Cursors::default(),
+            in_flight: InFlight::new(watermark, Instant::now()),
+            status: Mutex::new((Health::Storing, Admission::Open)),
+            open: AtomicBool::new(true),
+            counters: Mutex::new(Counters::default()),
+            stopping: AtomicBool::new(false),
+            clock_us: AtomicU64::new(0),
+        }
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    fn status(&self) -> (Health, Admission) {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// `true` if this is another kind of health than before.
+    fn set_health(&self, health: Health, admission: Admission) -> bool {
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = std::mem::discriminant(&status.0) != std::mem::discriminant(&health);
+        *status = (health, admission);
+        self.open.store(admission == Admission::Open, Ordering::Relaxed);
+        changed
+    }
+
+    fn count(&self, change: impl FnOnce(&mut Counters)) {
+        change(&mut self.counters.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn now_us(&self) -> u64 {
+        let now_us = clock::now_us();
+        self.clock_us.fetch_max(now_us, Ordering::Relaxed).max(now_us)
+    }
+}
+
+/// The committer's thread, as its owner sees it.
+#[derive(Debug)]
+#[must_use = "the committer must be stopped, and its end be noticed"]
+pub struct CommitterHandle {
+    shared: Arc<Shared>,
+    ended: CancellationToken,
+    thread: JoinHandle<Result<(), CommitterError>>,
+}
+
+impl CommitterHandle {
+    /// Resolves when the committer has ended. If nobody asked it to, the disk failed for good or it
+    /// panicked: nothing can be acked any more, and the process must end;
+    /// [`CommitterHandle::stop`] says why. Cancel safe.
+    pub async fn ended(&self) {
+        self.ended.cancelled().await;
+    }
+
+    /// Lets the committer store what is in the rings, with the cursors, and close the log. Stop
+    /// those who push before.
+    ///
+    /// # Errors
+    /// See [`CommitterError`].
+    pub async fn stop(self) -> Result<(), CommitterError> {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.shared.rings.wake_committer();
+        self.ended().await;
+        self.thread
+            .join()
+            .unwrap_or_else(|panic| Err(CommitterError::Panicked { message: message(&*panic) }))
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+        .to_owned()
+}

@@ -1,0 +1,36 @@
+//! edge-gateway: MQTT in, a durable log, store-and-forward out.
+//!
+//! [`Gateway`] is the wiring: [`Gateway::start`] opens the store, binds every address and connects the parts;
+//! [`Gateway::run`] runs them until it is told to stop, and stops them in the order in which data
+//! flows, so that nothing that was taken is left behind.
+//!
+//! # Code map
+//! - [`config`]: TOML to validated settings, every problem at once.
+//! - [`mqtt`]: the front. Listener, codec seam, connection (shell), session (pure), downlink.
+//! - [`ingest`]: from an accepted publish to a durable event. Device key, partition, rings, ack
+//!   ledger (pure), committer (the one thread that writes).
+//! - `storage` (package): the durable log. `bridge` (package): sinks and delivery.
+//! - [`admin`]: metrics, health, status over HTTP.
+//! - [`cli`]: one module per verb. [`text`]: numbers for people. [`addresses`]: the ready line.
+//!
+//! # When something panics
+//! Panics unwind. One in a connection or a sink ends that task only, and is logged. One in the
+//! committer ends the process with an error: nothing could be acked any more.
+
+pub mod addresses;
+pub mod admin;
+pub mod cli;
+pub mod config;
+pub mod gateway;
+pub mod ingest;
+pub mod mqtt;
+pub mod text;
+
+pub use addresses::Addresses;
+pub use gateway::{Gateway, RunError, StartError};
+
+/// Chooses ring as the one TLS provider of the process. Calling it again changes nothing.
+pub fn install_tls_provider() {
+    // The error is another provider that was installed before: then that one serves.
+    rustls::crypto::ring::default_provider().install_default().ok();
+}

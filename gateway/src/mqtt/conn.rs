@@ -1,0 +1,867 @@
+//! One connection: the shell around [`Session`].
+//!
+//! Owns: the two buffers, the publishes held back while their ring is full, the timers.
+//! Invariant: events of one connection enter the rings in the order in which they were read: while
+//! one is held, those after it are held too, and once one was refused because the store is full, none
+//! enters any more.
+//! Deliberately absent: protocol rules (see `session` and `codec`).
+//!
+//! Backpressure: a publish whose ring is full is held, unacked, and the socket is still read, so that
+//! pings flow; a QoS 1 client stops by itself at its window. Past `in_flight_max` held publishes, or
+//! past the byte budget over all connections, the socket is not read, and the keep-alive timer rests.
+
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use bytestring::ByteString;
+use rmqtt_codec::types::{Publish, QoS};
+use rmqtt_codec::v5;
+use storage::{Attribute, Attributes, Event};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::{sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::clients::{Clients, Seat};
+use super::codec::{self, Connect, Delivery};
+use super::downlink::{Downlink, Inbox, Interrupted, Options};
+use super::envelope::Envelope;
+use super::reason::{self, Violation};
+use super::session::{Delivered, Effect, Limits, Publishing, Session};
+use super::stats::{FrontStats, LogLimit};
+use super::topic;
+use crate::ingest::device_key::Routes;
+use crate::ingest::{AckMailbox, Admission, Ingest, Pending, Ticket, partition};
+
+/// Bytes that may wait for a client to read them. Past it neither its packets nor messages for it
+/// are taken.
+pub const OUT_BYTES_MAX: usize = 64 * 1024;
+
+/// A client that takes no byte for this long while some wait for it is gone.
+pub const WRITE_STALL: Duration = Duration::from_secs(30);
+
+/// What a connection gets at its end for its last bytes, and for publishes that are still held.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Smallest and largest buffer for what is read: it doubles when a piece fills it.
+const READ_BYTES: std::ops::RangeInclusive<usize> = 2 * 1024..=32 * 1024;
+
+/// Attribute of an event whose publisher must not get it back ([MQTT-3.8.3-3]): its client id.
+const PUBLISHER: u8 = 64;
+
+/// What all connections share.
+pub struct Shared {
+    /// Where publishes go.
+    pub ingest: Ingest,
+    /// Device keys by topic.
+    pub routes: Routes,
+    /// Where subscriptions are.
+    pub downlink: Downlink,
+    /// Byte budget of held publishes.
+    pub held: Arc<Held>,
+    /// Counters.
+    pub stats: FrontStats,
+    /// How long a shutdown may wait for acks.
+    pub shutdown_grace: Duration,
+    /// See [`WRITE_STALL`].
+    write_stall: Duration,
+    clients: Clients,
+    log_limit: LogLimit,
+}
+
+impl Shared {
+    /// For all listeners of a process. `held_bytes_max` bounds the publishes held for connections
+    /// whose ring is full, over all connections.
+    pub fn new(
+        ingest: Ingest,
+        routes: Routes,
+        downlink: Downlink,
+        held_bytes_max: usize,
+        shutdown_grace: Duration,
+    ) -> Self {
+        Self {
+            ingest,
+            routes,
+            downlink,
+            held: Arc::new(Held { bytes: AtomicUsize::new(0), bytes_max: held_bytes_max }),
+            stats: FrontStats::default(),
+            shutdown_grace,
+            write_stall: WRITE_STALL,
+            clients: Clients::default(),
+            log_limit: LogLimit::default(),
+        }
+    }
+}
+
+/// Bytes of the publishes held back over all connections.
+#[derive(Debug)]
+pub struct Held {
+    bytes: AtomicUsize,
+    bytes_max: usize,
+}
+
+impl Held {
+    /// Event bytes held now.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// One connection's publishes that wait for room in their ring, in order.
+struct Hold {
+    queue: VecDeque<Pending>,
+    budget: Arc<Held>,
+}
+
+impl Hold {
+    fn push_back(&mut self, pending: Pending) {
+        self.budget.bytes.fetch_add(pending.event.size_bytes(), Ordering::Relaxed);
+        self.queue.push_back(pending);
+    }
+
+    fn pop_front(&mut self) -> Option<Pending> {
+        let pending = self.queue.pop_front()?;
+        self.budget.bytes.fetch_sub(pending.event.size_bytes(), Ordering::Relaxed);
+        Some(pending)
+    }
+
+    fn push_front(&mut self, pending: Pending) {
+        self.budget.bytes.fetch_add(pending.event.size_bytes(), Ordering::Relaxed);
+        self.queue.push_front(pending);
+    }
+
+    /// Whether one more may be decoded. Who holds nothing may always: it is one event over at most.
+    fn has_room(&self, events_max: usize) -> bool {
+        self.queue.is_empty()
+            || (self.queue.len() < events_max && self.budget.bytes() < self.budget.bytes_max)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        while self.pop_front().is_some() {}
+    }
+}
+
+/// How a connection ends.
+#[derive(Debug)]
+enum End {
+    /// DISCONNECT, or the client has closed its side.
+    Client,
+    /// The socket has failed or stalled.
+    Lost(String),
+    /// We end it, and say why.
+    Server(Violation),
+    /// The gateway shuts down.
+    Shutdown,
+}
+
+impl From<Violation> for End {
+    fn from(violation: Violation) -> Self {
+        Self::Server(violation)
+    }
+}
+
+impl From<std::io::Error> for End {
+    fn from(error: std::io::Error) -> Self {
+        Self::Lost(error.to_string())
+    }
+}
+
+impl From<Interrupted> for End {
+    fn from(_: Interrupted) -> Self {
+        let why = "the local bus was restarted: subscribe again";
+        Self::Server(Violation::new(reason::IMPLEMENTATION_SPECIFIC, why))
+    }
+}
+
+/// Serves a connection until it ends, or `stop`.
+pub async fn serve<R, W>(
+    mut reader: R,
+    mut writer: W,
+    peer: &str,
+    limits: Limits,
+    connect_timeout: Duration,
+    shared: &Shared,
+    stop: &CancellationToken,
+) where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let (mut buf, mut out) = (BytesMut::new(), BytesMut::new());
+    let connect = read_connect(&mut reader, &mut buf, &limits, connect_timeout, shared, stop).await;
+    let session = match connect {
+        Ok(Some(connect)) => {
+            Session::open(connect, &limits, fastrand::u64(..), Instant::now(), &mut out)
+        }
+        Ok(None) => return,
+        Err(refused) => {
+            if let Some(version) = refused.version {
+                codec::put_refusal(&mut out, version, &refused.violation);
+            }
+            Err(refused.violation)
+        }
+    };
+    let session = match session {
+        Ok(session) => session,
+        Err(violation) => {
+            FrontStats::add(&shared.stats.connections_refused, 1);
+            if let Some(unlogged) = shared.log_limit.allows(Instant::now()) {
+                tracing::info!(peer, code = violation.code, why = %violation.why, unlogged, "refused");
+            }
+            say_goodbye(&mut writer, &mut out, shared).await;
+            return;
+        }
+    };
+    let seat = shared.clients.enter(session.client_id()).await;
+    tracing::debug!(peer, client = %session.client_id(), version = ?session.version(), "connected");
+
+    let mut conn = Conn {
+        shared,
+        limits,
+        session,
+        buf,
+        out,
+        hold: Hold { queue: VecDeque::new(), budget: shared.held.clone() },
+        mailbox: Arc::default(),
+        inbox: shared.downlink.inbox(),
+        marks_publisher: false,
+        refused_full: false,
+        device: None,
+        durable: Vec::new(),
+        now: Instant::now(),
+        received_us: shared.ingest.now_us(),
+        reading: true,
+        stalled_since: None,
+        read_bytes: *READ_BYTES.start(),
+        chatter_bytes: 0,
+    };
+    let mut end = conn.run(&mut reader, &mut writer, &seat, stop).await;
+    if let End::Shutdown = end {
+        end = conn.finish(&mut writer).await;
+    }
+    conn.end(end, &mut writer, peer).await;
+}
+
+/// Reads until a CONNECT is whole; `None` if there will be none.
+async fn read_connect<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    buf: &mut BytesMut,
+    limits: &Limits,
+    connect_timeout: Duration,
+    shared: &Shared,
+    stop: &CancellationToken,
+) -> Result<Option<Connect>, codec::Refused> {
+    let read = async {
+        loop {
+            if let Some(connect) = codec::decode_connect(buf, limits.packet_bytes_max)? {
+                return Ok(Some(connect));
+            }
+            buf.reserve(*READ_BYTES.start());
+            match reader.read_buf(buf).await {
+                Ok(0) | Err(_) => return Ok(None),
+                Ok(n) => FrontStats::add(&shared.stats.received_bytes, n as u64),
+            }
+        }
+    };
+    match stop.run_until_cancelled(timeout(connect_timeout, read)).await {
+        None => Ok(None),
+        Some(Ok(connect)) => connect,
+        Some(Err(_)) => {
+            FrontStats::add(&shared.stats.connections_refused, 1);
+            Ok(None)
+        }
+    }
+}
+
+/// Writes what is left, within [`LAST_WORDS`], and closes our side.
+async fn say_goodbye<W: AsyncWrite + Unpin>(writer: &mut W, out: &mut BytesMut, shared: &Shared) {
+    let sent = out.len() as u64;
+    let words = async {
+        writer.write_all_buf(out).await?;
+        writer.shutdown().await
+    };
+    if let Ok(Ok(())) = timeout(LAST_WORDS, words).await {
+        FrontStats::add(&shared.stats.sent_bytes, sent);
+    }
+}
+
+/// What the last topic led to: devices mostly publish to one.
+struct Device {
+    topic: ByteString,
+    key: ByteString,
+    partition: u16,
+    content_type: Option<ByteString>,
+    /// Attributes of a publish that says nothing beyond its QoS: 0 and 1.
+    plain: [Attributes; 2],
+}
+
+struct Conn<'a> {
+    shared: &'a Shared,
+    limits: Limits,
+    session: Session,
+    buf: BytesMut,
+    out: BytesMut,
+    hold: Hold,
+    mailbox: Arc<AckMailbox>,
+    inbox: Inbox,
+    /// Some subscription does not want this client's own publishes.
+    marks_publisher: bool,
+    /// A QoS 1 publish was refused because the store is full. The client may have sent others behind
+    /// it before it learned that, and only a new connection shows where it begins again: nothing
+    /// more is stored from this one.
+    refused_full: bool,
+    device: Option<Device>,
+    durable: Vec<u64>,
+    /// When the bytes that are being worked on were read.
+    now: Instant,
+    received_us: u64,
+    /// Whether the socket was read in the last round.
+    reading: bool,
+    /// Since when the client has taken nothing of what waits for it.
+    stalled_since: Option<Instant>,
+    read_bytes: usize,
+    /// Bytes of other packets that came between publishes, less those of publishes.
+    chatter_bytes: usize,
+}
+
+impl Conn<'_> {
+    async fn run<R, W>(
+        &mut self,
+        reader: &mut R,
+        writer: &mut W,
+        seat: &Seat,
+        stop: &CancellationToken,
+    ) -> End
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let mut timer = pin!(sleep_until(tokio::time::Instant::now()));
+        let mut stopped = pin!(stop.cancelled());
+        let mut taken_over = pin!(seat.taken_over());
+        loop {
+            if let Err(end) = self.digest().await {
+                return end;
+            }
+            self.look_ahead();
+            let deadline = self.deadline();
+            // Set back only when it is due: a timer moved at every packet costs more than the packet.
+            if let Some(deadline) = deadline
+                && (timer.is_elapsed() || timer.deadline().into_std() > deadline)
+            {
+                timer.as_mut().reset(deadline.into());
+            }
+            let takes_delivery = self.takes_delivery();
+            let step = tokio::select! {
+                written = writer.write_buf(&mut self.out), if !self.out.is_empty() => {
+                    self.written(written)
+                }
+                () = &mut stopped => Err(End::Shutdown),
+                () = &mut taken_over => {
+                    let why = "another connection has this client id";
+                    Err(End::Server(Violation::new(reason::TAKEN_OVER, why)))
+                }
+                () = self.mailbox.changed() => self.collect(),
+                () = self.shared.ingest.room(), if !self.hold.queue.is_empty() => self.push_held(),
+                message = self.inbox.next(), if takes_delivery => self.deliver(message),
+                read = read_some(reader, &mut self.buf, self.read_bytes), if self.reading => {
+                    self.was_read(read)
+                }
+                () = &mut timer, if deadline.is_some() => self.timeout(),
+            };
+            if let Err(end) = step {
+                return end;
+            }
+        }
+    }
+
+    /// Works on everything that was read, as far as bounds allow.
+    async fn digest(&mut self) -> Result<(), End> {
+        let mut publishes = [0; 2];
+        let result = loop {
+            if !self.may_decode() {
+                break Ok(());
+            }
+            let (version, before) = (self.session.version(), self.buf.len());
+            let packet = match codec::decode(&mut self.buf, version, self.limits.packet_bytes_max) {
+                Ok(Some(packet)) => packet,
+                Ok(None) => break Ok(()),
+                Err(violation) => break Err(violation.into()),
+            };
+            if !matches!(packet, codec::Packet::Publish(_)) {
+                self.chatter_bytes += before - self.buf.len();
+            }
+            let step = match self.session.receive(packet, &mut self.out) {
+                Ok(Effect::None) => Ok(()),
+                Ok(Effect::Publish(publishing)) => {
+                    publishes[usize::from(publishing.number.is_some())] += 1;
+                    self.publish(publishing).map_err(End::from)
+                }
+                Ok(Effect::Subscribe(subscribe)) => self.subscribe(subscribe).await,
+                Ok(Effect::Unsubscribe(unsubscribe)) => self.unsubscribe(unsubscribe).await,
+                Ok(Effect::Disconnect) => Err(End::Client),
+                Err(violation) => Err(violation.into()),
+            };
+            if step.is_err() {
+                break step;
+            }
+        };
+        for (counter, n) in self.shared.stats.publishes.iter().zip(publishes) {
+            if n > 0 {
+                FrontStats::add(counter, n);
+            }
+        }
+        result
+    }
+
+    /// Whether bounds allow another packet to be worked on. If so, all whole ones have been after
+    /// [`Conn::digest`], and more may be read.
+    fn may_decode(&self) -> bool {
+        self.out.len() < OUT_BYTES_MAX
+            && self.session.takes_publishes()
+            && self.hold.has_room(usize::from(self.limits.in_flight_max.get()))
+    }
+
+    fn takes_delivery(&self) -> bool {
+        self.out.len() < OUT_BYTES_MAX && self.session.takes_delivery()
+    }
+
+    /// Takes note of what the next round waits for.
+    fn look_ahead(&mut self) {
+        let reading = self.may_decode();
+        if reading && !self.reading {
+            // It could not speak while it was not read.
+            self.session.heard(Instant::now());
+        }
+        self.reading = reading;
+        if self.out.is_empty() {
+            self.stalled_since = None;
+        } else {
+            self.stalled_since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// When the client counts as gone: silent too long while it is read, or taking nothing.
+    fn deadline(&self) -> Option<Instant> {
+        let silent = self.session.deadline().filter(|_| self.reading);
+        let stalled = self.stalled_since.map(|since| since + self.shared.write_stall);
+        silent.into_iter().chain(stalled).min()
+    }
+
+    fn timeout(&mut self) -> Result<(), End> {
+        let now = Instant::now();
+        match self.deadline() {
+            Some(deadline) if deadline > now => Ok(()),
+            Some(_)
+                if self
+                    .stalled_since
+                    .is_some_and(|since| since + self.shared.write_stall <= now) =>
+            {
+                Err(End::Lost("it does not read".into()))
+            }
+            Some(_) => {
+                let why = "nothing heard for one and a half times the keep-alive";
+                Err(Violation::new(reason::KEEP_ALIVE_TIMEOUT, why).into())
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn was_read(&mut self, read: std::io::Result<usize>) -> Result<(), End> {
+        let n = read?;
+        if n == 0 {
+            return Err(End::Lost("closed without DISCONNECT".into()));
+        }
+        FrontStats::add(&self.shared.stats.received_bytes, n as u64);
+        self.now = Instant::now();
+        self.received_us = self.shared.ingest.now_us();
+        self.session.heard(self.now);
+        if self.buf.len() == self.buf.capacity() {
+            self.read_bytes = (2 * self.read_bytes).min(*READ_BYTES.end());
+        }
+        Ok(())
+    }
+
+    fn written(&mut self, written: std::io::Result<usize>) -> Result<(), End> {
+        let n = written?;
+        FrontStats::add(&self.shared.stats.sent_bytes, n as u64);
+        self.stalled_since = None;
+        Ok(())
+    }
+
+    /// Stores a publish, or holds it, or refuses it.
+    fn publish(&mut self, publishing: Publishing) -> Result<(), Violation> {
+        let Publishing { publish, number } = publishing;
+        if !self.resolve(&publish.topic) {
+            let why = format!("topic {:?} is not taken by any route", shorten(&publish.topic));
+            return self.refuse(number, Violation { code: reason::TOPIC_INVALID, why: why.into() });
+        }
+        if !self.admits(number)? {
+            return Ok(());
+        }
+        let pending = Pending {
+            event: self.event(*publish),
+            read_at: self.now,
+            ticket: number.map(|number| Ticket { mailbox: self.mailbox.clone(), number }),
+        };
+        if !self.hold.queue.is_empty() {
+            self.hold.push_back(pending);
+        } else if let Err(pending) = self.shared.ingest.try_push(pending) {
+            self.hold.push_back(pending);
+        }
+        Ok(())
+    }
+
+    /// Whether the store takes a publish now; refuses it if not.
+    fn admits(&mut self, number: Option<u64>) -> Result<bool, Violation> {
+        if self.shared.ingest.admission() == Admission::Refuse {
+            self.refused_full |= number.is_some();
+            let why = "the store is full and takes no more";
+            self.refuse(number, Violation::new(reason::QUOTA_EXCEEDED, why))?;
+            return Ok(false);
+        }
+        if self.refused_full {
+            FrontStats::add(&self.shared.stats.publishes_refused, 1);
+            let why = "the store takes events again: connect, and send again what was refused";
+            return Err(Violation::new(reason::QUOTA_EXCEEDED, why));
+        }
+        Ok(true)
+    }
+
+    fn refuse(&mut self, number: Option<u64>, violation: Violation) -> Result<(), Violation> {
+        FrontStats::add(&self.shared.stats.publishes_refused, 1);
+        if let Some(unlogged) = self.shared.log_limit.allows(self.now) {
+            let client = self.session.client_id();
+            tracing::warn!(%client, why = %violation.why, unlogged, "publish refused");
+        }
+        self.session.refuse(number, violation, &mut self.out)
+    }
+
+    /// Finds the device of a topic; `false` if nothing takes it.
+    fn resolve(&mut self, name: &ByteString) -> bool {
+        if self.device.as_ref().is_some_and(|device| device.topic == *name) {
+            return true;
+        }
+        self.device = self.device_of(name);
+        self.device.is_some()
+    }
+
+    fn device_of(&self, name: &ByteString) -> Option<Device> {
+        if topic::is_reserved(name) {
+            return None;
+        }
+        // A copy: a slice of the read buffer would keep all of it.
+        let topic = ByteString::from(&**name);
+        let resolved = self.shared.routes.resolve(&topic, self.session.client_id())?;
+        let content_type = resolved.content_type.map(ByteString::from);
+        let plain = [QoS::AtMostOnce, QoS::AtLeastOnce].map(|qos| {
+            let content_type = content_type.as_deref().map(Attribute::ContentType);
+            Attributes::encode([Attribute::QoS(qos.value())].into_iter().chain(content_type))
+        });
+        Some(Device {
+            partition: partition::of(&resolved.device_key, self.shared.ingest.partitions()),
+            key: resolved.device_key,
+            topic,
+            content_type,
+            plain,
+        })
+    }
+
+    /// The event of a publish whose topic was resolved last.
+    fn event(&mut self, mut publish: Publish) -> Event {
+        // An event keeps its part of the read buffer, and with it all of the buffer. Where other
+        // packets fill most of that, a few bytes would hold thousands: then it gets a copy.
+        if self.chatter_bytes > publish.payload.len() {
+            publish.payload = Bytes::copy_from_slice(&publish.payload);
+        }
+        self.chatter_bytes = self.chatter_bytes.saturating_sub(publish.payload.len());
+        let device = self.device.as_ref().expect("resolved before");
+        let attributes = if publish.retain
+            || self.marks_publisher
+            || publish.properties.as_ref().is_some_and(|p| !says_nothing(p))
+        {
+            self.attributes(&publish, device)
+        } else {
+            device.plain[usize::from(publish.qos.value() & 1)].clone()
+        };
+        Event {
+            partition: device.partition,
+            received_us: self.received_us,
+            device_key: device.key.clone(),
+            topic: device.topic.clone(),
+            attributes,
+            payload: publish.payload,
+        }
+    }
+
+    fn attributes(&self, publish: &Publish, device: &Device) -> Attributes {
+        let none = v5::PublishProperties::default();
+        let said = publish.properties.as_ref().unwrap_or(&none);
+        let content_type = said.content_type.as_deref().or(device.content_type.as_deref());
+        let user = said.user_properties.iter().map(|(n, v)| Attribute::UserProperty(n, v));
+        let expiry = said.message_expiry_interval.map(|s| Attribute::MessageExpiry(s.get()));
+        let publisher = self.session.client_id().as_bytes();
+        Attributes::encode(
+            [Attribute::QoS(publish.qos.value())]
+                .into_iter()
+                .chain(publish.retain.then_some(Attribute::Retain))
+                .chain(content_type.map(Attribute::ContentType))
+                .chain(said.is_utf8_payload.then_some(Attribute::Utf8Payload))
+                .chain(said.response_topic.as_deref().map(Attribute::ResponseTopic))
+                .chain(said.correlation_data.as_deref().map(Attribute::CorrelationData))
+                .chain(expiry)
+                .chain(user)
+                .chain(self.marks_publisher.then_some(Attribute::Unknown(PUBLISHER, publisher))),
+        )
+    }
+
+    /// Pushes what is held as far as there is room, or refuses it if that is the policy by now.
+    fn push_held(&mut self) -> Result<(), End> {
+        while let Some(pending) = self.hold.pop_front() {
+            let number = pending.ticket.as_ref().map(|ticket| ticket.number);
+            if self.admits(number)?
+                && let Err(pending) = self.shared.ingest.try_push(pending)
+            {
+                self.hold.push_front(pending);
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Acks what became durable.
+    fn collect(&mut self) -> Result<(), End> {
+        if !self.mailbox.collect(&mut self.durable) {
+            let why = "an event could not be stored: send again what was not acked";
+            return Err(Violation::new(reason::IMPLEMENTATION_SPECIFIC, why).into());
+        }
+        self.session.complete(&self.durable, &mut self.out);
+        self.durable.clear();
+        Ok(())
+    }
+
+    async fn subscribe(&mut self, subscribe: v5::Subscribe) -> Result<(), End> {
+        let id = subscribe.id.map(std::num::NonZeroU32::get);
+        let filters: Vec<_> = subscribe
+            .topic_filters
+            .into_iter()
+            .map(|(filter, asked)| {
+                let qos = asked.qos.less_value(QoS::AtLeastOnce).value();
+                let retain_as_published = asked.retain_as_published;
+                (filter, Options { qos, no_local: asked.no_local, retain_as_published, id })
+            })
+            .collect();
+        let codes = self.inbox.subscribe(&filters).await?;
+        self.marks_publisher = self.inbox.has_no_local();
+        self.session.subscribed(subscribe.packet_id, &codes, &mut self.out);
+        Ok(())
+    }
+
+    async fn unsubscribe(&mut self, unsubscribe: v5::Unsubscribe) -> Result<(), End> {
+        let codes = self.inbox.unsubscribe(&unsubscribe.topic_filters).await?;
+        self.marks_publisher = self.inbox.has_no_local();
+        self.session.unsubscribed(unsubscribe.packet_id, &codes, &mut self.out);
+        Ok(())
+    }
+
+    /// Delivers a message, and those that are there already.
+    fn deliver(&mut self, first: Result<(Envelope, Options), Interrupted>) -> Result<(), End> {
+        let (mut sent, mut dropped) = (0, 0);
+        let now_us = self.shared.ingest.now_us();
+        let mut next = Some(first);
+        while let Some(message) = next {
+            let (envelope, options) = message?;
+            match self.deliver_one(&envelope, options, now_us) {
+                ControlFlow::Continue(()) => {}
+                ControlFlow::Break(Delivered::Sent) => sent += 1,
+                ControlFlow::Break(Delivered::TooLarge) => dropped += 1,
+            }
+            next = if self.takes_delivery() { self.inbox.try_next() } else { None };
+        }
+        FrontStats::add(&self.shared.stats.deliveries, sent);
+        FrontStats::add(&self.shared.stats.deliveries_dropped, dropped);
+        Ok(())
+    }
+
+    /// `Continue` if the message is not for this client.
+    fn deliver_one(
+        &mut self,
+        envelope: &Envelope,
+        options: Options,
+        now_us: u64,
+    ) -> ControlFlow<Delivered> {
+        let (mut qos, mut retain, mut expiry_s, mut own) = (0, false, None, false);
+        for attribute in envelope.attributes.iter() {
+            match attribute {
+                Attribute::QoS(published) => qos = published.min(options.qos),
+                Attribute::Retain => retain = options.retain_as_published,
+                Attribute::MessageExpiry(seconds) => expiry_s = Some(seconds),
+                Attribute::Unknown(PUBLISHER, id) => {
+                    own = options.no_local && id == self.session.client_id().as_bytes();
+                }
+                _ => {}
+            }
+        }
+        if own {
+            return ControlFlow::Continue(());
+        }
+        if let Some(seconds) = &mut expiry_s {
+            // [MQTT-3.3.2-5], [MQTT-3.3.2-6]
+            let waited_s = now_us.saturating_sub(envelope.received_us) / 1_000_000;
+            match u64::from(*seconds).checked_sub(waited_s) {
+                Some(left) => *seconds = left as u32,
+                None => return ControlFlow::Break(Delivered::TooLarge),
+            }
+        }
+        let delivery = Delivery {
+            topic: &envelope.topic,
+            payload: &envelope.payload,
+            attributes: &envelope.attributes,
+            packet_id: None,
+            retain,
+            expiry_s,
+            subscription_id: options.id,
+        };
+        ControlFlow::Break(self.session.deliver(delivery, qos > 0, &mut self.out))
+    }
+
+    /// Shutdown: reads nothing more, waits for the acks of what was read, and says goodbye.
+    async fn finish<W: AsyncWrite + Unpin>(&mut self, writer: &mut W) -> End {
+        // The other half is for the sinks and the last commit.
+        let grace = self.shared.shutdown_grace / 2;
+        let finish = async {
+            while !self.hold.queue.is_empty() || self.session.unacked() > 0 || !self.out.is_empty()
+            {
+                tokio::select! {
+                    written = writer.write_buf(&mut self.out), if !self.out.is_empty() => {
+                        self.written(written)?;
+                    }
+                    () = self.mailbox.changed() => self.collect()?,
+                    () = self.shared.ingest.room(), if !self.hold.queue.is_empty() => {
+                        self.push_held()?;
+                    }
+                }
+            }
+            Ok(())
+        };
+        match timeout(grace, finish).await {
+            Ok(Err(end)) => end,
+            _ => Violation::new(reason::SHUTTING_DOWN, "the gateway shuts down").into(),
+        }
+    }
+
+    /// Sends the last words, and stores what must outlive the connection: held publishes, the will.
+    async fn end<W: AsyncWrite + Unpin>(mut self, end: End, writer: &mut W, peer: &str) {
+        let client = self.session.client_id().clone();
+        match &end {
+            End::Client => tracing::debug!(peer, %client, "disconnected"),
+            End::Lost(why) => tracing::debug!(peer, %client, why, "lost"),
+            End::Shutdown => {}
+            End::Server(violation) => {
+                let ours = matches!(violation.code, reason::SHUTTING_DOWN | reason::TAKEN_OVER);
+                if !ours {
+                    FrontStats::add(&self.shared.stats.protocol_errors, 1);
+                }
+                if !ours && let Some(unlogged) = self.shared.log_limit.allows(Instant::now()) {
+                    let (code, why) = (violation.code, &violation.why);
+                    tracing::warn!(peer, %client, code, %why, unlogged, "connection closed");
+                }
+                self.session.close(violation, &mut self.out);
+            }
+        }
+        if !matches!(end, End::Lost(_)) {
+            say_goodbye(writer, &mut self.out, self.shared).await;
+        }
+        if self.refused_full {
+            // What is held may stand behind what was refused.
+            self.drop_held();
+        }
+        if let Some(will) = self.session.take_will() {
+            if self.resolve(&will.topic) {
+                let (read_at, ticket) = (Instant::now(), None);
+                self.received_us = self.shared.ingest.now_us();
+                let event = self.event(*will);
+                self.hold.push_back(Pending { event, read_at, ticket });
+            } else {
+                FrontStats::add(&self.shared.stats.publishes_refused, 1);
+                if let Some(unlogged) = self.shared.log_limit.allows(Instant::now()) {
+                    let topic = shorten(&will.topic);
+                    tracing::warn!(%client, topic, unlogged, "no route takes the will");
+                }
+            }
+        }
+        self.settle().await;
+    }
+
+    /// Gives what is held a last chance. QoS 1 publishes are not acked, and so still the device's.
+    async fn settle(&mut self) {
+        let pushed = async {
+            loop {
+                while let Some(pending) = self.hold.pop_front() {
+                    if let Err(pending) = self.shared.ingest.try_push(pending) {
+                        self.hold.push_front(pending);
+                        break;
+                    }
+                }
+                if self.hold.queue.is_empty() {
+                    return;
+                }
+                self.shared.ingest.room().await;
+            }
+        };
+        if timeout(LAST_WORDS, pushed).await.is_err() {
+            self.drop_held();
+        }
+    }
+
+    /// Gives up what is held. QoS 0 publishes are lost by that, and counted.
+    fn drop_held(&mut self) {
+        if self.hold.queue.is_empty() {
+            return;
+        }
+        let dropped = self.hold.queue.iter().filter(|pending| pending.ticket.is_none()).count();
+        FrontStats::add(&self.shared.stats.publishes_dropped, dropped as u64);
+        if dropped > 0
+            && let Some(unlogged) = self.shared.log_limit.allows(Instant::now())
+        {
+            let client = self.session.client_id();
+            tracing::warn!(%client, dropped, unlogged, "its last publishes are not stored");
+        }
+        while self.hold.pop_front().is_some() {}
+    }
+}
+
+/// Reads a piece into the room that is left, so that small pieces share a buffer; near its end into a
+/// new one, as large as the packet that has begun, so that a large one is copied a few times only.
+async fn read_some<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    buf: &mut BytesMut,
+    read_bytes: usize,
+) -> std::io::Result<usize> {
+    if buf.capacity() - buf.len() < read_bytes / 8 {
+        buf.reserve(read_bytes.max(buf.len()));
+    }
+    reader.read_buf(buf).await
+}
+
+fn says_nothing(properties: &v5::PublishProperties) -> bool {
+    properties.user_properties.is_empty()
+        && properties.content_type.is_none()
+        && !properties.is_utf8_payload
+        && properties.response_topic.is_none()
+        && properties.correlation_data.is_none()
+        && properties.message_expiry_interval.is_none()
+}
+
+/// Enough of a text from the network for a log line.
+fn shorten(text: &str) -> &str {
+    &text[..text.floor_char_boundary(200)]
+}
+
+#[cfg(test)]
+pub(super) mod tests;

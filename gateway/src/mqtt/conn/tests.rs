@@ -1,0 +1,733 @@
+//! Connections over real sockets, a real store and the real committer; and, where the log must stand
+//! still or fail, a log that does so on command.
+
+use std::io::ErrorKind;
+use std::sync::{Condvar, Mutex};
+
+use storage::{
+    AtQuota, CommitError, Committed, Control, Mark, RetentionReport, StateError, Store,
+    StoreOptions,
+};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use super::*;
+use crate::config::{IngestConfig, ListenerConfig, RouteConfig};
+use crate::ingest::{Append, CommitterHandle};
+use crate::mqtt::Front;
+use crate::mqtt::codec::Version;
+use crate::mqtt::wire::{self, BOTH, ConnectPacket, V3, V5, field, packet};
+
+/// Nothing here takes long: this only ends a test that has gone wrong.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(crate) fn ingest_config() -> IngestConfig {
+    IngestConfig {
+        partitions: 4,
+        ring_events_max: 1024,
+        ring_bytes_max: 1 << 20,
+        commit_linger_max: Duration::ZERO,
+        commit_events_max: 1024,
+        commit_bytes_max: 1 << 20,
+        held_bytes_max: 1 << 20,
+    }
+}
+
+pub(crate) fn listener_config() -> ListenerConfig {
+    ListenerConfig {
+        bind: "127.0.0.1:0".parse().unwrap(),
+        allow_anonymous: true,
+        connections_max: 16,
+        connect_timeout: PATIENCE,
+        packet_bytes_max: 64 * 1024,
+        in_flight_max: 4,
+    }
+}
+
+fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
+    let options = StoreOptions {
+        dir: dir.path().join("data"),
+        partitions: 4,
+        sinks: Vec::new(),
+        file_bytes_max: 16 << 20,
+        cache_bytes: 1 << 20,
+        quota_bytes: 1 << 30,
+        at_quota: AtQuota::Hold,
+        retain_bytes: 1 << 30,
+        retain_age_us: u64::MAX,
+    };
+    Store::open(options, 0).unwrap()
+}
+
+struct Rig {
+    shared: Arc<Shared>,
+    address: std::net::SocketAddr,
+    stop: CancellationToken,
+    tasks: JoinSet<()>,
+    committer: CommitterHandle,
+    dir: Option<tempfile::TempDir>,
+}
+
+impl Rig {
+    /// With a real store.
+    async fn new() -> Self {
+        Self::with(listener_config(), ingest_config(), &[]).await
+    }
+
+    async fn with(listener: ListenerConfig, ingest: IngestConfig, routes: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, writer) = open_store(&dir);
+        let mut rig = Self::over(writer, listener, &ingest, AtQuota::Hold, routes).await;
+        let follow = rig.shared.downlink.clone().follow(store.clone(), rig.stop.clone());
+        rig.tasks.spawn(follow);
+        rig.dir = Some(dir);
+        rig
+    }
+
+    async fn over<A: Append>(
+        log: A,
+        listener: ListenerConfig,
+        ingest_config: &IngestConfig,
+        at_quota: AtQuota,
+        routes: &[&str],
+    ) -> Self {
+        let (ingest, committer) = Ingest::start(log, 0, ingest_config, at_quota).unwrap();
+        let routes: Vec<_> = routes
+            .iter()
+            .map(|filter| RouteConfig { filter: (*filter).to_owned(), content_type: None })
+            .collect();
+        let downlink = Downlink::new(ingest.watermark(), 16);
+        let held_bytes_max = ingest_config.held_bytes_max;
+        let routes = Routes::new(&routes).unwrap();
+        let mut shared = Shared::new(ingest, routes, downlink, held_bytes_max, PATIENCE);
+        shared.write_stall = Duration::from_secs(1);
+        let shared = Arc::new(shared);
+        let front = Front::bind(&listener, shared.clone()).await.unwrap();
+        let (address, stop) = (front.local_addr(), CancellationToken::new());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(front.run(stop.clone()));
+        Self { shared, address, stop, tasks, committer, dir: None }
+    }
+
+    async fn socket(&self) -> Socket {
+        Socket(TcpStream::connect(self.address).await.unwrap())
+    }
+
+    async fn client(&self, version: Version) -> Socket {
+        self.client_with(&ConnectPacket::new(version)).await
+    }
+
+    async fn client_with(&self, connect: &ConnectPacket) -> Socket {
+        let mut socket = self.socket().await;
+        socket.send(&connect.bytes()).await;
+        let connack = socket.packet().await;
+        assert_eq!((connack[0], connack[3]), (0x20, 0), "{connack:x?}");
+        socket
+    }
+
+    /// Stops everything in order.
+    async fn end(mut self) -> Option<tempfile::TempDir> {
+        self.stop.cancel();
+        while let Some(ended) = self.tasks.join_next().await {
+            ended.unwrap();
+        }
+        self.committer.stop().await.unwrap();
+        self.dir
+    }
+
+    /// Stops everything in order, and gives the topics and payloads that were stored.
+    async fn stored(self) -> Vec<(String, Vec<u8>)> {
+        let dir = self.end().await.unwrap();
+        let (store, _writer) = open_store(&dir);
+        let read = store.read(0, usize::MAX, usize::MAX).unwrap();
+        let event = |stored: storage::StoredEvent| {
+            (stored.event.topic.to_string(), stored.event.payload.to_vec())
+        };
+        read.events.into_iter().map(event).collect()
+    }
+
+    async fn until(&self, admission: Admission) {
+        let reached = async {
+            while self.shared.ingest.admission() != admission {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(PATIENCE, reached).await.unwrap();
+    }
+
+    fn count(&self, counter: impl Fn(&FrontStats) -> &std::sync::atomic::AtomicU64) -> u64 {
+        counter(&self.shared.stats).load(Ordering::Relaxed)
+    }
+}
+
+struct Socket(TcpStream);
+
+impl Socket {
+    async fn send(&mut self, bytes: &[u8]) {
+        timeout(PATIENCE, self.0.write_all(bytes)).await.unwrap().unwrap();
+    }
+
+    async fn byte(&mut self) -> Option<u8> {
+        match timeout(PATIENCE, self.0.read_u8()).await.expect("something to read") {
+            Ok(byte) => Some(byte),
+            Err(e) if matches!(e.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// The next packet whole; empty when the server has closed.
+    async fn packet(&mut self) -> Vec<u8> {
+        let Some(first) = self.byte().await else { return Vec::new() };
+        let (mut packet, mut remaining) = (vec![first], 0);
+        for i in 0..4 {
+            let byte = self.byte().await.unwrap();
+            packet.push(byte);
+            remaining |= usize::from(byte & 0x7f) << (7 * i);
+            if byte & 0x80 == 0 {
+                break;
+            }
+        }
+        let mut content = vec![0; remaining];
+        timeout(PATIENCE, self.0.read_exact(&mut content)).await.unwrap().unwrap();
+        packet.extend(content);
+        packet
+    }
+
+    async fn expect(&mut self, bytes: &[u8]) {
+        assert_eq!(self.packet().await, bytes, "expected {bytes:x?}");
+    }
+
+    async fn expect_closed(&mut self) {
+        self.expect(&[]).await;
+    }
+
+    async fn ping(&mut self) {
+        self.send(&[0xC0, 0]).await;
+        self.expect(&[0xD0, 0]).await;
+    }
+}
+
+/// A log that acks what it has not stored, when it is let, and says why it does not.
+#[derive(Clone, Default)]
+pub(crate) struct Gate(Arc<(Mutex<GateState>, Condvar)>);
+
+#[derive(Default)]
+pub(crate) struct GateState {
+    open: bool,
+    closing: bool,
+    error: Option<fn() -> CommitError>,
+    events: Vec<Event>,
+    on_durable: Option<Box<dyn Fn(Mark) + Send + Sync>>,
+    commit: u64,
+}
+
+impl Gate {
+    fn set(&self, f: impl FnOnce(&mut GateState)) {
+        f(&mut self.0.0.lock().unwrap());
+        self.0.1.notify_all();
+    }
+}
+
+impl Append for Gate {
+    fn on_durable(&mut self, callback: impl Fn(Mark) + Send + Sync + 'static) {
+        self.set(|state| state.on_durable = Some(Box::new(callback)));
+    }
+
+    fn commit(
+        &mut self,
+        events: &[Event],
+        _control: &[Control],
+        _now_us: u64,
+    ) -> Result<Committed, CommitError> {
+        let state = self.0.0.lock().unwrap();
+        let wait = |state: &mut GateState| !state.open && !state.closing && state.error.is_none();
+        let mut state = self.0.1.wait_while(state, wait).unwrap();
+        if let Some(error) = state.error {
+            return Err(error());
+        }
+        let first = state.events.len() as u64;
+        state.events.extend_from_slice(events);
+        state.commit += 1;
+        let mark = Mark { commit: state.commit, watermark: state.events.len() as u64 };
+        let offsets = first..mark.watermark;
+        // As the real log does: the mark is told before the commit returns.
+        if let Some(on_durable) = &state.on_durable {
+            on_durable(mark);
+        }
+        Ok(Committed { commit: mark.commit, offsets })
+    }
+
+    fn retain(&mut self, _now_us: u64) -> Result<RetentionReport, StateError> {
+        Ok(RetentionReport::default())
+    }
+
+    fn close(self) -> Result<(), StateError> {
+        Ok(())
+    }
+}
+
+fn event_of(packet: &[u8]) -> (u8, String, Vec<u8>) {
+    let len = usize::from(u16::from_be_bytes([packet[2], packet[3]]));
+    let topic = String::from_utf8(packet[4..4 + len].to_vec()).unwrap();
+    (packet[0], topic, packet[4 + len..].to_vec())
+}
+
+#[tokio::test]
+async fn publishes_are_acked_and_stored_in_order() {
+    let rig = Rig::new().await;
+    for (i, version) in BOTH.into_iter().enumerate() {
+        let mut client = rig.client(version).await;
+        let batch: Vec<u8> = (1..=4)
+            .flat_map(|id| wire::publish(version, "t/x", Some(id), &format!("{i}{id}")))
+            .chain(wire::publish(version, "t/x", None, &format!("{i}5")))
+            .collect();
+        client.send(&batch).await;
+        for id in 1..=4 {
+            client.expect(&wire::puback(id)).await;
+        }
+        client.ping().await;
+        client.send(&[0xE0, 0]).await;
+        client.expect_closed().await;
+    }
+    let payloads: Vec<_> = rig.stored().await.into_iter().map(|(_, p)| p).collect();
+    let expected: Vec<_> =
+        (0..2).flat_map(|i| (1..=5).map(move |n| format!("{i}{n}").into_bytes())).collect();
+    assert_eq!(payloads, expected);
+}
+
+#[tokio::test]
+async fn bytes_may_come_one_by_one() {
+    let rig = Rig::new().await;
+    for version in BOTH {
+        let mut socket = rig.socket().await;
+        let bytes = [wire::connect(version), wire::publish(version, "t", Some(9), "x")].concat();
+        for byte in bytes {
+            socket.send(&[byte]).await;
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(socket.packet().await[0], 0x20);
+        socket.expect(&wire::puback(9)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_packet_larger_than_any_read_arrives_whole() {
+    let rig = Rig::new().await;
+    let payload = "x".repeat(60_000);
+    let mut client = rig.client(V5).await;
+    client.send(&wire::publish(V5, "big", Some(1), &payload)).await;
+    client.expect(&wire::puback(1)).await;
+    assert_eq!(rig.stored().await, [("big".to_owned(), payload.into_bytes())]);
+}
+
+#[tokio::test]
+async fn a_violation_is_answered_and_ends_that_connection_only() {
+    let rig = Rig::new().await;
+    let other = ConnectPacket { client_id: "other", ..ConnectPacket::new(V3) };
+    let mut other = rig.client_with(&other).await;
+    let mut client = rig.client(V5).await;
+    client.send(&wire::publish_with(V5, 0x34, "t", Some(1), &[], "")).await;
+    let disconnect = client.packet().await;
+    assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::QOS_NOT_SUPPORTED));
+    client.expect_closed().await;
+
+    let mut client = rig.client(V3).await;
+    client.send(&wire::publish_with(V3, 0x34, "t", Some(1), &[], "")).await;
+    client.expect_closed().await;
+    other.ping().await;
+    assert_eq!(rig.count(|s| &s.protocol_errors), 2);
+    assert_eq!(rig.count(|s| &s.panics), 0);
+}
+
+#[tokio::test]
+async fn what_is_no_connect_is_closed_without_a_word_mqtt_3_1_0_1() {
+    let rig = Rig::new().await;
+    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0x30, 0xFF, 0xFF, 0xFF, 0x7F], &[0xC0, 0]] {
+        let mut socket = rig.socket().await;
+        socket.send(bytes).await;
+        socket.expect_closed().await;
+    }
+    assert_eq!(rig.count(|s| &s.connections_refused), 3);
+}
+
+#[tokio::test]
+async fn a_connection_without_connect_ends_in_time() {
+    let mut listener = listener_config();
+    listener.connect_timeout = Duration::from_millis(50);
+    let rig = Rig::over(Gate::default(), listener, &ingest_config(), AtQuota::Hold, &[]).await;
+    let mut socket = rig.socket().await;
+    // Slowloris: a byte now and then does not prolong it.
+    socket.send(&wire::connect(V5)[..3]).await;
+    socket.expect_closed().await;
+    assert_eq!(rig.count(|s| &s.connections_refused), 1);
+}
+
+#[tokio::test]
+async fn a_silent_client_is_closed_after_one_and_a_half_keep_alives_mqtt_3_1_2_22() {
+    let rig =
+        Rig::over(Gate::default(), listener_config(), &ingest_config(), AtQuota::Hold, &[]).await;
+    let mut client =
+        rig.client_with(&ConnectPacket { keep_alive: 1, ..ConnectPacket::new(V5) }).await;
+    let disconnect = client.packet().await;
+    assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::KEEP_ALIVE_TIMEOUT));
+    client.expect_closed().await;
+}
+
+#[tokio::test]
+async fn a_second_connection_takes_over_mqtt_3_1_4_3() {
+    let rig = Rig::new().await;
+    for (version, code) in [(V3, None), (V5, Some(reason::TAKEN_OVER))] {
+        let mut first = rig.client(version).await;
+        let mut second = rig.client(version).await;
+        if let Some(code) = code {
+            assert_eq!(first.packet().await[2], code);
+        }
+        first.expect_closed().await;
+        second.ping().await;
+    }
+}
+
+#[tokio::test]
+async fn too_many_connections_are_closed_at_once() {
+    let mut listener = listener_config();
+    listener.connections_max = 1;
+    let rig = Rig::with(listener, ingest_config(), &[]).await;
+    let mut first = rig.client(V5).await;
+    rig.socket().await.expect_closed().await;
+    first.ping().await;
+    assert_eq!(rig.count(|s| &s.connections_refused), 1);
+}
+
+#[tokio::test]
+async fn a_will_is_stored_after_an_end_without_disconnect_mqtt_3_1_2_8() {
+    let rig = Rig::new().await;
+    for version in BOTH {
+        let will = ConnectPacket::new(version).will(1, "will", "gone");
+        let mut watcher = rig
+            .client_with(&ConnectPacket { client_id: "watcher", ..ConnectPacket::new(V3) })
+            .await;
+        watcher.send(&wire::subscribe(V3, 1, &[("will", 0)])).await;
+        watcher.expect(&[0x90, 3, 0, 1, 0]).await;
+        drop(rig.client_with(&will).await);
+        assert_eq!(event_of(&watcher.packet().await).2, b"gone");
+
+        let mut polite = rig.client_with(&will).await;
+        polite.send(&[0xE0, 0]).await;
+        polite.expect_closed().await;
+    }
+    let wills = rig.stored().await;
+    assert_eq!(wills.len(), 2, "{wills:?}");
+}
+
+#[tokio::test]
+async fn a_topic_without_a_route_is_refused_by_the_book() {
+    let rig = Rig::with(listener_config(), ingest_config(), &["devices/{device}/#"]).await;
+    let mut client = rig.client(V5).await;
+    client.send(&wire::publish(V5, "devices/d1/x", Some(1), "1")).await;
+    client.send(&wire::publish(V5, "elsewhere", Some(2), "2")).await;
+    client.send(&wire::publish(V5, "elsewhere", None, "3")).await;
+    client.send(&wire::publish(V5, "$SYS/x", Some(3), "4")).await;
+    client.expect(&wire::puback(1)).await;
+    client.expect(&[0x40, 3, 0, 2, reason::TOPIC_INVALID]).await;
+    client.expect(&[0x40, 3, 0, 3, reason::TOPIC_INVALID]).await;
+
+    let mut client = rig.client(V3).await;
+    client.send(&wire::publish(V3, "elsewhere", None, "5")).await;
+    client.ping().await;
+    client.send(&wire::publish(V3, "elsewhere", Some(1), "6")).await;
+    client.expect_closed().await;
+    assert_eq!(rig.count(|s| &s.publishes_refused), 5);
+    assert_eq!(rig.stored().await, [("devices/d1/x".to_owned(), b"1".to_vec())]);
+}
+
+#[tokio::test]
+async fn subscribers_get_what_was_stored_with_their_qos() {
+    let rig = Rig::new().await;
+    for version in BOTH {
+        let named = |id| ConnectPacket { client_id: id, ..ConnectPacket::new(version) };
+        let mut subscriber = rig.client_with(&named("sub")).await;
+        let mut publisher = rig.client_with(&named("pub")).await;
+        subscriber.send(&wire::subscribe(version, 1, &[("a/+", 2), ("b", 0)])).await;
+        let suback = subscriber.packet().await;
+        assert_eq!(suback[suback.len() - 2..], [1, 0], "QoS 2 is granted as 1");
+        publisher.send(&wire::publish(version, "a/é", Some(1), "one")).await;
+        publisher.send(&wire::publish(version, "b", Some(2), "two")).await;
+        publisher.send(&wire::publish(version, "a/x", None, "three")).await;
+        publisher.expect(&wire::puback(1)).await;
+        publisher.expect(&wire::puback(2)).await;
+        let mut got = Vec::new();
+        for _ in 0..3 {
+            let (first, topic, rest) = event_of(&subscriber.packet().await);
+            if first == 0x32 {
+                subscriber.send(&wire::puback(u16::from_be_bytes([rest[0], rest[1]]))).await;
+            }
+            let skip = if first == 0x32 { 2 } else { 0 } + usize::from(version == V5);
+            got.push((first, topic, rest[skip..].to_vec()));
+        }
+        got.sort();
+        assert_eq!(
+            got,
+            [
+                (0x30, "a/x".to_owned(), b"three".to_vec()),
+                (0x30, "b".to_owned(), b"two".to_vec()),
+                (0x32, "a/é".to_owned(), b"one".to_vec()),
+            ]
+        );
+        subscriber.send(&wire::unsubscribe(version, 2, &["a/+", "b", "c"])).await;
+        let unsuback = subscriber.packet().await;
+        let codes: &[u8] = if version == V5 { &[0, 0, 0, 0x11] } else { &[] };
+        assert_eq!(unsuback, packet(0xB0, [&[0, 2][..], codes].concat()));
+    }
+}
+
+#[tokio::test]
+async fn v5_properties_reach_the_subscriber_and_no_local_holds_mqtt_3_8_3_3() {
+    let rig = Rig::new().await;
+    let mut client = rig.client(V5).await;
+    // No local on `a/+`; identifier 7 on `a/#`.
+    client.send(&wire::subscribe(V5, 1, &[("a/+", 0x04)])).await;
+    client.packet().await;
+    let content = [&[0, 2, 2, 0x0B, 7][..], &field("a/#"), &[0]].concat();
+    client.send(&packet(0x82, content)).await;
+    client.packet().await;
+    let said = [&[0x03][..], &field("text/plain"), &[0x26], &field("k"), &field("v")].concat();
+    client.send(&wire::publish_with(V5, 0x30, "a/b", None, &said, "x")).await;
+    let (_, topic, rest) = event_of(&client.packet().await);
+    let list = [&[0x0B, 7][..], &said].concat();
+    assert_eq!((topic.as_str(), rest), ("a/b", [wire::properties(V5, &list), vec![b'x']].concat()));
+    // Somebody else's comes over both.
+    let other = ConnectPacket { client_id: "other", ..ConnectPacket::new(V5) };
+    let mut other = rig.client_with(&other).await;
+    other.send(&wire::publish(V5, "a/c", None, "y")).await;
+    for _ in 0..2 {
+        assert_eq!(event_of(&client.packet().await).1, "a/c");
+    }
+}
+
+#[tokio::test]
+async fn a_publisher_can_subscribe_to_itself() {
+    let rig = Rig::new().await;
+    for version in BOTH {
+        let mut client = rig.client(version).await;
+        for i in 0..20u16 {
+            let topic = format!("loop/{i}");
+            let subscribe = wire::subscribe(version, 100 + i, &[(&topic, 0)]);
+            client.send(&[subscribe, wire::publish(version, &topic, None, "x")].concat()).await;
+            assert_eq!(client.packet().await[0], 0x90);
+            assert_eq!(event_of(&client.packet().await).1, topic);
+        }
+    }
+}
+
+fn narrow_ring() -> IngestConfig {
+    IngestConfig { partitions: 1, ring_events_max: 2, commit_events_max: 1, ..ingest_config() }
+}
+
+#[tokio::test]
+async fn while_the_rings_are_full_pings_flow_and_nothing_is_acked_or_lost() {
+    for version in BOTH {
+        let gate = Gate::default();
+        let rig =
+            Rig::over(gate.clone(), listener_config(), &narrow_ring(), AtQuota::Hold, &[]).await;
+        let mut client = rig.client(version).await;
+        for id in 1..=4 {
+            client.send(&wire::publish(version, "t", Some(id), &id.to_string())).await;
+        }
+        if version == V5 {
+            // QoS 0 is not bound by Receive Maximum; it is held in its turn.
+            client.send(&wire::publish(version, "t", None, "5")).await;
+            client.ping().await;
+            assert!(rig.shared.held.bytes() > 0);
+        }
+        gate.set(|state| state.open = true);
+        for id in 1..=4 {
+            client.expect(&wire::puback(id)).await;
+        }
+        client.ping().await;
+        assert_eq!(rig.shared.held.bytes(), 0);
+        rig.end().await;
+        let events = &gate.0.0.lock().unwrap().events;
+        let payloads: Vec<_> = events.iter().map(|event| event.payload.clone()).collect();
+        let expected: Vec<_> =
+            ["1", "2", "3", "4", "5"][..if version == V5 { 5 } else { 4 }].into();
+        assert_eq!(payloads, expected);
+    }
+}
+
+#[tokio::test]
+async fn past_the_bound_the_socket_is_not_read() {
+    let gate = Gate::default();
+    let rig = Rig::over(gate.clone(), listener_config(), &narrow_ring(), AtQuota::Hold, &[]).await;
+    let mut client = rig.client(V3).await;
+    // More than any buffer on the way holds: the writer must block.
+    let flood: Vec<u8> =
+        (0..20_000u16).flat_map(|i| wire::publish(V3, "t", None, &format!("{i:01000}"))).collect();
+    let (mut read, mut write) = client.0.split();
+    let sent = async {
+        write.write_all(&flood).await.unwrap();
+        write.write_all(&[0xC0, 0]).await.unwrap();
+    };
+    let blocked = async {
+        // Waits until the connection has stopped reading: as many held as it may.
+        while rig.shared.held.bytes() < 4 * 1001 {
+            tokio::task::yield_now().await;
+        }
+        assert!(rig.shared.held.bytes() <= 4 * 1004);
+        assert!(rig.count(|s| &s.received_bytes) < flood.len() as u64 / 2);
+        gate.set(|state| state.open = true);
+    };
+    let pong = async {
+        let mut answer = [0; 2];
+        read.read_exact(&mut answer).await.unwrap();
+        assert_eq!(answer, [0xD0, 0]);
+    };
+    timeout(PATIENCE, async { tokio::join!(sent, blocked, pong) }).await.unwrap();
+    assert_eq!(rig.count(|s| &s.publishes[0]), 20_000);
+    rig.end().await;
+    let events = &gate.0.0.lock().unwrap().events;
+    let in_order = (0..20_000).map(|i| format!("{i:01000}"));
+    assert!(events.iter().map(|event| event.payload.clone()).eq(in_order.map(bytes::Bytes::from)));
+}
+
+#[tokio::test]
+async fn a_failed_commit_acks_nothing_and_closes_the_connection() {
+    for version in BOTH {
+        let gate = Gate::default();
+        let rig =
+            Rig::over(gate.clone(), listener_config(), &ingest_config(), AtQuota::Hold, &[]).await;
+        let mut client = rig.client(version).await;
+        client.send(&wire::publish(version, "t", Some(1), "")).await;
+        gate.set(|state| {
+            state.error =
+                Some(|| CommitError::Io { path: "log".into(), reason: "injected".into() });
+        });
+        if version == V5 {
+            let disconnect = client.packet().await;
+            assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::IMPLEMENTATION_SPECIFIC));
+        }
+        client.expect_closed().await;
+        gate.set(|state| (state.error, state.closing) = (None, true));
+    }
+}
+
+#[tokio::test]
+async fn a_full_store_refuses_if_that_is_the_policy() {
+    let gate = Gate::default();
+    let full = || CommitError::Quota { used_bytes: 2, quota_bytes: 1 };
+    gate.set(|state| state.error = Some(full));
+    let rig =
+        Rig::over(gate.clone(), listener_config(), &ingest_config(), AtQuota::Refuse, &[]).await;
+    let mut client = rig.client(V5).await;
+    client.send(&wire::publish(V5, "t", Some(1), "first")).await;
+    rig.until(Admission::Refuse).await;
+    client.send(&wire::publish(V5, "t", Some(2), "second")).await;
+    client.ping().await;
+    gate.set(|state| (state.error, state.open) = (None, true));
+    client.expect(&wire::puback(1)).await;
+    client.expect(&[0x40, 3, 0, 2, reason::QUOTA_EXCEEDED]).await;
+    assert_eq!(rig.count(|s| &s.publishes_refused), 1);
+
+    rig.until(Admission::Open).await;
+    // Nobody can tell whether the next publish was sent before or after that answer was read.
+    client.send(&wire::publish(V5, "t", Some(3), "third")).await;
+    let disconnect = client.packet().await;
+    assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::QUOTA_EXCEEDED));
+    client.expect_closed().await;
+    let mut client = rig.client(V5).await;
+    client.send(&wire::publish(V5, "t", Some(1), "second")).await;
+    client.expect(&wire::puback(1)).await;
+    let events = &gate.0.0.lock().unwrap().events;
+    assert!(events.iter().map(|event| &event.payload[..]).eq([&b"first"[..], b"second"]));
+}
+
+/// A client that pipelines learns of a refusal late. What it sent behind the refused publish must not
+/// be stored before that one comes again.
+#[tokio::test]
+async fn nothing_is_stored_behind_a_refused_publish() {
+    let gate = Gate::default();
+    let listener = ListenerConfig { in_flight_max: 16, ..listener_config() };
+    let mut rig = Rig::over(gate.clone(), listener, &narrow_ring(), AtQuota::Refuse, &[]).await;
+    let mut client = rig.client(V5).await;
+    // One in the committer's hands, two in the ring, the others held.
+    for id in 1..=5 {
+        client.send(&wire::publish(V5, "t", Some(id), &id.to_string())).await;
+    }
+    client.ping().await;
+    assert!(rig.shared.held.bytes() > 0);
+    gate.set(|state| {
+        state.error = Some(|| CommitError::Quota { used_bytes: 2, quota_bytes: 1 });
+    });
+    rig.until(Admission::Refuse).await;
+    client.send(&wire::publish(V5, "t", Some(6), "6")).await;
+    client.ping().await;
+    gate.set(|state| (state.error, state.open) = (None, true));
+    rig.until(Admission::Open).await;
+    // The server may have closed by now.
+    client.0.write_all(&wire::publish(V5, "t", Some(7), "7")).await.ok();
+    client.0.write_all(&wire::publish(V5, "t", None, "8")).await.ok();
+    let mut answers = Vec::new();
+    loop {
+        let packet = client.packet().await;
+        if packet.is_empty() {
+            break;
+        }
+        answers.push((packet[0], *packet.get(3).unwrap_or(&0)));
+        if packet[0] == 0xE0 {
+            assert_eq!(packet[2], reason::QUOTA_EXCEEDED);
+        }
+    }
+    let acked = answers.iter().filter(|(kind, _)| *kind == 0x40).count();
+    rig.stop.cancel();
+    while let Some(ended) = rig.tasks.join_next().await {
+        ended.unwrap();
+    }
+    rig.committer.stop().await.unwrap();
+    let events = &gate.0.0.lock().unwrap().events;
+    let payloads: Vec<_> = events.iter().map(|event| event.payload.clone()).collect();
+    assert!(payloads.len() >= acked, "{answers:x?}");
+    assert!(["1", "2", "3", "4", "5"].iter().zip(&payloads).all(|(a, b)| a == b));
+    assert!(payloads.len() <= 5, "stored behind a refused publish: {payloads:?}");
+}
+
+#[tokio::test]
+async fn shutdown_acks_what_was_taken_and_says_goodbye() {
+    for version in BOTH {
+        let gate = Gate::default();
+        let mut rig =
+            Rig::over(gate.clone(), listener_config(), &narrow_ring(), AtQuota::Hold, &[]).await;
+        let mut client = rig.client(version).await;
+        for id in 1..=3 {
+            client.send(&wire::publish(version, "t", Some(id), "")).await;
+        }
+        client.ping().await;
+        rig.stop.cancel();
+        gate.set(|state| state.open = true);
+        for id in 1..=3 {
+            client.expect(&wire::puback(id)).await;
+        }
+        if version == V5 {
+            let disconnect = client.packet().await;
+            assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::SHUTTING_DOWN));
+        }
+        client.expect_closed().await;
+        rig.tasks.join_next().await.unwrap().unwrap();
+        assert_eq!(rig.count(|s| &s.connections), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_is_closed_and_its_keep_alive_rests() {
+    let rig =
+        Rig::over(Gate::default(), listener_config(), &ingest_config(), AtQuota::Hold, &[]).await;
+    let mut client = rig.client(V5).await;
+    // Answers pile up until no buffer on the way takes more; then nothing more is read.
+    let pings = [0xC0, 0].repeat(64 * 1024);
+    let flood = async { while client.0.write_all(&pings).await.is_ok() {} };
+    timeout(PATIENCE, flood).await.unwrap();
+    while rig.count(|s| &s.connections) > 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(rig.count(|s| &s.protocol_errors), 0);
+}

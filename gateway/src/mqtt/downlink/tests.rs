@@ -1,0 +1,253 @@
+use bytes::Bytes;
+use storage::{Attributes, Event};
+
+use super::*;
+
+const PLAIN: Options = Options { qos: 0, no_local: false, retain_as_published: false, id: None };
+
+fn downlink() -> (watch::Sender<u64>, Downlink) {
+    let (tx, rx) = watch::channel(0);
+    (tx, Downlink::new(rx, 16))
+}
+
+fn event(topic: &str, payload: &[u8]) -> StoredEvent {
+    StoredEvent {
+        offset: 0,
+        seq: 0,
+        event: Event {
+            partition: 0,
+            received_us: 0,
+            device_key: "dev".into(),
+            topic: topic.into(),
+            attributes: Attributes::default(),
+            payload: Bytes::copy_from_slice(payload),
+        },
+    }
+}
+
+async fn publish(downlink: &Downlink, events: Vec<StoredEvent>) {
+    Follower { downlink: downlink.clone(), link: None }.hand_out(&events).await;
+}
+
+async fn subscribe(inbox: &mut Inbox, filter: &str) -> u8 {
+    inbox.subscribe(&[(filter.into(), PLAIN)]).await.unwrap()[0]
+}
+
+/// Kills the router with a name whose first character is not ASCII, and waits until it is dead.
+async fn kill(downlink: &Downlink) {
+    let (mut tx, _rx) = downlink.connect("killer".to_owned()).await.unwrap();
+    spawn_blocking(move || while tx.publish("é/x", "").is_ok() {}).await.unwrap();
+}
+
+async fn next(inbox: &mut Inbox) -> (String, Vec<u8>) {
+    let (envelope, _) = inbox.next().await.unwrap();
+    (envelope.topic.to_string(), envelope.payload.to_vec())
+}
+
+#[tokio::test]
+async fn in_a_storm_of_subscribers_most_wait_without_a_thread() {
+    let (_watermark, downlink) = downlink();
+    let calls = downlink.0.calls.acquire_many(ROUTER_CALLS_MAX as u32).await.unwrap();
+    let mut inbox = downlink.inbox();
+    let mut subscribing = pin!(subscribe(&mut inbox, "x"));
+    let mut context = Context::from_waker(Waker::noop());
+    assert!(subscribing.as_mut().poll(&mut context).is_pending());
+    assert!(lock(&downlink.0.table).link_names.is_empty(), "no link was asked for");
+    drop(calls);
+    assert_eq!(subscribing.await, reason::SUCCESS);
+}
+
+#[tokio::test]
+async fn a_subscriber_gets_what_it_asked_for_and_nothing_else() {
+    let (_watermark, downlink) = downlink();
+    let (mut one, mut two) = (downlink.inbox(), downlink.inbox());
+    assert_eq!(subscribe(&mut one, "é/+").await, reason::SUCCESS);
+    assert_eq!(subscribe(&mut two, "#").await, reason::SUCCESS);
+    publish(&downlink, vec![event("x", b"1"), event("é/y", b"2"), event("$dev/x", b"3")]).await;
+    assert_eq!(next(&mut one).await, ("é/y".to_owned(), b"2".to_vec()));
+    assert_eq!(next(&mut two).await, ("x".to_owned(), b"1".to_vec()));
+    assert_eq!(next(&mut two).await, ("é/y".to_owned(), b"2".to_vec()));
+    assert!(one.try_next().is_none() && two.try_next().is_none());
+}
+
+#[tokio::test]
+async fn overlapping_subscriptions_get_a_copy_each_with_their_options() {
+    let (_watermark, downlink) = downlink();
+    let mut inbox = downlink.inbox();
+    let (first, second) = (Options { id: Some(1), ..PLAIN }, Options { qos: 1, ..PLAIN });
+    let filters = [("a/b".into(), first), ("a/#".into(), second)];
+    assert_eq!(inbox.subscribe(&filters).await.unwrap(), [0, 1]);
+    publish(&downlink, vec![event("a/b", b"")]).await;
+    let mut options = [inbox.next().await.unwrap().1, inbox.next().await.unwrap().1];
+    options.sort_by_key(|options| options.qos);
+    assert_eq!(options, [first, second]);
+}
+
+#[tokio::test]
+async fn a_second_subscription_to_a_filter_replaces_the_first_mqtt_3_8_4_3() {
+    let (_watermark, downlink) = downlink();
+    let mut inbox = downlink.inbox();
+    subscribe(&mut inbox, "a").await;
+    let again = Options { qos: 1, ..PLAIN };
+    assert_eq!(inbox.subscribe(&[("a".into(), again)]).await.unwrap(), [1]);
+    publish(&downlink, vec![event("a", b"")]).await;
+    assert_eq!(inbox.next().await.unwrap().1, again);
+    assert!(inbox.try_next().is_none());
+}
+
+#[tokio::test]
+async fn shared_subscriptions_and_too_many_are_refused() {
+    let (_watermark, downlink) = downlink();
+    let mut inbox = downlink.inbox();
+    assert_eq!(subscribe(&mut inbox, "$share/g/t").await, reason::SHARED_NOT_SUPPORTED);
+    let filters: Vec<_> =
+        (0..=SUBSCRIPTIONS_MAX).map(|i| (ByteString::from(i.to_string()), PLAIN)).collect();
+    let codes = inbox.subscribe(&filters).await.unwrap();
+    let (last, others) = codes.split_last().unwrap();
+    assert_eq!(*last, reason::QUOTA_EXCEEDED);
+    assert!(others.iter().all(|code| *code == reason::SUCCESS));
+}
+
+#[tokio::test]
+async fn after_unsubscribe_nothing_more_comes_and_the_slot_is_free_mqtt_3_10_4() {
+    let (_watermark, downlink) = downlink();
+    let mut inbox = downlink.inbox();
+    subscribe(&mut inbox, "a").await;
+    publish(&downlink, vec![event("a", b"old")]).await;
+    let codes = inbox.unsubscribe(&["a".into(), "never".into()]).await.unwrap();
+    assert_eq!(codes, [reason::SUCCESS, reason::NO_SUBSCRIPTION_EXISTED]);
+    assert!(lock(&downlink.0.table).subscriptions.is_empty());
+    // The same slot, and what was on its way for the filter before must not pass for it.
+    subscribe(&mut inbox, "b").await;
+    publish(&downlink, vec![event("a", b"old"), event("b", b"new")]).await;
+    assert_eq!(next(&mut inbox).await, ("b".to_owned(), b"new".to_vec()));
+}
+
+#[tokio::test]
+async fn more_than_the_router_hands_over_at_once_arrives_whole_and_in_order() {
+    let (_watermark, downlink) = downlink();
+    let mut inbox = downlink.inbox();
+    subscribe(&mut inbox, "t").await;
+    for batch in 0..10u32 {
+        let events = (0..200).map(|i| event("t", &(batch * 200 + i).to_be_bytes())).collect();
+        publish(&downlink, events).await;
+    }
+    for i in 0..2000u32 {
+        assert_eq!(next(&mut inbox).await.1, i.to_be_bytes());
+    }
+    // A subscription in the middle of that: its answer comes although the link is called for first.
+    assert_eq!(downlink.stats().missed.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test]
+async fn a_subscription_is_answered_while_the_link_is_full() {
+    let (_watermark, downlink) = downlink();
+    let mut inbox = downlink.inbox();
+    subscribe(&mut inbox, "t").await;
+    for _ in 0..5 {
+        publish(&downlink, (0..200).map(|_| event("t", b"")).collect()).await;
+    }
+    assert_eq!(subscribe(&mut inbox, "u").await, reason::SUCCESS);
+    publish(&downlink, vec![event("u", b"last")]).await;
+    let mut got = 0;
+    while next(&mut inbox).await.0 != "u" {
+        got += 1;
+    }
+    assert!(got <= 1000);
+}
+
+#[tokio::test]
+async fn who_does_not_keep_up_misses_messages_and_they_are_counted() {
+    let (_watermark, downlink) = downlink();
+    let (mut slow, mut fast) = (downlink.inbox(), downlink.inbox());
+    subscribe(&mut slow, "t").await;
+    subscribe(&mut fast, "t").await;
+    let payload = [0; 1024];
+    let (batches, size) = (40, 64);
+    for _ in 0..batches {
+        publish(&downlink, (0..size).map(|_| event("t", &payload)).collect()).await;
+        for _ in 0..size {
+            fast.next().await.unwrap();
+        }
+    }
+    assert_eq!(downlink.stats().missed.load(Ordering::Relaxed), 0, "one that keeps up misses none");
+    publish(&downlink, vec![event("t", b"last")]).await;
+    let mut got = 0;
+    while next(&mut slow).await.1 != b"last" {
+        got += 1;
+    }
+    let missed = downlink.stats().missed.load(Ordering::Relaxed);
+    assert!(missed > 0);
+    assert_eq!(got + missed, batches * size);
+}
+
+#[tokio::test]
+async fn the_bus_is_replaced_when_it_dies_and_its_users_are_told() {
+    let (_watermark, downlink) = downlink();
+    let mut inbox = downlink.inbox();
+    subscribe(&mut inbox, "t").await;
+    kill(&downlink).await;
+    assert_eq!(inbox.next().await.unwrap_err(), Interrupted);
+    publish(&downlink, vec![event("t", b"1")]).await;
+    assert_eq!(downlink.stats().respawns.load(Ordering::Relaxed), 1);
+    drop(inbox);
+
+    let mut inbox = downlink.inbox();
+    subscribe(&mut inbox, "t").await;
+    publish(&downlink, vec![event("t", b"2")]).await;
+    assert_eq!(next(&mut inbox).await.1, b"2");
+}
+
+#[tokio::test]
+async fn a_subscription_brings_a_dead_bus_back() {
+    let (_watermark, downlink) = downlink();
+    let mut inbox = downlink.inbox();
+    subscribe(&mut inbox, "t").await;
+    kill(&downlink).await;
+    assert_eq!(inbox.next().await.unwrap_err(), Interrupted);
+    drop(inbox);
+    let mut inbox = downlink.inbox();
+    assert_eq!(subscribe(&mut inbox, "t").await, reason::SUCCESS);
+}
+
+#[tokio::test]
+async fn a_connection_that_goes_gives_everything_back() {
+    let (_watermark, downlink) = downlink();
+    for _ in 0..50 {
+        let mut inbox = downlink.inbox();
+        subscribe(&mut inbox, "a/+").await;
+        subscribe(&mut inbox, "b").await;
+    }
+    let table = lock(&downlink.0.table);
+    assert!(table.subscriptions.is_empty());
+    assert_eq!(table.link_names, [false], "one name was enough for all");
+}
+
+#[tokio::test]
+async fn the_first_subscription_starts_at_the_watermark() {
+    let (watermark, downlink) = downlink();
+    watermark.send(41).unwrap();
+    let mut inbox = downlink.inbox();
+    subscribe(&mut inbox, "a").await;
+    watermark.send(43).unwrap();
+    subscribe(&mut inbox, "b").await;
+    assert_eq!(lock(&downlink.0.table).next, 41);
+}
+
+#[tokio::test]
+async fn the_follower_waits_for_a_subscriber_before_it_leaves_it_behind() {
+    let (_watermark, downlink) = downlink();
+    let mut inbox = downlink.inbox();
+    subscribe(&mut inbox, "t").await;
+    let large = vec![0; UNTAKEN_BYTES_MAX as usize + 1];
+    // One event alone may be larger than what may be untaken: it is waited for once it is out.
+    publish(&downlink, vec![event("t", &large)]).await;
+    let left_behind = lock(&downlink.0.table).subscriptions.in_reach(&[0], UNTAKEN_BYTES_MAX);
+    assert!(left_behind, "nobody took it: the follower has waited, and goes on");
+    inbox.next().await.unwrap();
+    let untaken = event("t", &large);
+    let (mut follower, events) = (Follower { downlink: downlink.clone(), link: None }, [untaken]);
+    let ((), taken) = tokio::join!(follower.hand_out(&events), inbox.next());
+    taken.unwrap();
+    assert_eq!(downlink.stats().missed.load(Ordering::Relaxed), 0);
+}

@@ -1,0 +1,106 @@
+//! How a stored event travels through the local bus: the event and its turn, in one buffer.
+//!
+//! Invariant: what [`encode`] writes, [`Envelope::decode`] reads; both ends live in one process.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytestring::ByteString;
+use storage::{Attributes, Event};
+
+use super::subscriptions::Turn;
+
+const HEAD_BYTES: usize = 4 * 8 + 2 + 4;
+
+/// An event on its way to the subscribers of one filter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Envelope {
+    /// Which life of which filter it matched ([`Turn::number`]).
+    pub number: u64,
+    /// Its place among what was published for the filter, in messages.
+    pub seq: u64,
+    /// Position after it, in bytes.
+    pub end: u64,
+    /// When the gateway received the event, in microseconds since the Unix epoch.
+    pub received_us: u64,
+    /// Topic.
+    pub topic: ByteString,
+    /// What else the publisher said.
+    pub attributes: Attributes,
+    /// Payload.
+    pub payload: Bytes,
+}
+
+/// Bytes that an event takes in an envelope.
+pub fn size_bytes(event: &Event) -> u64 {
+    (HEAD_BYTES + event.topic.len() + event.attributes.len() + event.payload.len()) as u64
+}
+
+/// Packs an event for its turn.
+pub fn encode(event: &Event, turn: Turn) -> Bytes {
+    let size = size_bytes(event);
+    let mut out = BytesMut::with_capacity(size as usize);
+    out.put_u64_le(turn.number);
+    out.put_u64_le(turn.seq);
+    out.put_u64_le(turn.position + size);
+    out.put_u64_le(event.received_us);
+    out.put_u16_le(event.topic.len() as u16);
+    out.put_u32_le(event.attributes.len() as u32);
+    out.put_slice(event.topic.as_bytes());
+    out.put_slice(event.attributes.as_bytes());
+    out.put_slice(&event.payload);
+    out.freeze()
+}
+
+impl Envelope {
+    /// Unpacks; `None` if it is not an envelope.
+    pub fn decode(mut bytes: Bytes) -> Option<Self> {
+        if bytes.len() < HEAD_BYTES {
+            return None;
+        }
+        let (number, seq, end) = (bytes.get_u64_le(), bytes.get_u64_le(), bytes.get_u64_le());
+        let received_us = bytes.get_u64_le();
+        let topic_len = usize::from(bytes.get_u16_le());
+        let attributes_len = bytes.get_u32_le() as usize;
+        if bytes.len() < topic_len + attributes_len {
+            return None;
+        }
+        let topic = ByteString::try_from(bytes.split_to(topic_len)).ok()?;
+        let attributes = Attributes::from_bytes(bytes.split_to(attributes_len));
+        Some(Self { number, seq, end, received_us, topic, attributes, payload: bytes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use storage::Attribute;
+
+    use super::*;
+
+    #[test]
+    fn an_envelope_comes_out_as_it_went_in() {
+        let event = Event {
+            partition: 3,
+            received_us: 7,
+            device_key: "dev".into(),
+            topic: "é/x".into(),
+            attributes: Attributes::encode([Attribute::QoS(1), Attribute::ContentType("a/b")]),
+            payload: Bytes::from_static(b"\0payload"),
+        };
+        let turn = Turn { slot: 9, number: 11, position: 100, seq: 5 };
+        let bytes = encode(&event, turn);
+        assert_eq!(bytes.len() as u64, size_bytes(&event));
+        let envelope = Envelope::decode(bytes.clone()).unwrap();
+        assert_eq!(
+            envelope,
+            Envelope {
+                number: 11,
+                seq: 5,
+                end: 100 + bytes.len() as u64,
+                received_us: 7,
+                topic: event.topic.clone(),
+                attributes: event.attributes.clone(),
+                payload: event.payload.clone(),
+            }
+        );
+        assert_eq!(Envelope::decode(bytes.slice(..HEAD_BYTES)), None);
+    }
+}
