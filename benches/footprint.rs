@@ -1,0 +1,217 @@
+//! Memory of a gateway: idle, with a backlog of 1 GB on disk, after a SIGKILL on top of it, and while
+//! the backlog drains.
+//!
+//! The gateway is the real binary as a process of its own; its upstream is away until the end. Eight
+//! connections publish events of 1 KB (QoS 1, 100 in flight) until the log holds the backlog.
+//!
+//! `cargo bench -p gateway --bench footprint [-- --quick]`. Figures are reported, never asserted.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use firmware_sim::collect::HttpCollector;
+use gateway::Addresses;
+use gateway::admin::status::Status;
+
+const BACKLOG_BYTES: u64 = 1_000_000_000;
+const QUICK_BACKLOG_BYTES: u64 = 50_000_000;
+const CONNECTIONS: usize = 8;
+const WINDOW: usize = 100;
+const PAYLOAD_BYTES: usize = 1_000;
+
+struct Server {
+    process: Child,
+    addresses: Addresses,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.process.kill().ok();
+        self.process.wait().ok();
+    }
+}
+
+impl Server {
+    /// Starts it, and waits until it is ready.
+    fn start(config: &Path) -> anyhow::Result<Self> {
+        let mut process = Command::new(env!("CARGO_BIN_EXE_edge-gateway"))
+            .args(["run", "--config"])
+            .arg(config)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut line = String::new();
+        let stdout = process.stdout.take().context("no stdout")?;
+        BufReader::new(stdout).read_line(&mut line)?;
+        let addresses = Addresses::from_ready_line(line.trim()).context("it did not get ready")?;
+        Ok(Self { process, addresses })
+    }
+
+    /// A line of `/proc/PID/status` in MB.
+    fn memory_mb(&self, name: &str) -> anyhow::Result<f64> {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
+        let line = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
+        let kib: f64 = line.context("no such line")?.trim().trim_end_matches(" kB").parse()?;
+        Ok(kib * 1_024.0 / 1e6)
+    }
+
+    fn status(
+        &self,
+        http: &reqwest::Client,
+        runtime: &tokio::runtime::Runtime,
+    ) -> anyhow::Result<Status> {
+        let url = format!("http://{}/api/v1/status", self.addresses.admin);
+        let body = runtime.block_on(async { http.get(url).send().await?.bytes().await })?;
+        Ok(serde_json::from_slice(&body)?)
+    }
+
+    fn report(&self, what: &str, note: &str) -> anyhow::Result<()> {
+        let (now, peak) = (self.memory_mb("VmRSS")?, self.memory_mb("VmHWM")?);
+        println!("{what:<34} {now:>7.1} MB {peak:>9.1} MB   {note}");
+        Ok(())
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    gateway::install_tls_provider();
+    let quick = std::env::args().any(|arg| arg == "--quick");
+    let backlog_bytes = if quick { QUICK_BACKLOG_BYTES } else { BACKLOG_BYTES };
+    let runtime = tokio::runtime::Runtime::new()?;
+    let http = reqwest::Client::new();
+    let dir = tempfile::tempdir()?;
+    // Taken, so that it stays free for the upstream that comes later.
+    let upstream = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let config = dir.path().join("gateway.toml");
+    std::fs::write(&config, toml(dir.path(), upstream))?;
+
+    println!("{:<34} {:>10} {:>12}", "gateway", "resident", "peak");
+    let server = Server::start(&config)?;
+    thread::sleep(Duration::from_secs(2));
+    server.report("idle", "just started, empty store")?;
+
+    let began = Instant::now();
+    let full = AtomicBool::new(false);
+    let status = thread::scope(|scope| -> anyhow::Result<Status> {
+        let mqtt = *server.addresses.mqtt.first().context("no listener")?;
+        for n in 0..CONNECTIONS {
+            let full = &full;
+            scope.spawn(move || publish(mqtt, n, full).ok());
+        }
+        let ended = loop {
+            thread::sleep(Duration::from_millis(200));
+            match server.status(&http, &runtime) {
+                Ok(status) if status.store.log_bytes < backlog_bytes => {}
+                ended => break ended,
+            }
+        };
+        full.store(true, Ordering::Relaxed);
+        ended
+    })?;
+    let seconds = began.elapsed().as_secs_f64();
+    let events = status.store.watermark;
+    server.report(
+        &format!("with a backlog of {:.2} GB", status.store.log_bytes as f64 / 1e9),
+        &format!("{events} events of {PAYLOAD_BYTES} B, {:.0} acked/s", events as f64 / seconds),
+    )?;
+
+    drop(server);
+    let began = Instant::now();
+    let server = Server::start(&config)?;
+    let ready_ms = began.elapsed().as_millis();
+    server.report("killed and started again", &format!("ready after {ready_ms} ms"))?;
+
+    let ledger = dir.path().join("received.csv");
+    let collector = runtime.block_on(async { HttpCollector::start(upstream, &ledger) })?;
+    let began = Instant::now();
+    let mut largest_mb: f64 = 0.0;
+    loop {
+        thread::sleep(Duration::from_millis(200));
+        largest_mb = largest_mb.max(server.memory_mb("VmRSS")?);
+        let status = server.status(&http, &runtime)?;
+        ensure!(began.elapsed() < Duration::from_mins(10), "the backlog does not drain");
+        if status.sinks.iter().all(|sink| sink.lag_events == 0) {
+            break;
+        }
+    }
+    let rate = events as f64 / began.elapsed().as_secs_f64();
+    server
+        .report("drained", &format!("{rate:.0} events/s over HTTP, at most {largest_mb:.1} MB"))?;
+    runtime.block_on(collector.finish());
+    Ok(())
+}
+
+fn toml(dir: &Path, upstream: SocketAddr) -> String {
+    let data = toml::Value::String(dir.join("data").display().to_string());
+    format!(
+        r#"
+[gateway]
+id = "footprint"
+data_dir = {data}
+[[listener]]
+bind = "127.0.0.1:0"
+[[route]]
+filter = "devices/{{device}}/#"
+[[sink]]
+name = "upstream"
+type = "http"
+url = "http://{upstream}/"
+retry_backoff_max = "1s"
+[admin]
+bind = "127.0.0.1:0"
+"#
+    )
+}
+
+/// Publishes in windows until told to stop.
+fn publish(mqtt: SocketAddr, n: usize, full: &AtomicBool) -> std::io::Result<()> {
+    let device = format!("dev-{n:06}");
+    let topic = format!("devices/{device}/telemetry");
+    let mut stream = TcpStream::connect(mqtt)?;
+    stream.set_nodelay(true)?;
+    let mut connect = b"\x00\x04MQTT\x04\x02\x00\x00".to_vec();
+    put_text(&mut connect, &device);
+    stream.write_all(&packet(0x10, &connect))?;
+    let mut answer = [0; 4];
+    stream.read_exact(&mut answer)?;
+
+    let mut window = Vec::new();
+    for id in 1..=WINDOW as u16 {
+        let mut publish = Vec::new();
+        put_text(&mut publish, &topic);
+        publish.extend(id.to_be_bytes());
+        publish.extend(vec![b'x'; PAYLOAD_BYTES]);
+        window.extend(packet(0x32, &publish));
+    }
+    let mut acks = [0; 4 * WINDOW];
+    while !full.load(Ordering::Relaxed) {
+        stream.write_all(&window)?;
+        stream.read_exact(&mut acks)?;
+    }
+    stream.write_all(&packet(0xe0, &[]))
+}
+
+fn put_text(out: &mut Vec<u8>, text: &str) {
+    out.extend((text.len() as u16).to_be_bytes());
+    out.extend(text.as_bytes());
+}
+
+fn packet(kind: u8, body: &[u8]) -> Vec<u8> {
+    let mut out = vec![kind];
+    let mut left = body.len();
+    loop {
+        let more = if left > 127 { 0x80 } else { 0 };
+        out.push((left % 128) as u8 | more);
+        left /= 128;
+        if left == 0 {
+            break;
+        }
+    }
+    out.extend(body);
+    out
+}
