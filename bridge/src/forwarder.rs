@@ -172,16 +172,25 @@ impl<S: Sink> Task<S> {
         loop {
             let now = Moment::now();
             self.write_letters(now);
+            // One look a turn: a rise after it, and before the wait below, is a change that the
+            // wait sees at once.
+            let watermark = *self.watermark.borrow_and_update();
+            let caught_up = self.delivery.read_to() >= watermark;
             if !stopping {
                 self.begin_requests(now);
-                self.read_on(now);
+                if !caught_up {
+                    self.read_on(now);
+                }
             }
-            let caught_up = self.delivery.read_to() >= *self.watermark.borrow();
             self.report.update(&self.delivery, caught_up, now);
             if stopping && self.is_quiet() {
                 break;
             }
             let resumes_at = self.delivery.resumes_at().filter(|&at| at > now.at && !stopping);
+            debug_assert!(
+                caught_up || resumes_at.is_some() || !self.is_quiet(),
+                "what is owed is under way, or waits for a time"
+            );
             tokio::select! {
                 () = shutdown.cancelled(), if !stopping => stopping = true,
                 (id, answer) = self.sink.answer() => self.answered(id, &answer),
@@ -214,10 +223,7 @@ impl<S: Sink> Task<S> {
 
     fn read_on(&mut self, now: Moment) {
         let from = self.delivery.read_to();
-        if self.reading.is_some()
-            || from >= *self.watermark.borrow_and_update()
-            || !self.delivery.wants_events(self.backlog, now)
-        {
+        if self.reading.is_some() || !self.delivery.wants_events(self.backlog, now) {
             return;
         }
         let store = self.store.clone();

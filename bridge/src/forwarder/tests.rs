@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::http::StatusCode;
@@ -12,6 +13,7 @@ use tokio::task::JoinSet;
 use super::*;
 use crate::config::{FileConfig, HttpConfig};
 use crate::fake::{self, Upstream, reply};
+use crate::sink::{Request, Window};
 
 /// A store, its writer, and what the gateway would put around them.
 struct Log {
@@ -315,6 +317,74 @@ async fn a_gateway_that_went_away_does_not_make_it_spin() {
     drop(std::mem::replace(&mut log.watermark, watch::Sender::new(0)));
     until(&mut status, |s| s.cursor == 3).await;
     running.stop().await;
+}
+
+/// A watermark that rose between two looks of one turn was once taken for a read under way, and the
+/// sink slept for ever. Here it rises on another thread, one event at a time, just when the sink has
+/// delivered the one before and looks for more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watermark_that_rises_at_any_moment_is_seen() {
+    const EVENTS: u64 = 20_000;
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["cloud"]);
+    log.append(EVENTS);
+    log.watermark.send_replace(0);
+    let sink = AnswersAtOnce::default();
+    let answered = Arc::clone(&sink.answered);
+    let config = SinkConfig {
+        request_events_max: 1,
+        ..SinkConfig::new("cloud", Target::File(FileConfig::new(&dir.path().join("unused"))))
+    };
+    let forwarder = log.forwarder(config);
+    let mut status = forwarder.status();
+    let (mut tasks, shutdown) = (JoinSet::new(), CancellationToken::new());
+    tasks.spawn(forwarder.drive(sink, shutdown.clone()));
+    let watermark = log.watermark.clone();
+    tasks.spawn_blocking(move || {
+        for end in 1..=EVENTS {
+            let deadline = Instant::now() + Duration::from_mins(1);
+            while answered.load(Ordering::Acquire) + 1 < end {
+                assert!(Instant::now() < deadline, "the sink sleeps and owes offset {}", end - 2);
+                std::hint::spin_loop();
+            }
+            (0..fastrand::u32(..1_000)).for_each(|_| std::hint::spin_loop());
+            watermark.send_replace(end);
+        }
+    });
+    tasks.spawn(async move {
+        until(&mut status, |s| s.cursor == EVENTS).await;
+        shutdown.cancel();
+    });
+    while let Some(outcome) = tasks.join_next().await {
+        outcome.expect("no panic");
+    }
+}
+
+/// A sink whose upstream takes everything at once.
+#[derive(Default)]
+struct AnswersAtOnce {
+    begun: Option<RequestId>,
+    answered: Arc<AtomicU64>,
+}
+
+impl Sink for AnswersAtOnce {
+    fn window(&self) -> Window {
+        Window { requests_max: 1, events_max: usize::MAX, bytes_max: usize::MAX }
+    }
+
+    fn begin(&mut self, request: Request) {
+        self.begun = Some(request.id);
+    }
+
+    async fn answer(&mut self) -> (RequestId, Answer) {
+        match self.begun.take() {
+            Some(id) => {
+                self.answered.fetch_add(1, Ordering::Release);
+                (id, Answer::delivered())
+            }
+            None => std::future::pending().await,
+        }
+    }
 }
 
 #[cfg(feature = "kafka")]
