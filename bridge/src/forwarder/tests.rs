@@ -333,7 +333,7 @@ async fn a_watermark_that_rises_at_any_moment_is_seen() {
     let answered = Arc::clone(&sink.answered);
     let config = SinkConfig {
         request_events_max: 1,
-        ..SinkConfig::new("cloud", Target::File(FileConfig::new(&dir.path().join("unused"))))
+        ..SinkConfig::new("cloud", Target::File(FileConfig::new(dir.path().join("unused"))))
     };
     let forwarder = log.forwarder(config);
     let mut status = forwarder.status();
