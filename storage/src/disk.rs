@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::ops::Bound;
+use std::ops::{Bound, Range};
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -28,6 +28,10 @@ use redb::{
     BackendError, Builder, Database, DatabaseError, ReadTransaction, ReadableDatabase,
     StorageBackend, WriteTransaction,
 };
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use crate::journal::{HomeBackend, HomeFile};
 
 /// The operations on files that the store needs. Names are relative to the data folder.
 pub(crate) trait Disk: fmt::Debug + Send + Sync {
@@ -41,6 +45,9 @@ pub(crate) trait Disk: fmt::Debug + Send + Sync {
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Names of the files in a folder, without the folder.
     fn list(&self, folder: &str) -> io::Result<Vec<String>>;
+    /// Takes room on the device for a range of a file, so that writing there later cannot fail for
+    /// lack of it. The length stays. What cannot do that says that it did.
+    fn reserve(&self, name: &str, range: Range<u64>) -> io::Result<()>;
     /// Bytes that a file takes on the device; 0 if it is not there.
     fn used_bytes(&self, name: &str) -> u64;
     /// A name as the user knows it.
@@ -114,6 +121,15 @@ impl Disk for FileDisk {
         Ok(names)
     }
 
+    fn reserve(&self, name: &str, range: Range<u64>) -> io::Result<()> {
+        let file = OpenOptions::new().write(true).open(self.dir.join(name))?;
+        let len = range.end - range.start;
+        match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, range.start, len) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
     fn used_bytes(&self, name: &str) -> u64 {
         const BLOCK_BYTES: u64 = 512; // the unit of st_blocks, whatever the file system
         fs::metadata(self.dir.join(name)).map_or(0, |m| m.blocks() * BLOCK_BYTES)
@@ -131,7 +147,11 @@ pub(crate) fn is_full(error: &io::Error) -> bool {
 
 /// A file that redb has open. redb trusts what a file that was closed cleanly says and panics on
 /// some damage: here that is an error like any other.
-pub(crate) struct OpenFile(Option<Database>);
+pub(crate) struct OpenFile {
+    database: Option<Database>,
+    /// What it is written through; none for a file that never is.
+    home: Option<Arc<HomeFile>>,
+}
 
 impl OpenFile {
     /// Opens a file to write to it, or nothing if anything was committed since it was last closed
@@ -143,11 +163,12 @@ impl OpenFile {
         name: &str,
         cache_bytes: usize,
     ) -> Result<Option<Self>, redb::Error> {
-        let backend = Fenced::new(disk.open(name)?);
+        let home = Arc::new(HomeFile::new(disk.open(name)?));
+        let backend = HomeBackend(home.clone());
         let mut builder = Builder::new();
         builder.set_cache_size(cache_bytes).set_repair_callback(redb::RepairSession::abort);
         match caught(|| Ok(builder.create_with_backend(backend)?)) {
-            Ok(database) => Ok(Some(Self(Some(database)))),
+            Ok(database) => Ok(Some(Self { database: Some(database), home: Some(home) })),
             Err(redb::Error::RepairAborted) => Ok(None),
             Err(error) => Err(error),
         }
@@ -159,7 +180,9 @@ impl OpenFile {
         name: &str,
         cache_bytes: usize,
     ) -> Result<Self, redb::Error> {
-        Self::build(Fenced::new(disk.create(name)?), cache_bytes)
+        let home = Arc::new(HomeFile::new(disk.create(name)?));
+        let database = build(HomeBackend(home.clone()), cache_bytes)?;
+        Ok(Self { database: Some(database), home: Some(home) })
     }
 
     /// Opens a file without ever writing to it; repairs it in memory if it was not closed cleanly.
@@ -168,17 +191,30 @@ impl OpenFile {
         name: &str,
         cache_bytes: usize,
     ) -> Result<Self, redb::Error> {
+        Self::completed(disk, name, cache_bytes, |_| Ok(()))
+    }
+
+    /// As [`OpenFile::overlaid`], after `complete` has put over it what it lacks.
+    pub(crate) fn completed(
+        disk: &dyn Disk,
+        name: &str,
+        cache_bytes: usize,
+        complete: impl FnOnce(&dyn StorageBackend) -> io::Result<()>,
+    ) -> Result<Self, redb::Error> {
         let overlay = Overlay::new(disk.open(name)?)?;
+        complete(&overlay)?;
         if overlay.len()? == 0 {
             return Err(redb::Error::Corrupted("the file is empty".into()));
         }
-        Self::build(overlay, cache_bytes)
+        Ok(Self { database: Some(build(overlay, cache_bytes)?), home: None })
     }
 
-    fn build(backend: impl StorageBackend, cache_bytes: usize) -> Result<Self, redb::Error> {
-        let mut builder = Builder::new();
-        builder.set_cache_size(cache_bytes);
-        caught(|| Ok(Self(Some(builder.create_with_backend(backend)?))))
+    /// What it is written through.
+    ///
+    /// # Panics
+    /// If it is never written.
+    pub(crate) fn home(&self) -> &Arc<HomeFile> {
+        self.home.as_ref().expect("a file that is appended to")
     }
 
     /// Looks at the last commit.
@@ -203,14 +239,14 @@ impl OpenFile {
     }
 
     fn database(&self) -> &Database {
-        self.0.as_ref().expect("open until it is dropped")
+        self.database.as_ref().expect("open until it is dropped")
     }
 }
 
 impl Drop for OpenFile {
     /// Closes the file cleanly, unless something failed before.
     fn drop(&mut self) {
-        let database = self.0.take();
+        let database = self.database.take();
         let close = || {
             drop(database);
             Ok(())
@@ -219,6 +255,12 @@ impl Drop for OpenFile {
             tracing::warn!(%error, "a file could not be closed");
         }
     }
+}
+
+fn build(backend: impl StorageBackend, cache_bytes: usize) -> Result<Database, redb::Error> {
+    let mut builder = Builder::new();
+    builder.set_cache_size(cache_bytes);
+    caught(|| Ok(builder.create_with_backend(backend)?))
 }
 
 fn caught<T>(f: impl FnOnce() -> Result<T, redb::Error>) -> Result<T, redb::Error> {
@@ -230,14 +272,14 @@ fn caught<T>(f: impl FnOnce() -> Result<T, redb::Error>) -> Result<T, redb::Erro
 
 /// A file that takes no write any more after the first failure.
 #[derive(Debug)]
-struct Fenced {
+pub(crate) struct Fenced {
     file: Box<dyn StorageBackend>,
     /// What the first failure was: redb may only hand on a later one.
     failed: OnceLock<io::ErrorKind>,
 }
 
 impl Fenced {
-    fn new(file: Box<dyn StorageBackend>) -> Self {
+    pub(crate) fn new(file: Box<dyn StorageBackend>) -> Self {
         Self { file, failed: OnceLock::new() }
     }
 

@@ -45,7 +45,7 @@ impl Position {
 }
 
 /// All that the next batch needs to know about those before it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tail {
     /// Where the next batch goes.
     pub(crate) position: Position,

@@ -11,6 +11,7 @@
 //!   [`control`]: changes of state that ride beside events.
 //! - `batch`: the packed, checksummed unit of append; `head`: what a file takes over from the one
 //!   before; `row`: the plain encoding under both. Pure codecs.
+//! - `journal`: what lets commits run ahead of their sync, under redb.
 //! - `log`: rolling files of batches; `state`: checkpoint, dead letters and loss ledger beside them;
 //!   `disk`: the files under both, and the seam where tests fail, fill up or cut the power;
 //!   `ballast`: room kept for a full disk.
@@ -28,6 +29,7 @@ mod disk;
 pub mod error;
 pub mod event;
 mod head;
+mod journal;
 mod log;
 pub mod loss_ledger;
 mod retention;
@@ -43,6 +45,6 @@ pub use error::{CommitError, OpenError, ReadError, StateError};
 pub use event::{Attribute, Attributes, Event, EventId, StoredEvent};
 pub use loss_ledger::{Loss, LossReason};
 pub use store::{
-    AtQuota, Committed, Mark, Read, RetentionReport, SinkRetention, Store, StoreOptions,
-    StoreStats, Writer,
+    AtQuota, Committed, JournalMode, Mark, Read, RetentionReport, SinkRetention, Store,
+    StoreOptions, StoreStats, Writer,
 };

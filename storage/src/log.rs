@@ -10,7 +10,9 @@
 //! - only the process that created a file, or found it closed cleanly, appends to it, and no more
 //!   after the first failed write: what a failed sync covered may be lost even if it reads back
 //!   well, so the log goes on in a new file. Every other file is opened over an overlay and never
-//!   written.
+//!   written, but by the replay of a journal;
+//! - a file joins the journal once it has its name, and the next one begins only when all that this
+//!   one holds is durable and home.
 //!
 //! Deliberately absent: what is durable (the caller passes the watermark), what may go (see
 //! `retention`), and redb's caches beyond their sizes.
@@ -30,6 +32,8 @@ use crate::control::Control;
 use crate::disk::{OpenFile, SharedDisk, is_full};
 use crate::event::{Event, StoredEvent};
 use crate::head::{BadHead, Head, Position, Tail};
+use crate::journal::{self, Journal, OnProgress, Rings};
+use crate::store::random;
 
 const BATCHES: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("batches");
 const HEAD: TableDefinition<'_, (), &[u8]> = TableDefinition::new("head");
@@ -118,15 +122,43 @@ pub(crate) struct Log {
     disk: SharedDisk,
     active_cache_bytes: usize,
     sealed_cache_bytes: usize,
+    /// How commits are made durable; by redb's own syncs where there is none.
+    journaling: Option<Journaling>,
+    rings: Mutex<Rings>,
     files: RwLock<Files>,
     handles: Mutex<Vec<Arc<Handle>>>,
+}
+
+/// What every journal of a log gets.
+pub(crate) struct Journaling {
+    pub(crate) options: journal::Options,
+    pub(crate) on_progress: OnProgress,
+}
+
+/// Whether a log has a journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Journaled {
+    Always,
+    Never,
+    /// If it gains on this disk.
+    IfItPays,
 }
 
 struct Files {
     /// In offset order; the active one, if there is one, is the last.
     list: VecDeque<LogFile>,
     active: Option<OpenFile>,
+    /// What the active one has joined.
+    journal: Option<Arc<Journal>>,
     closed: bool,
+}
+
+/// What an append has written.
+pub(crate) struct Appended {
+    /// Bytes of its batches.
+    pub(crate) size_bytes: u64,
+    /// Place of the journal from which on it is durable; nothing if it is already.
+    pub(crate) durable_at: Option<u64>,
 }
 
 struct LogFile {
@@ -145,7 +177,7 @@ impl LogFile {
     }
 }
 
-fn name(first: u64) -> String {
+pub(crate) fn name(first: u64) -> String {
     format!("{FOLDER}/{first:020}{EXTENSION}")
 }
 
@@ -161,20 +193,38 @@ struct Handle {
 }
 
 impl Log {
-    /// Finds the files, finishes what was cut short, and replays what came after the checkpoint
-    /// `tail`, which is moved to the end of the log. Offsets below `start` were trimmed.
+    /// Replays the journal, finds the files, finishes what was cut short, and replays what came
+    /// after the checkpoint `tail`, which is moved to the end of the log. Offsets below `start` were
+    /// trimmed.
     pub(crate) fn open(
         disk: SharedDisk,
         cache_bytes: usize,
+        (journaled, journaling): (Journaled, Journaling),
         start: u64,
         epoch: u64,
         tail: &mut Tail,
         replay: &mut dyn FnMut(Control),
     ) -> Result<Self, LogOpenError> {
+        let io =
+            |name: &str, error| LogError { path: disk.path(name), error: redb::Error::Io(error) };
+        // Whatever was left behind comes first, also where no journal is wanted any more.
+        let mut rings = journal::recover(&disk).map_err(|(name, error)| io(&name, error))?;
+        let pays = match journaled {
+            Journaled::Always => true,
+            Journaled::Never => false,
+            // A disk on which it cannot be tried now, perhaps a full one, is not known to gain.
+            Journaled::IfItPays => rings.pay().unwrap_or(false),
+        };
+        if !pays {
+            rings.remove_idle().map_err(|error| io(FOLDER, error))?;
+        }
+        let files = Files { list: VecDeque::new(), active: None, journal: None, closed: false };
         let log = Self {
             active_cache_bytes: cache_bytes / 2,
             sealed_cache_bytes: cache_bytes / 2 / HANDLES_MAX,
-            files: RwLock::new(Files { list: VecDeque::new(), active: None, closed: false }),
+            journaling: pays.then_some(journaling),
+            rings: Mutex::new(rings),
+            files: RwLock::new(files),
             handles: Mutex::new(Vec::new()),
             disk,
         };
@@ -265,7 +315,15 @@ impl Log {
             Ok(Some(active)) => {
                 // The overlaid handle would not see what is appended.
                 self.forget(first);
-                files.active = Some(active);
+                let joined = self.journal(&mut files).and_then(|journal| {
+                    journal.map_or(Ok(()), |journal| self.join(&journal, first, &active))
+                });
+                match joined {
+                    Ok(()) => files.active = Some(active),
+                    // Perhaps the disk is full; the first commit tries again, in a new file.
+                    Err(error) => tracing::warn!(path = %error.path.display(),
+                        error = %error.error, "cannot begin a journal"),
+                }
             }
             Ok(None) => {}
             Err(error) => {
@@ -305,16 +363,62 @@ impl Log {
         self.files().list.back().map(|file| file.first)
     }
 
-    /// Appends events and control records in one synced transaction and moves the tail past them.
-    /// Returns the bytes of its batches. On an error the tail is as it was, and the file takes no
-    /// more: see [`Log::fail`].
+    /// The journal at work, or a new one if there is none, and nothing if none is wanted.
+    fn journal(&self, files: &mut Files) -> Result<Option<Arc<Journal>>, LogError> {
+        let Some(journaling) = &self.journaling else {
+            return Ok(None);
+        };
+        if files.journal.is_none() {
+            let begun =
+                self.rings().begin(random(), journaling.options, journaling.on_progress.clone());
+            let begun = begun.map_err(|error| self.journal_error(None, error))?;
+            files.journal = Some(Arc::new(begun));
+        }
+        Ok(files.journal.clone())
+    }
+
+    fn join(&self, journal: &Journal, first: u64, file: &OpenFile) -> Result<(), LogError> {
+        journal
+            .join(&self.disk, first, file.home())
+            .map_err(|error| self.error(first, redb::Error::Io(error)))
+    }
+
+    fn journal_error(&self, journal: Option<&Journal>, error: io::Error) -> LogError {
+        let path = self.disk.path(journal.map_or(FOLDER, Journal::name));
+        LogError { path, error: redb::Error::Io(error) }
+    }
+
+    /// What has befallen the journal, if it has failed.
+    pub(crate) fn journal_failure(&self) -> Option<LogError> {
+        let journal = self.files().journal.clone()?;
+        Some(self.journal_error(Some(&journal), journal.failure()?))
+    }
+
+    /// Waits until everything that was appended is durable and in the log files.
+    pub(crate) fn settle(&self) -> Result<(), LogError> {
+        let Some(journal) = self.files().journal.clone() else {
+            return Ok(());
+        };
+        journal.drain().map_err(|error| self.journal_error(Some(&journal), error))
+    }
+
+    /// Does one of the journal's jobs at a moment that a test chose.
+    #[cfg(test)]
+    pub(crate) fn step(&self, checkpoint: bool) {
+        let journal = self.files().journal.clone();
+        // A failure shows at the next commit.
+        let _ = journal.map(|journal| journal.step(checkpoint));
+    }
+
+    /// Appends events and control records in one transaction and moves the tail past them. On an
+    /// error the tail is as it was, and the file takes no more: see [`Log::fail`].
     pub(crate) fn append(
         &self,
         encoder: &mut Encoder,
         mut events: &[Event],
         mut controls: &[Control],
         tail: &mut Tail,
-    ) -> Result<u64, LogError> {
+    ) -> Result<Appended, LogError> {
         let files = self.files();
         let file = files.list.back().expect("the active file is in the list");
         let active = files.active.as_ref().expect("the caller rolled to an active file");
@@ -338,20 +442,37 @@ impl Log {
         let size_bytes = appended.map_err(|error| self.error(file.first, error))?;
         file.size_bytes.store(self.disk.used_bytes(&file.name()), Ordering::Relaxed);
         *tail = moved;
-        Ok(size_bytes)
+        let durable_at = files.journal.as_ref().map(|journal| journal.queued());
+        Ok(Appended { size_bytes, durable_at })
     }
 
-    /// Gives up the active file after a failed append. What it holds below the next file's offset
-    /// stays readable.
+    /// Gives up the active file after a failed append, and a journal that has failed: after this
+    /// nothing more becomes durable. What the file holds below the next one's offset stays readable.
     pub(crate) fn fail(&self) {
-        self.files_mut().active = None;
+        let mut files = self.files_mut();
+        files.active = None;
+        if let Some(journal) = files.journal.take_if(|journal| journal.failure().is_some()) {
+            self.rings().retire(&journal);
+        }
     }
 
     /// Starts a new file that takes over at `head`, and seals the one before. A file that starts
     /// at the same offset holds no event and is replaced: the caller has its control records in
-    /// the checkpoint.
+    /// the checkpoint. Everything that was appended must be durable, see [`Log::settle`].
     pub(crate) fn roll(&self, head: &Head) -> Result<(), LogError> {
         let first = head.tail.position.offset;
+        let journal = {
+            let mut files = self.files_mut();
+            let journal = self.journal(&mut files)?;
+            if let Some(journal) = &journal
+                && files.list.back().is_some_and(|last| last.first == first)
+            {
+                // The new file has the old one's name: none of its records may be replayed into it.
+                files.active = None;
+                journal.checkpoint().map_err(|error| self.journal_error(Some(journal), error))?;
+            }
+            journal
+        };
         let active = self.create(head, &name(first)).map_err(|error| {
             // Best effort: else it goes when the next one is made, or at the next open.
             let _ = self.disk.remove(UNFINISHED);
@@ -367,6 +488,11 @@ impl Log {
             }
         }
         files.list.push_back(self.log_file(first));
+        if let Some(journal) = journal {
+            // From now on the old file is read as it lies on the disk.
+            journal.drain().map_err(|error| self.journal_error(Some(&journal), error))?;
+            self.join(&journal, first, &active)?;
+        }
         files.active = Some(active);
         Ok(())
     }
@@ -481,12 +607,20 @@ impl Log {
         Ok(None)
     }
 
-    /// Closes every file. Nothing can be read or appended after that.
+    /// Closes every file; nothing is left to replay, unless something failed. Nothing can be read or
+    /// appended after that.
     pub(crate) fn close(&self) {
         let mut files = self.files_mut();
         files.active = None;
         files.closed = true;
         self.handles().clear();
+        if let Some(journal) = files.journal.take() {
+            if let Err(error) = journal.checkpoint() {
+                tracing::warn!(path = %self.disk.path(journal.name()).display(), %error,
+                    "the journal was not emptied; the next start replays it");
+            }
+            journal.halt();
+        }
     }
 
     /// End of the file that holds `offset`, end-exclusive; no end if it is the last.
@@ -543,7 +677,10 @@ impl Log {
         if let Some(database) = &*database {
             return Ok(database.clone());
         }
-        let opened = OpenFile::overlaid(&*self.disk, &name(first), self.sealed_cache_bytes)?;
+        let cache_bytes = self.sealed_cache_bytes;
+        let opened = OpenFile::completed(&*self.disk, &name(first), cache_bytes, |file| {
+            self.rings().complete(first, file)
+        })?;
         Ok(database.insert(Arc::new(opened)).clone())
     }
 
@@ -561,6 +698,10 @@ impl Log {
 
     fn files_mut(&self) -> RwLockWriteGuard<'_, Files> {
         self.files.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn rings(&self) -> MutexGuard<'_, Rings> {
+        self.rings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn handles(&self) -> MutexGuard<'_, Vec<Arc<Handle>>> {

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -50,6 +51,8 @@ pub(crate) struct Faults {
 
 #[derive(Clone, Debug, Default)]
 struct SimFile {
+    /// Pages that room was taken for, from the start of the file.
+    reserved: usize,
     len: u64,
     pages: BTreeMap<u64, Page>,
     durable_len: u64,
@@ -135,7 +138,7 @@ impl SimDisk {
 
 impl Sim {
     fn pages(&self) -> usize {
-        self.names.values().map(|&file| self.files[file].pages.len()).sum()
+        self.names.values().map(|&file| self.files[file].used_pages()).sum()
     }
 
     /// Counts a writing operation; fails it if the power is off.
@@ -162,6 +165,10 @@ impl Sim {
 }
 
 impl SimFile {
+    fn used_pages(&self) -> usize {
+        self.pages.len().max(self.reserved)
+    }
+
     fn cut(&mut self, rng: &mut fastrand::Rng) {
         let unsynced = std::mem::take(&mut self.unsynced);
         let mut lens = vec![self.durable_len];
@@ -290,7 +297,7 @@ impl StorageBackend for SimBackend {
         let mut at = offset;
         for chunk in pieces(offset, data.len()) {
             let page_at = at / PAGE_BYTES as u64;
-            if !file.pages.contains_key(&page_at) {
+            if !file.pages.contains_key(&page_at) && page_at >= file.reserved as u64 {
                 new += 1;
                 if used + new > pages_max {
                     return Err(io::ErrorKind::StorageFull.into());
@@ -363,9 +370,23 @@ impl Disk for SimDisk {
         Ok(names.map(str::to_owned).collect())
     }
 
+    fn reserve(&self, name: &str, range: Range<u64>) -> io::Result<()> {
+        let mut sim = self.sim();
+        sim.operate()?;
+        let file = *sim.names.get(name).ok_or(io::ErrorKind::NotFound)?;
+        let pages = range.end.div_ceil(PAGE_BYTES as u64) as usize;
+        let before = sim.files[file].used_pages();
+        let more = pages.max(before) - before;
+        if sim.pages() + more > sim.faults.pages_max.unwrap_or(usize::MAX) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        sim.files[file].reserved = sim.files[file].reserved.max(pages);
+        Ok(())
+    }
+
     fn used_bytes(&self, name: &str) -> u64 {
         let sim = self.sim();
-        let pages = sim.names.get(name).map_or(0, |&file| sim.files[file].pages.len());
+        let pages = sim.names.get(name).map_or(0, |&file| sim.files[file].used_pages());
         (pages * PAGE_BYTES) as u64
     }
 

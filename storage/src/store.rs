@@ -4,24 +4,28 @@
 //! [`Mark`] given to the durability callback says what is on disk. Acks, readers and cursors follow
 //! the mark only.
 
+mod progress;
+
 use std::collections::HashSet;
 use std::fs::{File, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
+use self::progress::{Ahead, Progress};
 use crate::ballast::Ballast;
 use crate::batch::{Batch, BatchHead, Encoder};
 use crate::cursor::Cursors;
 use crate::disk::{FileDisk, SharedDisk, is_full};
 use crate::head::{BadHead, FORMAT, Head, Tail};
-use crate::log::{self, Log, LogError, LogOpenError, Span};
+use crate::journal;
+use crate::log::{self, Journaled, Journaling, Log, LogError, LogOpenError, Span};
 use crate::retention::{self, Rules};
-use crate::state::{Changes, Checkpoint, State, StateOpenError};
+use crate::state::{Checkpoint, State, StateOpenError};
 use crate::{
     CommitError, Control, DeadLetter, Event, Loss, LossReason, OpenError, ReadError, StateError,
     StoredEvent,
@@ -55,6 +59,19 @@ pub struct SinkRetention {
     pub name: String,
 }
 
+/// Whether commits go through the pipelined journal, which turns redb's wait for the disk into one
+/// shared sync of blocks that are used again and again. Whatever a journal has left behind is
+/// replayed in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JournalMode {
+    /// If the disk is one that gains by it; it is measured when the store is opened.
+    Auto,
+    /// Always.
+    On,
+    /// Never: redb syncs each commit by itself.
+    Off,
+}
+
 /// How to open a store.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
@@ -76,6 +93,12 @@ pub struct StoreOptions {
     pub retain_bytes: u64,
     /// Keep delivered data at least this long in microseconds, quota allowing.
     pub retain_age_us: u64,
+    /// Whether there is a journal.
+    pub journal: JournalMode,
+    /// Bytes of the journal's file, at least 128 KiB.
+    pub journal_bytes: u64,
+    /// With a journal, commits that may be waiting for their sync when [`Writer::commit`] returns.
+    pub commits_ahead_max: usize,
 }
 
 /// What one commit got.
@@ -162,8 +185,7 @@ struct Shared {
     epoch: u64,
     log: Log,
     state: State,
-    durable: Mutex<Durable>,
-    projection: RwLock<Projection>,
+    progress: Arc<Progress>,
     /// First offsets of the corrupt ranges that are in the loss ledger.
     reported: Mutex<HashSet<u64>>,
     /// The last time that anyone told.
@@ -172,56 +194,14 @@ struct Shared {
     lock: Mutex<Option<File>>,
 }
 
-#[derive(Clone, Default)]
-struct Durable {
-    mark: Mark,
-    event_bytes: u64,
-    next_seq: Vec<u64>,
-}
-
-/// State as of the last durable commit: the checkpoint, and what came after it.
-#[derive(Default)]
-struct Projection {
-    /// First stored offset.
-    start: u64,
-    cursors: Cursors,
-    /// What changed since the checkpoint.
-    changes: Changes,
-    change_bytes: usize,
-}
-
-impl Projection {
-    fn apply(&mut self, control: Control) {
-        let (namespace, key, value) = match control {
-            Control::Cursor { sink, offset } => return self.cursors.advance(&sink, offset),
-            Control::Put { namespace, key, value } => (namespace, key, Some(value)),
-            Control::Delete { namespace, key } => (namespace, key, None),
-        };
-        self.change_bytes += key.len() + value.as_ref().map_or(0, Bytes::len);
-        self.changes.insert((namespace, key), value);
-    }
-}
-
 impl Shared {
-    fn durable(&self) -> MutexGuard<'_, Durable> {
-        self.durable.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn projection(&self) -> RwLockReadGuard<'_, Projection> {
-        self.projection.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn projection_mut(&self) -> RwLockWriteGuard<'_, Projection> {
-        self.projection.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Event bytes appended before `offset`, exact where a batch starts, else in proportion.
-    fn event_bytes_before(&self, offset: u64, durable: &Durable) -> Result<u64, LogError> {
-        let Some(batch) = self.log.batch_at(offset, durable.mark.watermark)? else {
-            return Ok(durable.event_bytes);
+    fn event_bytes_before(&self, offset: u64, tail: &Tail) -> Result<u64, LogError> {
+        let Some(batch) = self.log.batch_at(offset, tail.position.offset)? else {
+            return Ok(tail.event_bytes);
         };
         let Ok(head) = BatchHead::decode(&batch) else {
-            return Ok(durable.event_bytes);
+            return Ok(tail.event_bytes);
         };
         let into = u128::from(offset.saturating_sub(head.position().offset));
         let part = into * u128::from(head.event_bytes()) / u128::from(head.count().max(1));
@@ -230,8 +210,8 @@ impl Shared {
 
     /// Event bytes in a range of offsets, 0 where they cannot be told.
     fn event_bytes_in(&self, offsets: &Range<u64>) -> u64 {
-        let durable = self.durable().clone();
-        let before = |offset| self.event_bytes_before(offset, &durable);
+        let tail = self.progress.durable().tail.clone();
+        let before = |offset| self.event_bytes_before(offset, &tail);
         match (before(offsets.start), before(offsets.end)) {
             (Ok(start), Ok(end)) => end.saturating_sub(start),
             _ => 0,
@@ -253,13 +233,14 @@ impl Store {
             Err(TryLockError::WouldBlock) => return Err(OpenError::InUse { path: options.dir }),
             Err(TryLockError::Error(source)) => return Err(folder(source)),
         }
-        Self::open_on(Arc::new(disk), Some(lock), options, now_us)
+        Self::open_with(Arc::new(disk), Some(lock), journal::Pump::Threads, options, now_us)
     }
 
     /// As [`Store::open`], on any disk.
-    pub(crate) fn open_on(
+    fn open_with(
         disk: SharedDisk,
         lock: Option<File>,
+        pump: journal::Pump,
         options: StoreOptions,
         now_us: u64,
     ) -> Result<(Store, Writer), OpenError> {
@@ -274,11 +255,13 @@ impl Store {
             });
         }
         let Head { epoch, mut tail } = checkpoint.head;
-        let mut projection =
-            Projection { cursors: Cursors::new(checkpoint.cursors), ..Projection::default() };
+        let progress = Arc::new(Progress::default());
+        let mut projection = progress.projection_mut();
+        projection.cursors = Cursors::new(checkpoint.cursors);
         let log = Log::open(
             disk.clone(),
             options.cache_bytes,
+            journaling(&options, pump, &progress),
             checkpoint.start,
             epoch,
             &mut tail,
@@ -296,7 +279,8 @@ impl Store {
         projection.start = checkpoint.start.max(log.first_offset().unwrap_or(tail.position.offset));
         let sinks = options.sinks.iter().map(|sink| sink.name.clone());
         let cursors = projection.cursors.all().clone();
-        let missed = projection.cursors.configure(sinks, projection.start);
+        let start = projection.start;
+        let missed = projection.cursors.configure(sinks, start);
         // A sink is known from the day it was configured, also if it never acknowledges anything.
         let configured = *projection.cursors.all() != cursors;
         let losses: Vec<Loss> = missed
@@ -310,17 +294,13 @@ impl Store {
             })
             .collect();
 
-        let durable = Durable {
-            mark: Mark { commit: 0, watermark: tail.position.offset },
-            event_bytes: tail.event_bytes,
-            next_seq: tail.next_seq.clone(),
-        };
+        drop(projection);
+        progress.begin(tail.clone());
         let shared = Arc::new(Shared {
             epoch,
             log,
             state,
-            durable: Mutex::new(durable),
-            projection: RwLock::new(projection),
+            progress,
             reported: Mutex::new(HashSet::new()),
             now_us: now_us.into(),
             lock: Mutex::new(lock),
@@ -333,9 +313,9 @@ impl Store {
             encoder: Encoder::new(options.partitions),
             // At least four files within the quota, so that trimming one makes room.
             file_bytes_max: options.file_bytes_max.min(options.quota_bytes / 4).max(1),
-            on_durable: None,
             tail,
             commit: 0,
+            void: None,
             unsaved_bytes: 0,
             shared: shared.clone(),
         };
@@ -366,12 +346,12 @@ impl Store {
 
     /// What is durable now.
     pub fn mark(&self) -> Mark {
-        self.shared.durable().mark
+        self.shared.progress.durable().mark
     }
 
     /// Durable cursor of a configured sink: the next offset that it needs.
     pub fn cursor(&self, sink: &str) -> Option<u64> {
-        self.shared.projection().cursors.get(sink)
+        self.shared.progress.projection().cursors.get(sink)
     }
 
     /// Events from `from` on, at least one if there is any below the watermark, else at most
@@ -387,11 +367,11 @@ impl Store {
     ) -> Result<Read, ReadError> {
         let shared = &*self.shared;
         let watermark = self.mark().watermark;
-        let start = shared.projection().start.max(from);
+        let start = shared.progress.projection().start.max(from);
         let found = shared.log.read(start, watermark, events_max, size_bytes_max)?;
         let mut read = Read { events: found.events, next: found.next.max(from), missing: vec![] };
         // What was trimmed while this was reading is not damage.
-        let start = shared.projection().start;
+        let start = shared.progress.projection().start;
         if from < start.min(read.next) {
             read.missing.push(from..start.min(read.next));
         }
@@ -421,7 +401,7 @@ impl Store {
             at_us: shared.now_us.load(Ordering::Relaxed),
         };
         let losses: Vec<Loss> = {
-            let projection = shared.projection();
+            let projection = shared.progress.projection();
             let sinks = projection.cursors.configured();
             match projection.cursors.floor() {
                 None => vec![loss(None, offsets.start)],
@@ -441,10 +421,10 @@ impl Store {
 
     /// Event bytes between `from` and the watermark, from file and batch heads, exact to one batch.
     pub fn lag_bytes(&self, from: u64) -> u64 {
-        let durable = self.shared.durable().clone();
-        let from = from.max(self.shared.projection().start);
-        match self.shared.event_bytes_before(from, &durable) {
-            Ok(before) => durable.event_bytes.saturating_sub(before),
+        let tail = self.shared.progress.durable().tail.clone();
+        let from = from.max(self.shared.progress.projection().start);
+        match self.shared.event_bytes_before(from, &tail) {
+            Ok(before) => tail.event_bytes.saturating_sub(before),
             Err(error) => {
                 tracing::warn!(path = %error.path.display(), error = %error.error,
                     "cannot tell a lag in bytes");
@@ -456,7 +436,7 @@ impl Store {
     /// Receive time of the first event at or after `from`, if there is one.
     pub fn received_us(&self, from: u64) -> Option<u64> {
         let watermark = self.mark().watermark;
-        let from = from.max(self.shared.projection().start);
+        let from = from.max(self.shared.progress.projection().start);
         let batch = self.shared.log.batch_at(from, watermark).ok()??;
         let first = Batch::decode(batch).ok()?.events(from).next()?.ok()?;
         Some(first.event.received_us)
@@ -497,8 +477,8 @@ impl Store {
     /// [`StateError`].
     pub fn state(&self, namespace: u16, key: &[u8]) -> Result<Option<Bytes>, StateError> {
         // Held while the database is read, so that a checkpoint does not move a value between.
-        let projection = self.shared.projection();
-        match projection.changes.get(&(namespace, Bytes::copy_from_slice(key))) {
+        let projection = self.shared.progress.projection();
+        match projection.changed(namespace, key) {
             Some(value) => Ok(value.clone()),
             None => self.shared.state.get(namespace, key),
         }
@@ -507,18 +487,21 @@ impl Store {
     /// A look at the store. What cannot be read counts as 0.
     pub fn stats(&self) -> StoreStats {
         let shared = &*self.shared;
-        let durable = shared.durable().clone();
-        let projection = shared.projection();
+        let (mark, tail) = {
+            let durable = shared.progress.durable();
+            (durable.mark, durable.tail.clone())
+        };
+        let projection = shared.progress.projection();
         let sinks = projection.cursors.all();
         StoreStats {
-            files: shared.log.spans(durable.mark.watermark).len() as u32,
+            files: shared.log.spans(mark.watermark).len() as u32,
             log_bytes: shared.log.used_bytes(),
             state_bytes: shared.state.used_bytes(),
             quota_bytes: shared.options.quota_bytes,
             first_offset: projection.start,
-            watermark: durable.mark.watermark,
-            next_seq: durable.next_seq,
-            event_bytes: durable.event_bytes,
+            watermark: mark.watermark,
+            next_seq: tail.next_seq,
+            event_bytes: tail.event_bytes,
             cursors: sinks.iter().map(|(sink, c)| (sink.clone(), c.offset)).collect(),
             origins: sinks.iter().map(|(sink, c)| (sink.clone(), c.origin)).collect(),
             dead_letters: shared.state.count_dead_letters().unwrap_or_default(),
@@ -575,8 +558,33 @@ fn database_error(path: PathBuf, error: &redb::Error) -> OpenError {
     OpenError::Database { path, reason: error.to_string() }
 }
 
+/// How the log is to make commits durable, and whom it tells.
+fn journaling(
+    options: &StoreOptions,
+    pump: journal::Pump,
+    progress: &Arc<Progress>,
+) -> (Journaled, Journaling) {
+    let journaled = match options.journal {
+        JournalMode::Auto => Journaled::IfItPays,
+        JournalMode::On => Journaled::Always,
+        JournalMode::Off => Journaled::Never,
+    };
+    let progress = progress.clone();
+    let on_progress = move |told| match told {
+        journal::Progress::Durable(place) => progress.advance(place),
+        journal::Progress::Failed => {
+            if let Some(callback) = progress.on_failure.get() {
+                callback();
+            }
+        }
+    };
+    let (ring_bytes, ahead_max) = (options.journal_bytes, options.commits_ahead_max);
+    let journal = journal::Options { ring_bytes, ahead_max, pump };
+    (journaled, Journaling { options: journal, on_progress: Arc::new(on_progress) })
+}
+
 /// A random number from the keys that the standard library takes from the system.
-fn random() -> u64 {
+pub(crate) fn random() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
@@ -586,27 +594,38 @@ pub struct Writer {
     shared: Arc<Shared>,
     encoder: Encoder,
     file_bytes_max: u64,
-    on_durable: Option<Box<dyn Fn(Mark) + Send + Sync>>,
-    /// Where the next batch goes; what came before is durable.
+    /// Where the next batch goes; what came before is committed.
     tail: Tail,
     commit: u64,
+    /// What made the commits void that ran ahead, until the caller knows.
+    void: Option<CommitError>,
     /// Bytes appended since the checkpoint.
     unsaved_bytes: u64,
 }
 
 impl Writer {
-    /// Called with every new [`Mark`], from whichever thread made it durable. Set it before the
+    /// Called with every new [`Mark`], from whichever thread made it durable. Set it once, before the
     /// first commit.
     pub fn on_durable(&mut self, callback: impl Fn(Mark) + Send + Sync + 'static) {
-        self.on_durable = Some(Box::new(callback));
+        let first = self.shared.progress.on_durable.set(Box::new(callback)).is_ok();
+        assert!(first, "the marks go to one listener");
+    }
+
+    /// Called when commits that have returned will not become durable, from whichever thread found
+    /// out: then [`Writer::check`] says why. Set it once, before the first commit.
+    pub fn on_failure(&mut self, callback: impl Fn() + Send + Sync + 'static) {
+        let first = self.shared.progress.on_failure.set(Box::new(callback)).is_ok();
+        assert!(first, "failures go to one listener");
     }
 
     /// Numbers the events in slice order and commits them with the control records in one
-    /// transaction. With the plain backend it returns once they are durable, after the callback.
+    /// transaction. They are durable when a [`Mark`] says so: with a journal perhaps later, but at
+    /// most [`StoreOptions::commits_ahead_max`] commits run ahead; without one before it returns.
     ///
     /// # Errors
     /// See [`CommitError`]. After one, nothing of this commit may be acked, and nothing of it was
-    /// or will be readable: the next commit takes its numbers, in a new file.
+    /// or will be readable: the next commit takes its numbers, in a new file. After
+    /// [`CommitError::Io`] that is true also of all commits that no mark has covered.
     ///
     /// # Panics
     /// If an event's partition is not below [`StoreOptions::partitions`], or a cursor passes the
@@ -618,35 +637,54 @@ impl Writer {
         now_us: u64,
     ) -> Result<Committed, CommitError> {
         self.shared.now_us.store(now_us, Ordering::Relaxed);
-        let first = self.tail.position.offset;
-        let end = first + events.len() as u64;
+        self.check()?;
         let partitions = self.shared.options.partitions;
         assert!(events.iter().all(|e| e.partition < partitions), "an unknown partition");
+        let end = self.tail.position.offset + events.len() as u64;
         let past = |c: &Control| matches!(c, Control::Cursor { offset, .. } if *offset > end);
         assert!(!control.iter().any(past), "a cursor past the end of the log");
-        self.write(events, control, now_us).inspect_err(|error| {
+        let place = self.write(events, control, now_us).map_err(|error| {
             if matches!(error, CommitError::DiskFull { .. }) {
                 self.ballast.release();
             }
+            self.void.take().unwrap_or(error)
         })?;
         self.commit += 1;
-        let offsets = first..self.tail.position.offset;
-        let mark = Mark { commit: self.commit, watermark: offsets.end };
-        if !control.is_empty() {
-            let mut projection = self.shared.projection_mut();
-            control.iter().cloned().for_each(|control| projection.apply(control));
-        }
-        {
-            let mut durable = self.shared.durable();
-            durable.mark = mark;
-            durable.event_bytes = self.tail.event_bytes;
-            durable.next_seq.copy_from_slice(&self.tail.next_seq);
-        }
-        if let Some(callback) = &self.on_durable {
-            callback(mark);
-        }
+        let watermark = self.tail.position.offset;
+        let mark = Mark { commit: self.commit, watermark };
+        let (tail, control) = (self.tail.clone(), control.to_vec());
+        self.shared.progress.committed(Ahead { place, mark, tail, control });
         self.checkpoint_if_due();
-        Ok(Committed { commit: mark.commit, offsets })
+        Ok(Committed { commit: mark.commit, offsets: watermark - events.len() as u64..watermark })
+    }
+
+    /// Whether the commits that have returned still stand.
+    ///
+    /// # Errors
+    /// [`CommitError::Io`], once, if those that no mark has covered are void.
+    pub fn check(&mut self) -> Result<(), CommitError> {
+        if let Some(error) = self.shared.log.journal_failure() {
+            self.failed(error);
+        }
+        self.void.take().map_or(Ok(()), Err)
+    }
+
+    /// Goes back to what is durable after the log has failed, so that the next commit begins a new
+    /// file there.
+    fn failed(&mut self, error: LogError) -> CommitError {
+        let log = &self.shared.log;
+        // What ran ahead of this failure becomes durable all the same, unless it is the journal's.
+        let stands = log.settle().is_ok();
+        log.fail();
+        self.tail = self.shared.progress.void_ahead();
+        if !stands {
+            if error.is_full() {
+                self.ballast.release();
+            }
+            let (path, reason) = (error.path.clone(), error.error.to_string());
+            self.void = Some(CommitError::Io { path, reason });
+        }
+        error.into()
     }
 
     fn write(
@@ -654,13 +692,13 @@ impl Writer {
         events: &[Event],
         control: &[Control],
         now_us: u64,
-    ) -> Result<(), CommitError> {
+    ) -> Result<u64, CommitError> {
         if !events.is_empty() {
             self.hold_ballast(now_us)?;
             self.make_room(now_us)?;
         }
         if events.is_empty() && control.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         self.append(events, control)
     }
@@ -685,8 +723,9 @@ impl Writer {
         Ok(())
     }
 
-    fn append(&mut self, events: &[Event], control: &[Control]) -> Result<(), CommitError> {
-        let change_bytes = self.shared.projection().change_bytes;
+    /// Gives the place of the journal from which on it is durable.
+    fn append(&mut self, events: &[Event], control: &[Control]) -> Result<u64, CommitError> {
+        let change_bytes = self.shared.progress.projection().change_bytes;
         if !control.is_empty() && change_bytes > CHANGE_BYTES_MAX {
             self.checkpoint(&[]).map_err(|error| self.state_failed(error))?;
         }
@@ -695,30 +734,37 @@ impl Writer {
         if !log.has_active() {
             self.roll()?;
         } else if full && let Err(error) = self.roll() {
+            if !self.shared.log.has_active() {
+                return Err(error);
+            }
             // The full file still takes commits; the next one tries again.
             tracing::warn!(%error, "cannot start a new log file");
         }
         let log = &self.shared.log;
         match log.append(&mut self.encoder, events, control, &mut self.tail) {
-            Ok(size_bytes) => {
-                self.unsaved_bytes += size_bytes;
-                Ok(())
+            Ok(appended) => {
+                self.unsaved_bytes += appended.size_bytes;
+                Ok(appended.durable_at.unwrap_or(0))
             }
-            Err(error) => {
-                log.fail();
-                Err(error.into())
-            }
+            Err(error) => Err(self.failed(error)),
         }
     }
 
     /// Goes on in a new file.
     fn roll(&mut self) -> Result<(), CommitError> {
+        self.shared.log.settle().map_err(|error| self.failed(error))?;
         if self.shared.log.last_first_offset() == Some(self.tail.position.offset) {
             // The new file replaces one without events: its control records go to the checkpoint.
             self.checkpoint(&[]).map_err(|error| self.state_failed(error))?;
         }
         let head = Head { epoch: self.shared.epoch, tail: self.tail.clone() };
-        Ok(self.shared.log.roll(&head)?)
+        self.shared.log.roll(&head).map_err(|error| {
+            if self.shared.log.journal_failure().is_some() {
+                self.failed(error)
+            } else {
+                error.into()
+            }
+        })
     }
 
     fn state_failed(&self, error: StateError) -> CommitError {
@@ -778,7 +824,7 @@ impl Writer {
         report: &mut RetentionReport,
     ) -> Result<(), CommitError> {
         let options = &self.shared.options;
-        let floor = self.shared.projection().cursors.floor();
+        let floor = self.shared.progress.projection().cursors.floor();
         let mut rules = Rules {
             sinks: floor.is_some(),
             retain_bytes: options.retain_bytes,
@@ -838,7 +884,7 @@ impl Writer {
         }
         let end = spans[0].offsets.end;
         let needed: Vec<(Option<String>, Range<u64>)> = {
-            let projection = self.shared.projection();
+            let projection = self.shared.progress.projection();
             let start = projection.start;
             match projection.cursors.floor() {
                 None => vec![(None, start..end)],
@@ -890,7 +936,7 @@ impl Writer {
     }
 
     fn checkpoint_if_due(&mut self) {
-        let change_bytes = self.shared.projection().change_bytes;
+        let change_bytes = self.shared.progress.projection().change_bytes;
         if self.unsaved_bytes < CHECKPOINT_LOG_BYTES && change_bytes < CHECKPOINT_CHANGE_BYTES {
             return;
         }
@@ -901,27 +947,27 @@ impl Writer {
 
     /// Writes the state as of the last commit, which is durable.
     fn checkpoint(&mut self, losses: &[Loss]) -> Result<(), StateError> {
-        let start = self.shared.projection().start;
+        let start = self.shared.progress.projection().start;
         self.save(start, losses)
     }
 
     /// Writes a checkpoint of a log that starts at `start`, with what its sinks lose by that.
     /// Nothing has changed if it fails.
     fn save(&mut self, start: u64, losses: &[Loss]) -> Result<(), StateError> {
-        let (mut cursors, changes) = {
-            let projection = self.shared.projection();
-            (projection.cursors.clone(), projection.changes.clone())
-        };
-        for loss in losses {
-            if let Some(sink) = &loss.sink {
-                cursors.advance(sink, loss.offsets.end);
+        let progress = &self.shared.progress;
+        let (tail, mut cursors, changes) = progress.save();
+        let pass = |cursors: &mut Cursors| {
+            for loss in losses {
+                if let Some(sink) = &loss.sink {
+                    cursors.advance(sink, loss.offsets.end);
+                }
             }
-        }
-        let head = Head { epoch: self.shared.epoch, tail: self.tail.clone() };
+        };
+        pass(&mut cursors);
+        let head = Head { epoch: self.shared.epoch, tail };
         let checkpoint = Checkpoint { head, start, cursors: cursors.all().clone() };
         self.shared.state.checkpoint(&checkpoint, &changes, losses)?;
-        let mut projection = self.shared.projection_mut();
-        *projection = Projection { start, cursors, ..Projection::default() };
+        progress.saved(start, pass);
         self.unsaved_bytes = 0;
         Ok(())
     }
@@ -931,7 +977,11 @@ impl Writer {
     /// # Errors
     /// [`StateError`].
     pub fn close(mut self) -> Result<(), StateError> {
-        let saved = self.checkpoint(&[]);
+        let settled = self.shared.log.settle().map_err(|error| StateError {
+            disk_full: error.is_full(),
+            reason: error.error.to_string(),
+        });
+        let saved = settled.and(self.checkpoint(&[]));
         self.shared.log.close();
         self.shared.state.close();
         *self.shared.lock.lock().unwrap_or_else(PoisonError::into_inner) = None;

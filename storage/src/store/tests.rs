@@ -23,6 +23,9 @@ fn options(dir: &std::path::Path) -> StoreOptions {
         at_quota: AtQuota::Hold,
         retain_bytes: 0,
         retain_age_us: 0,
+        journal: JournalMode::Off,
+        journal_bytes: 1 << 20,
+        commits_ahead_max: 2,
     }
 }
 

@@ -123,11 +123,14 @@ fn live_until_cut(seed: u64, world: &mut World, rng: &mut fastrand::Rng) {
                 world.cursor_to(SINKS[rng.usize(..2)], rng.u64(watermark / 2..=watermark))
             }
             8 => world.commit(vec![], vec![put(rng)]),
-            _ => match world.writer.retain(world.now_us) {
+            _ => match world.retain() {
                 Ok(_) => continue,
                 Err(_) => return,
             },
         };
+        if world.options.journal == JournalMode::On {
+            (0..rng.u8(..3)).for_each(|_| world.step(rng.u8(..8) == 0));
+        }
         if let Err(error) = result {
             assert!(matches!(error, CommitError::Io { .. }), "seed {seed}: {error}");
             return;
@@ -141,9 +144,10 @@ fn put(rng: &mut fastrand::Rng) -> Control {
     Control::Put { namespace: 1, key: Bytes::from(vec![rng.u8(..8)]), value: value.into() }
 }
 
-fn cut_power(seed: u64, sync_lies: bool) {
+fn cut_power(seed: u64, journal: JournalMode, sync_lies: bool) {
     let mut rng = fastrand::Rng::with_seed(seed);
-    let mut world = World::new(SimDisk::new(seed), world::options());
+    let options = StoreOptions { journal, ..world::options() };
+    let mut world = World::new(SimDisk::new(seed), options);
     world.disk.set_faults(|faults| faults.sync_lies = sync_lies);
     for _ in 0..4 {
         live_until_cut(seed, &mut world, &mut rng);
@@ -159,18 +163,30 @@ fn cuts() -> u64 {
     std::env::var("POWER_CUTS").ok().and_then(|cuts| cuts.parse().ok()).unwrap_or(200)
 }
 
-#[test]
-fn no_power_cut_loses_what_was_acked() {
+fn cut_power_often(journal: JournalMode) {
     for seed in 0..cuts() / 4 {
-        let result = std::panic::catch_unwind(|| cut_power(seed, false));
+        let result = std::panic::catch_unwind(|| cut_power(seed, journal, false));
         assert!(result.is_ok(), "seed {seed}");
     }
 }
 
 #[test]
+fn no_power_cut_loses_what_was_acked() {
+    cut_power_often(JournalMode::Off);
+}
+
+#[test]
+fn no_power_cut_loses_what_the_journal_acked() {
+    cut_power_often(JournalMode::On);
+}
+
+#[test]
 fn without_syncs_power_cuts_do_lose_what_was_acked() {
-    let loses = |&seed: &u64| std::panic::catch_unwind(|| cut_power(seed, true)).is_err();
-    assert!((0..8).any(|seed| loses(&seed)), "the simulated cuts prove nothing");
+    for journal in [JournalMode::Off, JournalMode::On] {
+        let loses =
+            |&seed: &u64| std::panic::catch_unwind(|| cut_power(seed, journal, true)).is_err();
+        assert!((0..8).any(|seed| loses(&seed)), "the simulated cuts prove nothing: {journal:?}");
+    }
 }
 
 /// Flips one bit of a closed store at a time.

@@ -45,6 +45,10 @@ enum Step {
         pages: usize,
     },
     EmptyDisk,
+    /// Lets the journal flush, or sync a log file.
+    Journal {
+        checkpoint: bool,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -63,6 +67,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..6_u64).prop_map(|after| Step::FailSync { after }),
         1 => (0..60_usize).prop_map(|pages| Step::FillDisk { pages }),
         2 => Just(Step::EmptyDisk),
+        4 => prop::bool::weighted(0.2).prop_map(|checkpoint| Step::Journal { checkpoint }),
     ]
 }
 
@@ -107,6 +112,7 @@ fn take(world: &mut World, step: &Step) {
             let used = world.disk.pages();
             world.disk.set_faults(|faults| faults.pages_max = Some(used + pages));
         }
+        Step::Journal { checkpoint } => world.step(checkpoint),
         Step::EmptyDisk => world.disk.set_faults(|faults| *faults = Faults::default()),
     }
 }
@@ -120,10 +126,17 @@ fn policy() -> impl Strategy<Value = StoreOptions> {
     let quota = prop_oneof![Just(1_u64 << 30), Just(900 << 10)];
     let at_quota = prop_oneof![Just(AtQuota::Hold), Just(AtQuota::DropOldest)];
     let retain = prop_oneof![Just((0, 0)), Just((200 << 10, 0)), Just((0, 60_000_000))];
-    (quota, at_quota, retain, any::<bool>()).prop_map(|(quota_bytes, at_quota, retain, sinks)| {
-        let (retain_bytes, retain_age_us) = retain;
-        let mut options =
-            StoreOptions { quota_bytes, at_quota, retain_bytes, retain_age_us, ..world::options() };
+    let journal = prop_oneof![Just(JournalMode::Off), Just(JournalMode::On)];
+    let policy = (quota, at_quota, retain, journal, any::<bool>());
+    policy.prop_map(|(quota_bytes, at_quota, (retain_bytes, retain_age_us), journal, sinks)| {
+        let mut options = StoreOptions {
+            quota_bytes,
+            at_quota,
+            retain_bytes,
+            retain_age_us,
+            journal,
+            ..world::options()
+        };
         if !sinks {
             options.sinks.clear();
         }

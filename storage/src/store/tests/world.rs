@@ -21,8 +21,20 @@ struct Model {
     received_us: u64,
 }
 
-/// A commit that failed. After a crash the last one that got as far as the disk may come back.
+/// What a commit was given.
 type Attempt = (Vec<Event>, Vec<Control>);
+
+/// Commits in their order, each on the one before. After a crash the first few of them may be there.
+type Chain = Vec<Attempt>;
+
+/// Opens a store on a simulated disk, whose journal works when it is told to.
+pub(super) fn open(
+    disk: SimDisk,
+    options: &StoreOptions,
+    now_us: u64,
+) -> Result<(Store, Writer), OpenError> {
+    Store::open_with(Arc::new(disk), None, journal::Pump::ByHand, options.clone(), now_us)
+}
 
 pub(super) struct World {
     pub(super) disk: SimDisk,
@@ -30,9 +42,12 @@ pub(super) struct World {
     pub(super) store: Store,
     pub(super) writer: Writer,
     pub(super) now_us: u64,
+    /// As of the last mark.
     model: Model,
-    /// Commits that failed since the last one that succeeded.
-    attempts: Vec<Attempt>,
+    /// Commits that returned and that no mark has covered, with their numbers.
+    ahead: Vec<(u64, Attempt)>,
+    /// Commits that failed, and what ran ahead of them, since the last mark.
+    failed: Vec<Chain>,
     marks: Arc<Mutex<Vec<Mark>>>,
     /// Makes every event another one.
     made: u64,
@@ -44,14 +59,15 @@ pub(super) fn options() -> StoreOptions {
         sinks: sinks.into(),
         file_bytes_max: 128 << 10,
         cache_bytes: 1 << 20,
+        // Small enough to go round, and for some transactions to be too large for it.
+        journal_bytes: 192 << 10,
         ..super::options(std::path::Path::new("sim"))
     }
 }
 
 impl World {
     pub(super) fn new(disk: SimDisk, options: StoreOptions) -> Self {
-        let (store, writer) =
-            Store::open_on(Arc::new(disk.clone()), None, options.clone(), NOW_US).unwrap();
+        let (store, writer) = open(disk.clone(), &options, NOW_US).unwrap();
         let mut model = Model { next_seq: vec![0; 4], ..Model::default() };
         for sink in &options.sinks {
             model.cursors.insert(sink.name.clone(), 0);
@@ -63,7 +79,8 @@ impl World {
             writer,
             now_us: NOW_US,
             model,
-            attempts: Vec::new(),
+            ahead: Vec::new(),
+            failed: Vec::new(),
             marks: Arc::default(),
             made: 0,
         };
@@ -72,6 +89,8 @@ impl World {
     }
 
     fn listen(&mut self) {
+        // What the writer of an earlier life still does is nothing to this one.
+        self.marks = Arc::default();
         let marks = self.marks.clone();
         self.writer.on_durable(move |mark| marks.lock().unwrap().push(mark));
     }
@@ -98,23 +117,66 @@ impl World {
         events: Vec<Event>,
         control: Vec<Control>,
     ) -> Result<Committed, CommitError> {
-        self.marks.lock().unwrap().clear();
-        let before = self.store.mark();
+        let count: usize = self.ahead.iter().map(|(_, (events, _))| events.len()).sum();
+        let first = self.watermark() + count as u64;
         let result = self.writer.commit(&events, &control, self.now_us);
-        let marks = self.marks.lock().unwrap().clone();
-        self.follow_losses();
         if let Ok(committed) = &result {
-            let first = self.watermark();
             assert_eq!(committed.offsets, first..first + events.len() as u64);
-            let mark = Mark { commit: before.commit + 1, watermark: committed.offsets.end };
-            assert_eq!((marks, self.store.mark()), (vec![mark], mark));
-            self.attempts.clear();
-            self.model.apply((events, control), true);
+            self.ahead.push((committed.commit, (events, control)));
+            self.follow_marks();
+            let ahead_max = match self.options.journal {
+                JournalMode::Off => 0,
+                _ => self.options.commits_ahead_max,
+            };
+            assert!(self.ahead.len() <= ahead_max, "{} commits run ahead", self.ahead.len());
         } else {
-            assert_eq!((marks, self.store.mark()), (vec![], before), "acked a failed commit");
-            self.attempts.push((events, control));
+            self.follow_marks();
+            let mut chain = self.voided();
+            assert!(chain.is_empty() || matches!(result, Err(CommitError::Io { .. })));
+            if self.ahead.is_empty() {
+                chain.push((events, control));
+                self.failed.push(chain);
+            }
         }
+        self.follow_losses();
         result
+    }
+
+    /// What ran ahead, if the store has given it up.
+    fn voided(&mut self) -> Chain {
+        if self.writer.shared.progress.durable().ahead.is_empty() {
+            self.ahead.drain(..).map(|(_, attempt)| attempt).collect()
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// Lets the journal do one of its jobs.
+    pub(super) fn step(&mut self, checkpoint: bool) {
+        self.writer.shared.log.step(checkpoint);
+        self.follow_marks();
+    }
+
+    /// Lets the journal do its jobs until nothing runs ahead.
+    pub(super) fn settle(&mut self) {
+        self.writer.shared.log.settle().unwrap();
+        self.follow_marks();
+        assert!(self.ahead.is_empty(), "it settled");
+    }
+
+    /// What the marks cover is acked, and visible.
+    fn follow_marks(&mut self) {
+        for mark in std::mem::take(&mut *self.marks.lock().unwrap()) {
+            let covered = self.ahead.iter().take_while(|(number, _)| *number <= mark.commit);
+            let covered = covered.count();
+            assert!(covered > 0, "a mark that covers nothing: {mark:?}");
+            for (_, attempt) in self.ahead.drain(..covered) {
+                self.model.apply(attempt, true);
+            }
+            assert_eq!(mark.watermark, self.watermark(), "{mark:?}");
+            self.failed.clear();
+        }
+        assert_eq!(self.store.mark().watermark, self.watermark());
     }
 
     pub(super) fn commit_events(&mut self, count: usize, payload_bytes: usize) {
@@ -134,9 +196,7 @@ impl World {
 
     /// Opens the store on another disk, as the next process does, and checks all of it.
     pub(super) fn reopen(&mut self, disk: SimDisk) {
-        let opened =
-            Store::open_on(Arc::new(disk.clone()), None, self.options.clone(), self.now_us);
-        (self.store, self.writer) = opened.unwrap();
+        (self.store, self.writer) = open(disk.clone(), &self.options, self.now_us).unwrap();
         self.disk = disk;
         self.listen();
         self.follow_losses();
@@ -146,12 +206,17 @@ impl World {
             let event = self.model.events.pop().expect("counted once");
             self.model.next_seq[usize::from(event.event.partition)] -= 1;
         }
-        let back = std::mem::take(&mut self.attempts).into_iter().map(|attempt| {
+        let mut chains = std::mem::take(&mut self.failed);
+        chains.push(self.ahead.drain(..).map(|(_, attempt)| attempt).collect());
+        let back = chains.into_iter().rev().find_map(|chain| {
             let mut model = self.model.clone();
-            model.apply(attempt, false);
-            model
+            let prefixes = chain.into_iter().map(|attempt| {
+                model.apply(attempt, false);
+                model.clone()
+            });
+            prefixes.filter(|model| self.shows(model)).last()
         });
-        if let Some(model) = back.rev().find(|model| self.shows(model)) {
+        if let Some(model) = back {
             self.model = model;
         }
         self.check();
@@ -174,10 +239,13 @@ impl World {
 
     /// Closes the store cleanly; another, empty one takes its place.
     pub(super) fn close(&mut self) {
-        let empty = Store::open_on(Arc::new(SimDisk::new(0)), None, options(), self.now_us);
-        let (store, writer) = empty.unwrap();
+        let (store, writer) = open(SimDisk::new(0), &options(), self.now_us).unwrap();
         self.store = store;
         std::mem::replace(&mut self.writer, writer).close().unwrap();
+        for (_, attempt) in std::mem::take(&mut self.ahead) {
+            self.model.apply(attempt, true);
+        }
+        self.marks.lock().unwrap().clear();
     }
 
     /// Closes the store and opens it again.
@@ -190,7 +258,7 @@ impl World {
     /// Opens and reads a store that is damaged somewhere: every event is right or reported
     /// missing, and numbers go on past all that was given. Says whether anything was missing.
     pub(super) fn reads_nothing_wrong(&self, disk: SimDisk, damage: &str) -> bool {
-        let opened = Store::open_on(Arc::new(disk), None, self.options.clone(), self.now_us);
+        let opened = open(disk, &self.options, self.now_us);
         let (store, mut writer) = opened.unwrap_or_else(|e| panic!("{damage}: {e}"));
         let watermark = store.mark().watermark;
         assert!(watermark >= self.watermark(), "{damage}: the end is lost");
@@ -227,7 +295,14 @@ impl World {
 
     /// Trims; what the report says was lost must be in the ledger.
     pub(super) fn retain(&mut self) -> Result<RetentionReport, StateError> {
-        let report = self.writer.retain(self.now_us)?;
+        let report = self.writer.retain(self.now_us);
+        self.follow_marks();
+        let chain = self.voided();
+        if !chain.is_empty() {
+            assert!(self.writer.void.is_some(), "the next commit must tell");
+            self.failed.push(chain);
+        }
+        let report = report?;
         let ledger = self.store.losses().unwrap();
         for loss in &report.losses {
             // A row that was written before and then failed keeps its time.

@@ -1,0 +1,632 @@
+//! The pipelined journal: commits that do not wait for their sync.
+//!
+//! redb syncs its file at the end of every commit, and waits. Here the active log file of the store
+//! lies over a [`HomeFile`] whose sync does not: it packs what the transaction wrote into one
+//! checksummed record, queues it and lets redb go on. One thread (`flush`) appends whatever is
+//! queued to the *ring*, a file whose blocks are written over and over, with **one** sync; then it
+//! tells who waits that this much is durable, and only then writes the pages to the home file,
+//! without a sync. Another thread (`checkpoint`) syncs the home files when half of the ring is in
+//! use, and has a *mark* written that frees it. So a commit costs one write to blocks that exist and
+//! a share of a sync; no ack waits for a checkpoint.
+//!
+//! # Why it is safe
+//!
+//! Say that records 0 to *d* are durable: a sync of the ring has covered them. Acks, readers and
+//! cursors follow *d*, never redb's own idea of what it has committed.
+//!
+//! 1. *A home file holds nothing of a record beyond d*: it is written home after its sync.
+//! 2. *The ring holds every record that a home file may lack*: a record's blocks are written anew
+//!    only after a mark behind it is durable, and that mark is written after a sync of every home
+//!    file that had been written before.
+//! 3. *Replaying from the mark gives the state after a whole record*: what a power cut made of the
+//!    pages that were on their way home is overwritten, as by (1) each of them is in a record at or
+//!    behind the mark; what comes behind the last whole record was never home.
+//! 4. Records are told from what lay in the ring before by their place, the ring's epoch and a
+//!    checksum. They are whole or they are not there: replay ends at the first that is not, which
+//!    is at or beyond *d*, as a sync covers all that was appended before it.
+//!
+//! So after any cut the home file is what some commit at or beyond *d* left: nothing that was acked
+//! is missing, and nothing is there by half. Replay can be cut short and begun again, as it only
+//! writes what is in the ring, which it leaves alone until the home files are synced.
+//!
+//! # When something fails
+//!
+//! After a failed sync of the ring, what it covered may be lost even if it reads back well; after a
+//! failed sync of a home file, the ring has the only sure copy. Either way this journal stops for
+//! good: nothing more is written to it or to its home files, and the log goes on in a new file over
+//! a new ring (see `log`). The old ring is kept until its home files are known to be synced.
+//!
+//! # Bounds
+//!
+//! The ring has a fixed size. At most [`Options::ahead_max`] commits are not durable when a commit
+//! returns. Memory: the records that are not home yet, which are those and what one sync has taken.
+//! A transaction that would fill a quarter of the ring goes home by itself, as it would without a
+//! journal.
+//!
+//! Deliberately absent: what the pages mean.
+
+mod home;
+mod record;
+mod replay;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use redb::StorageBackend;
+
+pub(crate) use self::home::{HomeBackend, HomeFile};
+use self::record::{BLOCK_BYTES, DATA_START, Look, Mark, Record};
+pub(crate) use self::replay::{Rings, recover};
+use crate::disk::SharedDisk;
+
+/// The smallest ring: it must take a small transaction in a quarter.
+const RING_BYTES_MIN: u64 = 128 << 10;
+
+/// The ring's file grows by so much at a time while it goes round for the first time.
+const GROWTH_BYTES: u64 = 1 << 20;
+
+/// A disk that syncs one block faster than this does not gain by a journal: what it saves is less
+/// than the second copy costs. Memory and controllers with a battery are like that.
+const WORTH_SYNC: Duration = Duration::from_micros(20);
+
+/// How a journal works.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options {
+    /// Bytes of the ring.
+    pub(crate) ring_bytes: u64,
+    /// Commits that may be waiting for their sync when a commit returns.
+    pub(crate) ahead_max: usize,
+    /// Who does the work.
+    pub(crate) pump: Pump,
+}
+
+/// Who flushes and checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pump {
+    /// Two threads of the journal's own.
+    Threads,
+    /// Whoever waits, and tests that choose the moment.
+    #[cfg(test)]
+    ByHand,
+}
+
+/// What a journal tells, from any of its threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Everything before this place is durable.
+    Durable(u64),
+    /// It has failed for good; nothing more becomes durable.
+    Failed,
+}
+
+/// Hears what a journal tells.
+pub(crate) type OnProgress = Arc<dyn Fn(Progress) + Send + Sync>;
+
+/// A journal over one ring.
+pub(crate) struct Journal {
+    ring: Arc<Ring>,
+    pump: Pump,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What the threads share.
+struct Ring {
+    name: String,
+    file: Box<dyn StorageBackend>,
+    epoch: u64,
+    capacity: u64,
+    ahead_max: usize,
+    pump: Pump,
+    on_progress: OnProgress,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// Places in the stream of records rise: `tail <= marked <= homed <= durable <= queued`.
+struct State {
+    /// What is before has no room in the ring any more.
+    tail: u64,
+    /// What is before is home and synced; a mark says so, or is about to.
+    marked: u64,
+    /// What is before is home.
+    homed: u64,
+    /// What is before is in the ring and synced.
+    durable: u64,
+    queued: u64,
+    /// From `homed` to `queued`.
+    records: VecDeque<Arc<Record>>,
+    /// Home files that have not been synced since they were last written, by first offset.
+    files: BTreeMap<u64, Joined>,
+    /// To be written by the next flush.
+    mark: Option<Mark>,
+    marks: u64,
+    /// Length of the ring's file.
+    ring_len: u64,
+    /// Somebody waits for everything to be home and synced.
+    checkpoint_wanted: bool,
+    stopping: bool,
+    failed: Option<Failure>,
+    /// Bytes of a record that is done, to be used again.
+    spare: Vec<u8>,
+}
+
+struct Joined {
+    home: Arc<HomeFile>,
+    /// End of its last record.
+    end: u64,
+    closed: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Failure {
+    kind: io::ErrorKind,
+    reason: String,
+    /// A home file may lack what the ring has.
+    home: bool,
+}
+
+impl Failure {
+    fn error(&self) -> io::Error {
+        io::Error::new(self.kind, self.reason.clone())
+    }
+}
+
+impl State {
+    fn check(&self) -> io::Result<()> {
+        self.failed.as_ref().map_or(Ok(()), |failure| Err(failure.error()))
+    }
+
+    /// Records that are not durable.
+    fn ahead(&self) -> usize {
+        self.records.len() - self.records.partition_point(|record| record.place < self.durable)
+    }
+
+    /// What the next flush can take: the records that fit into the ring.
+    fn fitting(&self, capacity: u64) -> usize {
+        self.records.partition_point(|record| record.end() - self.tail <= capacity)
+    }
+
+    fn can_flush(&self, capacity: u64) -> bool {
+        self.mark.is_some() || self.fitting(capacity) > 0
+    }
+
+    fn checkpoint_due(&self, capacity: u64) -> bool {
+        let due = self.homed - self.marked > capacity / 2;
+        due || self.checkpoint_wanted && self.homed > self.marked
+    }
+}
+
+impl Journal {
+    /// Begins a journal in a new ring, or in one whose records are all replayed. Places go on from
+    /// `place`, so that those of one process never go back.
+    pub(crate) fn begin(
+        file: Box<dyn StorageBackend>,
+        name: String,
+        epoch: u64,
+        place: u64,
+        options: Options,
+        on_progress: OnProgress,
+    ) -> io::Result<Self> {
+        let capacity = options.ring_bytes.max(RING_BYTES_MIN).next_multiple_of(BLOCK_BYTES);
+        let before = replay::last_mark(&*file)?;
+        let mark =
+            Mark { epoch, number: before.map_or(0, |mark| mark.number + 1), place, capacity };
+        let mut ring_len = file.len()?;
+        if ring_len < DATA_START || ring_len > DATA_START + capacity {
+            ring_len = ring_len.clamp(DATA_START, DATA_START + capacity);
+            file.set_len(ring_len)?;
+        }
+        file.write(mark.slot(), &mark.encode())?;
+        file.sync_data()?;
+        let state = State {
+            tail: place,
+            marked: place,
+            homed: place,
+            durable: place,
+            queued: place,
+            records: VecDeque::new(),
+            files: BTreeMap::new(),
+            mark: None,
+            marks: mark.number,
+            ring_len,
+            checkpoint_wanted: false,
+            stopping: false,
+            failed: None,
+            spare: Vec::new(),
+        };
+        let ring = Arc::new(Ring {
+            name,
+            file,
+            epoch,
+            capacity,
+            ahead_max: options.ahead_max,
+            pump: options.pump,
+            on_progress,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        });
+        let threads = match options.pump {
+            Pump::Threads => vec![
+                ring.spawn("journal", Ring::flush_on)?,
+                ring.spawn("journal-home", Ring::checkpoint_on)?,
+            ],
+            #[cfg(test)]
+            Pump::ByHand => Vec::new(),
+        };
+        Ok(Self { ring, pump: options.pump, threads: Mutex::new(threads) })
+    }
+
+    /// The ring's file.
+    pub(crate) fn name(&self) -> &str {
+        &self.ring.name
+    }
+
+    /// Writes of this home file go through the journal from now on, under its first offset.
+    pub(crate) fn join(
+        &self,
+        disk: &SharedDisk,
+        first: u64,
+        home: &Arc<HomeFile>,
+    ) -> io::Result<()> {
+        home.join(disk.clone(), first, self.ring.clone())?;
+        let mut state = self.ring.lock();
+        let joined = Joined { home: home.clone(), end: state.queued, closed: false };
+        let before = state.files.insert(first, joined);
+        assert!(before.is_none_or(|before| before.closed), "a home file is open once");
+        Ok(())
+    }
+
+    /// End of what was queued: durable once [`Progress::Durable`] has come so far.
+    pub(crate) fn queued(&self) -> u64 {
+        self.ring.lock().queued
+    }
+
+    /// Why it has failed, if it has.
+    pub(crate) fn failure(&self) -> Option<io::Error> {
+        self.ring.lock().failed.as_ref().map(Failure::error)
+    }
+
+    /// Waits until everything that was queued is durable and home.
+    pub(crate) fn drain(&self) -> io::Result<()> {
+        self.ring.drain()
+    }
+
+    /// As [`Journal::drain`], and until it is synced there: nothing is left to replay.
+    pub(crate) fn checkpoint(&self) -> io::Result<()> {
+        self.ring.settle()
+    }
+
+    /// Ends the threads, once they have done what is queued. No progress is told after it.
+    pub(crate) fn halt(&self) {
+        self.ring.lock().stopping = true;
+        self.ring.changed.notify_all();
+        for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // One that panicked has marked the journal as failed.
+            let _ = thread.join();
+        }
+    }
+
+    /// After a failure and [`Journal::halt`]: syncs the home files, and says whether they now hold
+    /// everything that is durable, so that the ring may go.
+    pub(crate) fn is_home(&self) -> bool {
+        let homes: Vec<Arc<HomeFile>> = {
+            let state = self.ring.lock();
+            if state.failed.as_ref().is_some_and(|failure| failure.home)
+                || state.homed != state.durable
+            {
+                return false;
+            }
+            state.files.values().map(|joined| joined.home.clone()).collect()
+        };
+        homes.iter().all(|home| home.sync().is_ok())
+    }
+
+    /// Does one of the journal's jobs at a moment that a test chose.
+    #[cfg(test)]
+    pub(crate) fn step(&self, checkpoint: bool) -> io::Result<()> {
+        if checkpoint { self.ring.checkpoint() } else { self.ring.flush().map(drop) }
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        if self.pump == Pump::Threads {
+            self.halt();
+        }
+    }
+}
+
+/// Whether a journal would gain on this disk: times the sync of one block that exists.
+pub(crate) fn pays(file: &dyn StorageBackend) -> io::Result<bool> {
+    const ROUNDS: usize = 9;
+    file.set_len(DATA_START + BLOCK_BYTES)?;
+    let block = [0; BLOCK_BYTES as usize];
+    let mut times = Vec::new();
+    for _ in 0..=ROUNDS {
+        let began = Instant::now();
+        file.write(DATA_START, &block)?;
+        file.sync_data()?;
+        times.push(began.elapsed());
+    }
+    // The first has made the block.
+    let times = &mut times[1..];
+    times.sort_unstable();
+    Ok(times[ROUNDS / 2] >= WORTH_SYNC)
+}
+
+impl Ring {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn spawn(self: &Arc<Self>, name: &str, run: fn(&Self)) -> io::Result<JoinHandle<()>> {
+        let ring = self.clone();
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
+            // Whoever waits must hear of a panic.
+            let guard = FailOnPanic(&ring);
+            run(&ring);
+            drop(guard);
+        })
+    }
+
+    /// Gives a transaction's writes their place. Does not wait.
+    fn enqueue(&self, mut record: Record) -> io::Result<()> {
+        let mut state = self.lock();
+        state.check()?;
+        record.place_at(self.epoch, state.queued);
+        state.queued = record.end();
+        let joined = state.files.get_mut(&record.file).expect("a file joins before it is written");
+        joined.end = record.end();
+        state.records.push_back(Arc::new(record));
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until no more than the permitted number of commits wait for their sync.
+    fn wait_for_room(&self) -> io::Result<()> {
+        self.until(|state| state.ahead() <= self.ahead_max)
+    }
+
+    fn drain(&self) -> io::Result<()> {
+        self.until(|state| state.homed == state.queued)
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.drain()?;
+        self.until(|state| {
+            state.checkpoint_wanted = state.tail != state.homed;
+            !state.checkpoint_wanted
+        })
+    }
+
+    /// Waits for a condition; does the work itself where there are no threads.
+    fn until(&self, mut reached: impl FnMut(&mut State) -> bool) -> io::Result<()> {
+        let mut state = self.lock();
+        loop {
+            state.check()?;
+            if reached(&mut state) {
+                return Ok(());
+            }
+            self.changed.notify_all();
+            match self.pump {
+                Pump::Threads => state = self.wait(state),
+                #[cfg(test)]
+                Pump::ByHand => {
+                    drop(state);
+                    if !self.flush()? {
+                        self.checkpoint()?;
+                    }
+                    state = self.lock();
+                }
+            }
+        }
+    }
+
+    /// The thread that writes the ring.
+    fn flush_on(&self) {
+        loop {
+            let mut state = self.lock();
+            while !state.can_flush(self.capacity) {
+                let done = state.stopping && state.records.is_empty();
+                if done || state.failed.is_some() {
+                    return;
+                }
+                state = self.wait(state);
+            }
+            drop(state);
+            if self.flush().is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The thread that syncs home files.
+    fn checkpoint_on(&self) {
+        loop {
+            let mut state = self.lock();
+            while !state.checkpoint_due(self.capacity) {
+                // The other thread may need room to finish.
+                let done = state.stopping && state.records.is_empty();
+                if done || state.failed.is_some() {
+                    return;
+                }
+                state = self.wait(state);
+            }
+            drop(state);
+            if self.checkpoint().is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Makes durable what is queued, with one sync, and writes it home. Says whether there was
+    /// anything that it could do. Only one thread at a time does this.
+    fn flush(&self) -> io::Result<bool> {
+        let (records, mark, ring_len) = {
+            let mut state = self.lock();
+            state.check()?;
+            let fitting = state.fitting(self.capacity);
+            let records: Vec<_> = state.records.range(..fitting).cloned().collect();
+            (records, state.mark.take(), state.ring_len)
+        };
+        if records.is_empty() && mark.is_none() {
+            return Ok(false);
+        }
+        let ring_len = self
+            .append(&records, mark, ring_len)
+            .map_err(|error| self.fail("writing the journal failed", &error, false))?;
+        {
+            let mut state = self.lock();
+            state.ring_len = ring_len;
+            if let Some(mark) = mark {
+                state.tail = mark.place;
+            }
+            if let Some(last) = records.last() {
+                state.durable = last.end();
+            }
+        }
+        self.changed.notify_all();
+        if let Some(last) = records.last() {
+            (self.on_progress)(Progress::Durable(last.end()));
+            self.bring_home(&records)
+                .map_err(|error| self.fail("writing a log file failed", &error, true))?;
+            let mut state = self.lock();
+            state.records.drain(..records.len());
+            state.homed = state.durable;
+            for record in records {
+                state.spare = Arc::into_inner(record).map_or_else(Vec::new, Record::into_bytes);
+            }
+            drop(state);
+            self.changed.notify_all();
+        }
+        Ok(true)
+    }
+
+    /// Writes records and a mark into the ring, and syncs it. Gives the length of its file.
+    fn append(&self, records: &[Arc<Record>], mark: Option<Mark>, len: u64) -> io::Result<u64> {
+        let mut ring_len = len;
+        for record in records {
+            let mut bytes = record.bytes();
+            let mut place = record.place;
+            while !bytes.is_empty() {
+                let at = place % self.capacity;
+                let (now, later) = bytes.split_at(bytes.len().min((self.capacity - at) as usize));
+                let end = DATA_START + at + now.len() as u64;
+                if end > ring_len {
+                    ring_len = end.next_multiple_of(GROWTH_BYTES).min(DATA_START + self.capacity);
+                    self.file.set_len(ring_len)?;
+                }
+                self.file.write(DATA_START + at, now)?;
+                place += now.len() as u64;
+                bytes = later;
+            }
+        }
+        if let Some(mark) = mark {
+            self.file.write(mark.slot(), &mark.encode())?;
+        }
+        self.file.sync_data()?;
+        Ok(ring_len)
+    }
+
+    fn bring_home(&self, records: &[Arc<Record>]) -> io::Result<()> {
+        for record in records {
+            let home = self.lock().files[&record.file].home.clone();
+            home.bring_home(record.file_len, record.writes())?;
+        }
+        Ok(())
+    }
+
+    /// Syncs the home files, so that a mark can free their records. Only one thread at a time does
+    /// this.
+    fn checkpoint(&self) -> io::Result<()> {
+        let (homed, homes) = {
+            let state = self.lock();
+            state.check()?;
+            let homes: Vec<_> = state.files.values().map(|joined| joined.home.clone()).collect();
+            (state.homed, homes)
+        };
+        for home in homes {
+            home.sync().map_err(|error| self.fail("syncing a log file failed", &error, true))?;
+        }
+        let mut state = self.lock();
+        state.files.retain(|_, joined| !joined.closed || joined.end > homed);
+        if homed > state.marked {
+            state.marked = homed;
+            state.marks += 1;
+            let (epoch, number, capacity) = (self.epoch, state.marks, self.capacity);
+            state.mark = Some(Mark { epoch, number, place: homed, capacity });
+        }
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// A home file was closed, after its last record.
+    fn closed(&self, first: u64) {
+        if let Some(joined) = self.lock().files.get_mut(&first) {
+            joined.closed = true;
+        }
+    }
+
+    /// What the records on their way home say of a range of a file, the last first.
+    fn look(&self, file: u64, offset: u64, out: &mut [u8]) -> Look {
+        let state = self.lock();
+        let records = state.records.iter().rev().filter(|record| record.file == file);
+        records
+            .map(|record| record.look(offset, out))
+            .find(|look| *look != Look::Nothing)
+            .unwrap_or(Look::Nothing)
+    }
+
+    /// Reads a range from the home file and puts over it what is on its way there.
+    fn merge(
+        &self,
+        file: u64,
+        offset: u64,
+        out: &mut [u8],
+        read_home: impl FnOnce(&mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        // Held while it reads: what is home a moment later is not in the records any more.
+        let state = self.lock();
+        read_home(out)?;
+        let records = state.records.iter().filter(|record| record.file == file);
+        records.for_each(|record| record.apply(offset, out));
+        Ok(())
+    }
+
+    fn spare(&self) -> Vec<u8> {
+        std::mem::take(&mut self.lock().spare)
+    }
+
+    /// Stops for good.
+    fn fail(&self, what: &str, error: &io::Error, home: bool) -> io::Error {
+        let failure = Failure { kind: error.kind(), reason: format!("{what}: {error}"), home };
+        {
+            let mut state = self.lock();
+            match &mut state.failed {
+                Some(failed) => failed.home |= home,
+                failed => *failed = Some(failure.clone()),
+            }
+        }
+        self.changed.notify_all();
+        (self.on_progress)(Progress::Failed);
+        failure.error()
+    }
+}
+
+struct FailOnPanic<'a>(&'a Ring);
+
+impl Drop for FailOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.fail("the journal's thread panicked", &io::Error::other("a bug"), true);
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! A log file under redb, whose writes go through the journal once it has joined one.
+//!
+//! Before that, and without a journal, it is the file itself. Afterwards the file has a layer over
+//! it that reads see first: the writes of the transaction at work (the draft), then the records that
+//! are not home yet, the newest first, then the file.
+//!
+//! Invariants: the file itself is written by the journal only; a length is a promise of the record
+//! that carries it, so the file grows and shrinks only when that record comes home; the room for
+//! what is written is taken before the commit, because later there is nobody to refuse.
+
+use std::io;
+use std::ops::Bound;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use redb::{BackendError, StorageBackend};
+
+use super::Ring;
+use super::record::{Draft, Look};
+use crate::disk::{Fenced, SharedDisk};
+use crate::log;
+
+/// Room is taken in pieces of this size.
+const RESERVE_BYTES: u64 = 1 << 20;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct HomeFile {
+    file: Fenced,
+    joined: OnceLock<Joined>,
+}
+
+struct Joined {
+    ring: Arc<Ring>,
+    disk: SharedDisk,
+    /// Its first offset, which names it.
+    first: u64,
+    /// As redb knows it.
+    len: AtomicU64,
+    /// As the file has it.
+    home_len: AtomicU64,
+    /// Room was taken up to here.
+    reserved: AtomicU64,
+    draft: Mutex<Draft>,
+}
+
+impl std::fmt::Debug for Joined {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Joined({})", self.first)
+    }
+}
+
+impl Joined {
+    fn draft(&self) -> MutexGuard<'_, Draft> {
+        self.draft.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reserve(&self, end: u64) -> io::Result<()> {
+        let reserved = self.reserved.load(Ordering::Relaxed);
+        if end > reserved {
+            let to = end.next_multiple_of(RESERVE_BYTES);
+            self.disk.reserve(&log::name(self.first), reserved..to)?;
+            self.reserved.store(to, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+impl HomeFile {
+    pub(crate) fn new(file: Box<dyn StorageBackend>) -> Self {
+        Self { file: Fenced::new(file), joined: OnceLock::new() }
+    }
+
+    /// From now on writes go through the journal.
+    pub(super) fn join(&self, disk: SharedDisk, first: u64, ring: Arc<Ring>) -> io::Result<()> {
+        let len = self.file.len()?;
+        let joined = Joined {
+            draft: Mutex::new(Draft::new(ring.spare())),
+            ring,
+            disk,
+            first,
+            len: len.into(),
+            home_len: len.into(),
+            reserved: 0.into(),
+        };
+        assert!(self.joined.set(joined).is_ok(), "a file joins one journal, once");
+        Ok(())
+    }
+
+    /// Writes what a record says.
+    pub(super) fn bring_home<'a>(
+        &self,
+        len: u64,
+        writes: impl Iterator<Item = (u64, &'a [u8])>,
+    ) -> io::Result<()> {
+        let joined = self.joined.get().expect("its records come from the journal");
+        if joined.home_len.swap(len, Ordering::AcqRel) != len {
+            self.file.set_len(len)?;
+        }
+        for (offset, data) in writes {
+            self.file.write(offset, data)?;
+        }
+        Ok(())
+    }
+
+    /// Syncs what is home.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Reads the file itself, zeros past its end.
+    fn read_home(&self, joined: &Joined, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let home_len = joined.home_len.load(Ordering::Acquire);
+        let there = home_len.saturating_sub(offset).min(out.len() as u64) as usize;
+        let (there, beyond) = out.split_at_mut(there);
+        beyond.fill(0);
+        if there.is_empty() { Ok(()) } else { self.file.read(offset, there) }
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        match self.joined.get() {
+            None => self.file.len(),
+            Some(joined) => Ok(joined.len.load(Ordering::Relaxed)),
+        }
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let Some(joined) = self.joined.get() else {
+            return self.file.read(offset, out);
+        };
+        if offset + out.len() as u64 > joined.len.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // Held over both looks: in between, a draft could become a record and be missed.
+        let draft = joined.draft();
+        let look = match draft.look(offset, out) {
+            Look::Nothing => joined.ring.look(joined.first, offset, out),
+            look => look,
+        };
+        match look {
+            Look::Whole => Ok(()),
+            Look::Nothing => {
+                // What comes home meanwhile is no page that anybody reads: redb writes to none that
+                // a reader can see.
+                drop(draft);
+                self.read_home(joined, offset, out)
+            }
+            Look::Part => {
+                let read_home = |out: &mut [u8]| self.read_home(joined, offset, out);
+                joined.ring.merge(joined.first, offset, out, read_home)?;
+                draft.apply(offset, out);
+                Ok(())
+            }
+        }
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        match self.joined.get() {
+            None => self.file.set_len(len),
+            Some(joined) => {
+                joined.len.store(len, Ordering::Relaxed);
+                Ok(())
+            }
+        }
+    }
+
+    /// The end of a transaction: hands its writes to the journal, or syncs the file.
+    fn commit(&self) -> io::Result<()> {
+        let Some(joined) = self.joined.get() else {
+            return self.file.sync_data();
+        };
+        let too_large = {
+            // Held until the record can be seen: a reader finds the writes in one of the two.
+            let mut open = joined.draft();
+            if open.is_empty() {
+                return Ok(());
+            }
+            let draft = std::mem::replace(&mut *open, Draft::new(joined.ring.spare()));
+            if draft.ring_bytes() <= joined.ring.capacity / 4 {
+                let len = joined.len.load(Ordering::Relaxed);
+                joined.ring.enqueue(draft.finish(joined.first, len))?;
+                None
+            } else {
+                Some(draft)
+            }
+        };
+        match too_large {
+            None => joined.ring.wait_for_room(),
+            Some(draft) => self.write_through(joined, draft),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let Some(joined) = self.joined.get() else {
+            return self.file.write(offset, data);
+        };
+        joined.reserve(offset + data.len() as u64)?;
+        joined.draft().write(offset, data);
+        Ok(())
+    }
+
+    fn close(&self) -> io::Result<()> {
+        match self.joined.get() {
+            None => self.file.close(),
+            Some(joined) => {
+                joined.ring.closed(joined.first);
+                Ok(())
+            }
+        }
+    }
+
+    /// Sends a transaction that is too large for the ring home by itself. Nothing is left to replay
+    /// when it begins, so from there on redb's own order of writes is what makes it atomic.
+    fn write_through(&self, joined: &Joined, draft: Draft) -> io::Result<()> {
+        joined.ring.settle()?;
+        let record = draft.finish(joined.first, joined.len.load(Ordering::Relaxed));
+        self.bring_home(record.file_len, record.writes())
+            .and_then(|()| self.sync())
+            .map_err(|error| joined.ring.fail("writing a log file failed", &error, true))
+    }
+}
+
+/// A home file as redb's backend.
+#[derive(Debug)]
+pub(crate) struct HomeBackend(pub(crate) Arc<HomeFile>);
+
+impl StorageBackend for HomeBackend {
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.commit()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write(offset, data)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.0.close()
+    }
+
+    fn try_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
+        self.0.file.try_lock_range(start, end)
+    }
+
+    fn try_lock_shared_range(
+        &self,
+        start: Bound<u64>,
+        end: Bound<u64>,
+    ) -> Result<bool, BackendError> {
+        self.0.file.try_lock_shared_range(start, end)
+    }
+
+    fn lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
+        self.0.file.lock_range(start, end)
+    }
+
+    fn lock_shared_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
+        self.0.file.lock_shared_range(start, end)
+    }
+
+    fn unlock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
+        self.0.file.unlock_range(start, end)
+    }
+
+    fn query_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
+        self.0.file.query_lock_range(start, end)
+    }
+}
