@@ -125,6 +125,9 @@ fn options(dir: &std::path::Path) -> StoreOptions {
         at_quota: AtQuota::DropOldest,
         retain_bytes: 256 << 20,
         retain_age_us: 0,
+        journal: storage::JournalMode::Auto,
+        journal_bytes: 32 << 20,
+        commits_ahead_max: 2,
     }
 }
 

@@ -217,6 +217,9 @@ async fn open_store(config: &Config) -> Result<(Store, storage::Writer), StartEr
         at_quota: storage.at_quota,
         retain_bytes: storage.retain_bytes,
         retain_age_us: u64::try_from(storage.retain_age.as_micros()).unwrap_or(u64::MAX),
+        journal: storage.journal,
+        journal_bytes: storage.journal_bytes,
+        commits_ahead_max: storage.commits_ahead_max,
     };
     let opened = tokio::task::spawn_blocking(move || Store::open(options, clock::now_us())).await;
     Ok(opened.map_err(std::io::Error::other)??)

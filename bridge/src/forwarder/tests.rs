@@ -39,6 +39,9 @@ impl Log {
             at_quota: AtQuota::Hold,
             retain_bytes: 0,
             retain_age_us: 0,
+            journal: storage::JournalMode::Off,
+            journal_bytes: 32 << 20,
+            commits_ahead_max: 2,
         }
     }
 

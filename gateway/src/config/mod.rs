@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bridge::config::SinkConfig;
-use storage::AtQuota;
+use storage::{AtQuota, JournalMode};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key;
@@ -114,6 +114,12 @@ pub struct StorageConfig {
     pub file_bytes_max: u64,
     /// redb's cache in bytes.
     pub cache_bytes: usize,
+    /// Whether commits go through the pipelined journal.
+    pub journal: JournalMode,
+    /// Bytes of the journal's file.
+    pub journal_bytes: u64,
+    /// Commits that may wait for their sync while the next one is made.
+    pub commits_ahead_max: usize,
     /// Delivered data kept for replay, in bytes.
     pub retain_bytes: u64,
     /// Delivered data kept for replay, by age.
@@ -345,6 +351,8 @@ fn read_storage(section: &Section<'_, '_>, has_sinks: bool) -> StorageConfig {
         ("refuse", AtQuota::Refuse),
         ("drop_oldest", AtQuota::DropOldest),
     ];
+    let journals =
+        [("auto", JournalMode::Auto), ("on", JournalMode::On), ("off", JournalMode::Off)];
     // Without a sink nothing else would ever make room.
     let policy = if has_sinks { AtQuota::Hold } else { AtQuota::DropOldest };
     let at_quota = section.choice("at_quota", &policies, policy);
@@ -367,6 +375,9 @@ fn read_storage(section: &Section<'_, '_>, has_sinks: bool) -> StorageConfig {
         file_bytes_max,
         cache_bytes: section.size("cache_bytes", MIB..=GIB, 16 * MIB) as usize,
         retain_bytes: section.size("retain_bytes", 0..=64 * TIB, 0),
+        journal: section.choice("journal", &journals, JournalMode::Auto),
+        journal_bytes: section.size("journal_bytes", MIB..=GIB, 32 * MIB),
+        commits_ahead_max: section.integer("commits_ahead_max", 1..=16, 2) as usize,
         retain_age: section.time("retain_age", Duration::ZERO..=3_650 * DAY, Duration::ZERO),
     }
 }

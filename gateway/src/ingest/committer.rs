@@ -12,7 +12,7 @@
 //! | --- | --- |
 //! | quota reached | cursors are committed alone, retention runs, the batch is tried again; devices are held or refused meanwhile |
 //! | disk full | the same, slower, and the gateway is not ready |
-//! | write or sync failed | the batch is failed: its connections close. The rings rest until a probe without events succeeds; if none does for long, the committer ends, and the process with it |
+//! | write or sync failed | the batch and what is not durable is failed: its connections close. The rings rest until a probe without events succeeds; if none does for long, the committer ends, and the process with it |
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -32,6 +32,16 @@ use crate::config::IngestConfig;
 pub trait Append: Send + 'static {
     /// See [`Writer::on_durable`].
     fn on_durable(&mut self, callback: impl Fn(Mark) + Send + Sync + 'static);
+    /// See [`Writer::on_failure`]. A log whose commits are durable when they return has nothing to
+    /// tell.
+    fn on_failure(&mut self, _callback: impl Fn() + Send + Sync + 'static) {}
+    /// See [`Writer::check`].
+    ///
+    /// # Errors
+    /// See [`Writer::check`].
+    fn check(&mut self) -> Result<(), CommitError> {
+        Ok(())
+    }
     /// See [`Writer::commit`].
     ///
     /// # Errors
@@ -57,6 +67,12 @@ pub trait Append: Send + 'static {
 impl Append for Writer {
     fn on_durable(&mut self, callback: impl Fn(Mark) + Send + Sync + 'static) {
         self.on_durable(callback);
+    }
+    fn on_failure(&mut self, callback: impl Fn() + Send + Sync + 'static) {
+        self.on_failure(callback);
+    }
+    fn check(&mut self) -> Result<(), CommitError> {
+        self.check()
     }
     fn commit(
         &mut self,
@@ -229,6 +245,8 @@ impl<A: Append> Committer<A> {
     ) -> Self {
         let seen = Arc::clone(&shared);
         log.on_durable(move |mark| seen.in_flight.durable(mark, Instant::now()));
+        let woken = Arc::clone(&shared);
+        log.on_failure(move || woken.rings.wake_committer());
         Self {
             log,
             shared,
@@ -322,6 +340,10 @@ impl<A: Append> Committer<A> {
 
     /// Does what no event asks for, or sleeps until there is something to do.
     fn idle(&mut self) {
+        // Those who wait for a commit that will never be durable are not to wait for the next one.
+        if let Err(error) = self.log.check() {
+            return self.stop_short(error);
+        }
         let now = Instant::now();
         let cursors_due =
             self.shared.cursors.waiting_since().map(|since| since + self.pace.cursor_delay_max);

@@ -89,19 +89,17 @@ impl InFlight {
         state.release(now);
     }
 
-    /// The mark rose: completes the tickets of the commits that it covers, with one wake-up per
-    /// connection, and publishes the watermark.
+    /// The mark rose: publishes the watermark, and completes the tickets of the commits that it
+    /// covers, with one wake-up per connection. In this order: who has its ack finds its event.
     pub(super) fn durable(&self, mark: Mark, now: Instant) {
-        {
-            let mut state = self.lock();
-            state.durable = state.durable.max(mark.commit);
-            state.release(now);
-        }
         self.watermark.send_if_modified(|watermark| {
             let rises = mark.watermark > *watermark;
             *watermark = mark.watermark.max(*watermark);
             rises
         });
+        let mut state = self.lock();
+        state.durable = state.durable.max(mark.commit);
+        state.release(now);
     }
 
     /// The log has given up everything beyond the mark: those connections must close.

@@ -576,6 +576,9 @@ mod over_the_real_log {
             at_quota: AtQuota::Hold,
             retain_bytes: 0,
             retain_age_us: 0,
+            journal: storage::JournalMode::Auto,
+            journal_bytes: 32 << 20,
+            commits_ahead_max: 2,
         }
     }
 

@@ -55,6 +55,9 @@ fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
         at_quota: AtQuota::Hold,
         retain_bytes: 1 << 30,
         retain_age_us: u64::MAX,
+        journal: storage::JournalMode::Auto,
+        journal_bytes: 32 << 20,
+        commits_ahead_max: 2,
     };
     Store::open(options, 0).unwrap()
 }

@@ -157,12 +157,6 @@ impl World {
         self.follow_marks();
     }
 
-    /// Lets the journal do its jobs until nothing runs ahead.
-    pub(super) fn settle(&mut self) {
-        self.writer.shared.log.settle().unwrap();
-        self.follow_marks();
-        assert!(self.ahead.is_empty(), "it settled");
-    }
 
     /// What the marks cover is acked, and visible.
     fn follow_marks(&mut self) {
