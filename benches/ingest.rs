@@ -363,7 +363,8 @@ fn settings(dir: &Path) -> String {
 
 /// The gateway's way in, wired as `Gateway` does it, over another log.
 async fn serve_front(config: Config, log: impl Append) -> anyhow::Result<()> {
-    let (ingest, committer) = Ingest::start(log, 0, &config.ingest, config.storage.at_quota)?;
+    let (ingest, committer) =
+        Ingest::start(log, 0, &config.ingest, config.storage.at_quota, config.storage.failing_max)?;
     let downlink = Downlink::new(ingest.watermark(), config.listeners[0].connections_max);
     let shared = mqtt::Shared::new(
         ingest,

@@ -122,6 +122,7 @@ fn options(dir: &std::path::Path) -> StoreOptions {
         file_bytes_max: 128 << 20,
         cache_bytes: 16 << 20,
         quota_bytes: 512 << 20,
+        free_bytes_min: 0,
         at_quota: AtQuota::DropOldest,
         retain_bytes: 256 << 20,
         retain_age_us: 0,

@@ -49,6 +49,9 @@ pub struct SinkConfig {
     /// Longest pause after a failure, and the pause of a sink that is held. Only a `Retry-After`
     /// of the upstream makes it longer.
     pub retry_backoff_max: Duration,
+    /// Event bytes that the store keeps for it at most; 0 for no limit but the store's. Beyond it,
+    /// its oldest are dropped for it, and stand in the loss ledger.
+    pub lag_bytes_max: u64,
 }
 
 impl SinkConfig {
@@ -88,6 +91,7 @@ impl SinkConfig {
             request_timeout: Self::REQUEST_TIMEOUT,
             retry_backoff_min: Self::RETRY_BACKOFF_MIN,
             retry_backoff_max: Self::RETRY_BACKOFF_MAX,
+            lag_bytes_max: 0,
         }
     }
 }

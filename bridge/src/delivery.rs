@@ -15,6 +15,7 @@
 //! Deliberately absent: how an upstream's answers are sorted (each sink), when to read (forwarder).
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
@@ -132,6 +133,15 @@ impl Part {
         }
     }
 
+    /// What of it is still to be delivered once everything below an offset is given up.
+    fn from(self, offset: u64) -> Option<Self> {
+        if self.in_flight.is_some() || self.events[0].offset >= offset {
+            return Some(self);
+        }
+        let rest: Vec<_> = self.events.iter().filter(|e| e.offset >= offset).cloned().collect();
+        (!rest.is_empty()).then(|| self.rest(rest, self.suspect))
+    }
+
     /// Some of its events, which wait again.
     fn rest(&self, events: Vec<StoredEvent>, suspect: bool) -> Self {
         let Self { attempts, first_us, last_us, .. } = *self;
@@ -232,6 +242,21 @@ impl Delivery {
             self.parts.push_back(Part::new(std::mem::replace(&mut rest, after)));
         }
         self.read_to = read.next;
+    }
+
+    /// The sink is no longer to have what is below `cursor`: a policy has dropped it, and it stands
+    /// in the loss ledger. Nothing of it begins any more; what is in flight may still arrive. Gives
+    /// what is passed over.
+    pub(crate) fn pass(&mut self, cursor: u64) -> Option<Range<u64>> {
+        let passed = self.cursor()..cursor;
+        let waits = |part: &Part| part.in_flight.is_none() && part.events[0].offset < cursor;
+        if passed.is_empty() || self.read_to >= cursor && !self.parts.iter().any(waits) {
+            return None;
+        }
+        let parts = std::mem::take(&mut self.parts);
+        self.parts = parts.into_iter().filter_map(|part| part.from(cursor)).collect();
+        self.read_to = self.read_to.max(cursor);
+        Some(passed)
     }
 
     /// How many of these events the first request takes: at least one.
@@ -336,7 +361,7 @@ impl Delivery {
                 Fate::Open | Fate::Suspect => {}
             }
         }
-        let open = |range: std::ops::Range<usize>| -> Vec<StoredEvent> {
+        let open = |range: Range<usize>| -> Vec<StoredEvent> {
             range.filter(|&i| fates.is_open(i)).map(|i| part.events[i].clone()).collect()
         };
         let suspect = part.suspect || fates.halfway.is_some();

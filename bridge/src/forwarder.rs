@@ -135,6 +135,7 @@ impl Forwarder {
         let backoff = Backoff::new(config.retry_backoff_min, config.retry_backoff_max);
         let task = Task {
             sink,
+            name: config.name.clone(),
             delivery: Delivery::new(config.name, limits, backoff, self.cursor),
             limits,
             store: self.store,
@@ -152,6 +153,7 @@ impl Forwarder {
 /// state.
 struct Task<S> {
     sink: S,
+    name: String,
     delivery: Delivery,
     limits: Limits,
     store: Store,
@@ -172,6 +174,10 @@ impl<S: Sink> Task<S> {
         loop {
             let now = Moment::now();
             self.write_letters(now);
+            if let Some(passed) = self.store.cursor(&self.name).and_then(|c| self.delivery.pass(c))
+            {
+                self.report.missing(&[passed]);
+            }
             // One look a turn: a rise after it, and before the wait below, is a change that the
             // wait sees at once.
             let watermark = *self.watermark.borrow_and_update();

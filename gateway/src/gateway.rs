@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use bridge::Forwarder;
 use bridge::Origin;
+use bridge::config::SinkConfig;
 use storage::{SinkRetention, Store, StoreOptions};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -78,8 +79,10 @@ impl Gateway {
             .await
             .map_err(|source| bind_error("admin.bind", config.admin.bind, source))?;
         let (store, writer) = open_store(&config).await?;
-        let (ingest, committer) =
-            Ingest::start(writer, store.mark().watermark, &config.ingest, config.storage.at_quota)?;
+        let (ingest, committer) = {
+            let (watermark, storage) = (store.mark().watermark, &config.storage);
+            Ingest::start(writer, watermark, &config.ingest, storage.at_quota, storage.failing_max)?
+        };
         let links_max = config.listeners.iter().map(|l| l.connections_max).sum();
         let downlink = Downlink::new(ingest.watermark(), links_max);
         let front = Arc::new(mqtt::Shared::new(
@@ -204,16 +207,21 @@ fn bind_error(key: &'static str, address: SocketAddr, source: std::io::Error) ->
     StartError::Bind { key, address, source }
 }
 
+fn retention(sink: &SinkConfig) -> SinkRetention {
+    SinkRetention { name: sink.name.clone(), lag_bytes_max: sink.lag_bytes_max }
+}
+
 /// Opening reads the disk, and repairs after a kill: off the async workers.
 async fn open_store(config: &Config) -> Result<(Store, storage::Writer), StartError> {
     let storage = &config.storage;
     let options = StoreOptions {
         dir: config.gateway.data_dir.clone(),
         partitions: config.ingest.partitions,
-        sinks: config.sinks.iter().map(|s| SinkRetention { name: s.name.clone() }).collect(),
+        sinks: config.sinks.iter().map(retention).collect(),
         file_bytes_max: storage.file_bytes_max,
         cache_bytes: storage.cache_bytes,
         quota_bytes: storage.quota_bytes,
+        free_bytes_min: storage.free_bytes_min,
         at_quota: storage.at_quota,
         retain_bytes: storage.retain_bytes,
         retain_age_us: u64::try_from(storage.retain_age.as_micros()).unwrap_or(u64::MAX),

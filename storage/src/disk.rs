@@ -48,6 +48,8 @@ pub(crate) trait Disk: fmt::Debug + Send + Sync {
     /// Takes room on the device for a range of a file, so that writing there later cannot fail for
     /// lack of it. The length stays. What cannot do that says that it did.
     fn reserve(&self, name: &str, range: Range<u64>) -> io::Result<()>;
+    /// Bytes of the file system that are free to take.
+    fn free_bytes(&self) -> io::Result<u64>;
     /// Bytes that a file takes on the device; 0 if it is not there.
     fn used_bytes(&self, name: &str) -> u64;
     /// A name as the user knows it.
@@ -128,6 +130,11 @@ impl Disk for FileDisk {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             result => Ok(result?),
         }
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        let system = rustix::fs::statvfs(&self.dir)?;
+        Ok(system.f_bavail.saturating_mul(system.f_frsize))
     }
 
     fn used_bytes(&self, name: &str) -> u64 {

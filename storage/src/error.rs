@@ -77,6 +77,19 @@ pub enum CommitError {
         /// File that could not grow.
         path: PathBuf,
     },
+    /// The file system has less room than is to be left free; nothing was written.
+    #[error(
+        "only {free_bytes} bytes are free on the device that holds {path}, and \
+         storage.free_bytes_min is {free_bytes_min}; make room, it goes on by itself"
+    )]
+    LittleSpace {
+        /// Folder of the log.
+        path: PathBuf,
+        /// Bytes that are free.
+        free_bytes: u64,
+        /// Bytes that are to be left free.
+        free_bytes_min: u64,
+    },
     /// The write or the sync failed; the writer goes on in a new file.
     #[error("writing {path} failed: {reason}")]
     Io {

@@ -114,7 +114,7 @@ pub(crate) struct Journal {
 
 /// What the threads share.
 struct Ring {
-    name: String,
+    number: u64,
     file: Box<dyn StorageBackend>,
     epoch: u64,
     capacity: u64,
@@ -204,7 +204,7 @@ impl Journal {
     /// `place`, so that those of one process never go back.
     pub(crate) fn begin(
         file: Box<dyn StorageBackend>,
-        name: String,
+        number: u64,
         epoch: u64,
         place: u64,
         options: Options,
@@ -238,7 +238,7 @@ impl Journal {
             spare: Vec::new(),
         };
         let ring = Arc::new(Ring {
-            name,
+            number,
             file,
             epoch,
             capacity,
@@ -259,9 +259,14 @@ impl Journal {
         Ok(Self { ring, pump: options.pump, threads: Mutex::new(threads) })
     }
 
+    /// Number of its ring.
+    fn number(&self) -> u64 {
+        self.ring.number
+    }
+
     /// The ring's file.
-    pub(crate) fn name(&self) -> &str {
-        &self.ring.name
+    pub(crate) fn path(&self) -> String {
+        replay::path(self.ring.number)
     }
 
     /// Writes of this home file go through the journal from now on, under its first offset.
@@ -336,6 +341,8 @@ impl Drop for Journal {
         if self.pump == Pump::Threads {
             self.halt();
         }
+        // The files know the ring, and the ring the files.
+        self.ring.lock().files.clear();
     }
 }
 
@@ -381,9 +388,11 @@ impl Ring {
         let mut state = self.lock();
         state.check()?;
         record.place_at(self.epoch, state.queued);
-        state.queued = record.end();
-        let joined = state.files.get_mut(&record.file).expect("a file joins before it is written");
+        let Some(joined) = state.files.get_mut(&record.file) else {
+            return Err(io::Error::other("the journal of this file has ended"));
+        };
         joined.end = record.end();
+        state.queued = record.end();
         state.records.push_back(Arc::new(record));
         self.changed.notify_all();
         Ok(())

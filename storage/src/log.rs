@@ -384,7 +384,7 @@ impl Log {
     }
 
     fn journal_error(&self, journal: Option<&Journal>, error: io::Error) -> LogError {
-        let path = self.disk.path(journal.map_or(FOLDER, Journal::name));
+        let path = self.disk.path(&journal.map_or(FOLDER.to_owned(), Journal::path));
         LogError { path, error: redb::Error::Io(error) }
     }
 
@@ -464,12 +464,15 @@ impl Log {
         let journal = {
             let mut files = self.files_mut();
             let journal = self.journal(&mut files)?;
-            if let Some(journal) = &journal
-                && files.list.back().is_some_and(|last| last.first == first)
-            {
+            if files.list.back().is_some_and(|last| last.first == first) {
                 // The new file has the old one's name: none of its records may be replayed into it.
                 files.active = None;
-                journal.checkpoint().map_err(|error| self.journal_error(Some(journal), error))?;
+                if let Some(journal) = &journal {
+                    journal
+                        .checkpoint()
+                        .map_err(|error| self.journal_error(Some(journal), error))?;
+                }
+                self.rings().replace(first).map_err(|error| self.journal_error(None, error))?;
             }
             journal
         };
@@ -616,7 +619,7 @@ impl Log {
         self.handles().clear();
         if let Some(journal) = files.journal.take() {
             if let Err(error) = journal.checkpoint() {
-                tracing::warn!(path = %self.disk.path(journal.name()).display(), %error,
+                tracing::warn!(path = %self.disk.path(&journal.path()).display(), %error,
                     "the journal was not emptied; the next start replays it");
             }
             journal.halt();

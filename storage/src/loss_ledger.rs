@@ -14,16 +14,18 @@ use crate::row::{Corrupt, Reader, Row};
 pub enum LossReason {
     /// `storage.at_quota = "drop_oldest"`.
     Quota,
-    /// `storage.retain_age_max` of a store without sinks, or `sink.lag_*`.
+    /// Retention of a store without sinks.
     Expired,
     /// The sink was absent from the configuration while its data was trimmed.
     SinkAbsent,
     /// The batch fails its checksum.
     Corrupt,
+    /// The sink's `lag_bytes_max`.
+    Lag,
 }
 
 impl LossReason {
-    const ALL: [Self; 4] = [Self::Quota, Self::Expired, Self::SinkAbsent, Self::Corrupt];
+    const ALL: [Self; 5] = [Self::Quota, Self::Expired, Self::SinkAbsent, Self::Corrupt, Self::Lag];
 
     fn code(self) -> u8 {
         match self {
@@ -31,6 +33,7 @@ impl LossReason {
             Self::Expired => 2,
             Self::SinkAbsent => 3,
             Self::Corrupt => 4,
+            Self::Lag => 5,
         }
     }
 }

@@ -384,6 +384,13 @@ impl Disk for SimDisk {
         Ok(())
     }
 
+    fn free_bytes(&self) -> io::Result<u64> {
+        let sim = self.sim();
+        let free =
+            sim.faults.pages_max.unwrap_or(usize::MAX / PAGE_BYTES).saturating_sub(sim.pages());
+        Ok((free * PAGE_BYTES) as u64)
+    }
+
     fn used_bytes(&self, name: &str) -> u64 {
         let sim = self.sim();
         let pages = sim.names.get(name).map_or(0, |&file| sim.files[file].used_pages());

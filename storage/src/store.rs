@@ -57,6 +57,17 @@ pub enum AtQuota {
 pub struct SinkRetention {
     /// Name of the sink.
     pub name: String,
+    /// Event bytes that are kept for it at most; 0 for no limit but the quota. Beyond it, its oldest
+    /// are dropped for it, after the loss ledger has the row, so that an upstream that is down for
+    /// long does not fill the disk for the others.
+    pub lag_bytes_max: u64,
+}
+
+impl SinkRetention {
+    /// A sink without a limit of its own.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), lag_bytes_max: 0 }
+    }
 }
 
 /// Whether commits go through the pipelined journal, which turns redb's wait for the disk into one
@@ -87,6 +98,8 @@ pub struct StoreOptions {
     pub cache_bytes: usize,
     /// Bytes that log files may take together.
     pub quota_bytes: u64,
+    /// Bytes of the file system that are left free: with less, the disk counts as full.
+    pub free_bytes_min: u64,
     /// What happens at the quota.
     pub at_quota: AtQuota,
     /// Keep at least this many bytes of delivered data, quota allowing. 0: trim as soon as possible.
@@ -604,15 +617,21 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Called with every new [`Mark`], from whichever thread made it durable. Set it once, before the
+    /// Called with every new [`Mark`], from whichever thread made it durable. Set it before the
     /// first commit.
+    ///
+    /// # Panics
+    /// The second time.
     pub fn on_durable(&mut self, callback: impl Fn(Mark) + Send + Sync + 'static) {
         let first = self.shared.progress.on_durable.set(Box::new(callback)).is_ok();
         assert!(first, "the marks go to one listener");
     }
 
     /// Called when commits that have returned will not become durable, from whichever thread found
-    /// out: then [`Writer::check`] says why. Set it once, before the first commit.
+    /// out: then [`Writer::check`] says why. Set it before the first commit.
+    ///
+    /// # Panics
+    /// The second time.
     pub fn on_failure(&mut self, callback: impl Fn() + Send + Sync + 'static) {
         let first = self.shared.progress.on_failure.set(Box::new(callback)).is_ok();
         assert!(first, "failures go to one listener");
@@ -776,25 +795,33 @@ impl Writer {
         }
     }
 
-    /// Sees to it that the log is below its quota.
+    /// Sees to it that the log is below its quota, and that enough of the disk is free.
     fn make_room(&mut self, now_us: u64) -> Result<(), CommitError> {
-        let quota_bytes = self.shared.options.quota_bytes;
-        if self.shared.log.used_bytes() < quota_bytes {
+        let Err(_) = self.has_room() else {
             return Ok(());
-        }
+        };
         let mut report = RetentionReport::default();
         self.trim(now_us, true, &mut report)?;
         let drop_oldest = self.shared.options.at_quota == AtQuota::DropOldest;
-        while drop_oldest
-            && self.shared.log.used_bytes() >= quota_bytes
-            && self.drop_oldest(now_us, &mut report)?
-        {}
-        match self.shared.log.used_bytes() {
-            used_bytes if used_bytes >= quota_bytes => {
-                Err(CommitError::Quota { used_bytes, quota_bytes })
-            }
-            _ => Ok(()),
+        while drop_oldest && self.has_room().is_err() && self.drop_oldest(now_us, &mut report)? {}
+        self.has_room()
+    }
+
+    fn has_room(&self) -> Result<(), CommitError> {
+        let StoreOptions { quota_bytes, free_bytes_min, .. } = self.shared.options;
+        let used_bytes = self.shared.log.used_bytes();
+        if used_bytes >= quota_bytes {
+            return Err(CommitError::Quota { used_bytes, quota_bytes });
         }
+        // What cannot be asked is no reason to stand still.
+        if free_bytes_min > 0
+            && let Ok(free_bytes) = self.shared.disk.free_bytes()
+            && free_bytes < free_bytes_min
+        {
+            let path = self.shared.disk.path(log::FOLDER);
+            return Err(CommitError::LittleSpace { path, free_bytes, free_bytes_min });
+        }
+        Ok(())
     }
 
     /// Applies retention: trims behind the slowest cursor, and by policy.
@@ -804,7 +831,9 @@ impl Writer {
     pub fn retain(&mut self, now_us: u64) -> Result<RetentionReport, StateError> {
         self.shared.now_us.store(now_us, Ordering::Relaxed);
         let mut report = RetentionReport::default();
-        match self.trim(now_us, false, &mut report) {
+        let limited = self.limit_lags(now_us, &mut report);
+        let limited = limited.map_err(|error| self.state_failed(error));
+        match limited.and_then(|()| self.trim(now_us, false, &mut report)) {
             Ok(()) => Ok(report),
             Err(error) => {
                 let disk_full = matches!(error, CommitError::DiskFull { .. });
@@ -814,6 +843,52 @@ impl Writer {
                 Err(StateError { disk_full, reason: error.to_string() })
             }
         }
+    }
+
+    /// Moves sinks that lag too far over what they can no longer have.
+    fn limit_lags(&mut self, now_us: u64, report: &mut RetentionReport) -> Result<(), StateError> {
+        let tail = self.shared.progress.durable().tail.clone();
+        let losses: Vec<Loss> = self
+            .shared
+            .options
+            .sinks
+            .iter()
+            .filter(|sink| sink.lag_bytes_max > 0)
+            .filter_map(|sink| {
+                let cursor = self.shared.progress.projection().cursors.get(&sink.name)?;
+                let offsets = cursor..self.within_lag(cursor, sink.lag_bytes_max, &tail)?;
+                self.loss(Some(sink.name.clone()), offsets, LossReason::Lag, now_us)
+            })
+            .collect();
+        if !losses.is_empty() {
+            let start = self.shared.progress.projection().start;
+            self.save(start, &losses)?;
+            report.losses.extend(losses);
+        }
+        Ok(())
+    }
+
+    /// Where a cursor that lags by more than the limit has to go: to a little less than the limit,
+    /// so that it is not moved, and written down, a few events at a time.
+    fn within_lag(&self, cursor: u64, lag_bytes_max: u64, tail: &Tail) -> Option<u64> {
+        let lag_bytes = |from| {
+            let before = self.shared.event_bytes_before(from, tail).ok()?;
+            Some(tail.event_bytes.saturating_sub(before))
+        };
+        if lag_bytes(cursor)? <= lag_bytes_max {
+            return None;
+        }
+        let target_bytes = lag_bytes_max - lag_bytes_max / 16;
+        let (mut low, mut high) = (cursor, tail.position.offset);
+        while low < high {
+            let middle = low.midpoint(high);
+            if lag_bytes(middle)? > target_bytes {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        Some(low)
     }
 
     /// Removes what no sink needs and no wish keeps; at the quota wishes do not count.

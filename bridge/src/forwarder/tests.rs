@@ -32,10 +32,11 @@ impl Log {
         StoreOptions {
             dir: dir.join("data"),
             partitions: 1,
-            sinks: sinks.iter().map(|&name| SinkRetention { name: name.into() }).collect(),
+            sinks: sinks.iter().copied().map(SinkRetention::new).collect(),
             file_bytes_max: 1 << 20,
             cache_bytes: 1 << 20,
             quota_bytes: 1 << 30,
+            free_bytes_min: 0,
             at_quota: AtQuota::Hold,
             retain_bytes: 0,
             retain_age_us: 0,

@@ -108,6 +108,10 @@ pub struct IngestConfig {
 pub struct StorageConfig {
     /// Bytes the log may take on disk.
     pub quota_bytes: u64,
+    /// Bytes of the file system that are left free.
+    pub free_bytes_min: u64,
+    /// A disk that fails for so long ends the process.
+    pub failing_max: Duration,
     /// What happens at the quota.
     pub at_quota: AtQuota,
     /// Size in bytes at which a log file is sealed.
@@ -371,6 +375,8 @@ fn read_storage(section: &Section<'_, '_>, has_sinks: bool) -> StorageConfig {
     }
     StorageConfig {
         quota_bytes,
+        free_bytes_min: section.size("free_bytes_min", 0..=64 * TIB, 64 * MIB),
+        failing_max: section.time("failing_max", SECOND..=DAY, 60 * SECOND),
         at_quota,
         file_bytes_max,
         cache_bytes: section.size("cache_bytes", MIB..=GIB, 16 * MIB) as usize,

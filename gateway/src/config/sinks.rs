@@ -9,6 +9,10 @@ use bridge::config::{
 
 use super::reader::Section;
 
+/// Range of `lag_bytes_max`, where there is a limit.
+const LAG_BYTES_MIN: u64 = 1 << 20;
+const LAG_BYTES_MAX: u64 = 64 << 40;
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Kafka,
@@ -74,6 +78,10 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     sink.retry_backoff_max = section.time("retry_backoff_max", range, sink.retry_backoff_max);
     if sink.retry_backoff_max < sink.retry_backoff_min {
         section.problem("retry_backoff_max", "must not be below retry_backoff_min");
+    }
+    sink.lag_bytes_max = section.size("lag_bytes_max", 0..=LAG_BYTES_MAX, 0);
+    if (1..LAG_BYTES_MIN).contains(&sink.lag_bytes_max) {
+        section.problem("lag_bytes_max", "must be 0 for no limit, or at least 1MiB");
     }
     Some(sink)
 }

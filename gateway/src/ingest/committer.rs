@@ -11,7 +11,7 @@
 //! | the log says | then |
 //! | --- | --- |
 //! | quota reached | cursors are committed alone, retention runs, the batch is tried again; devices are held or refused meanwhile |
-//! | disk full | the same, slower, and the gateway is not ready |
+//! | disk full, or too little free | the same, slower, and the gateway is not ready |
 //! | write or sync failed | the batch and what is not durable is failed: its connections close. The rings rest until a probe without events succeeds; if none does for long, the committer ends, and the process with it |
 
 use std::ops::ControlFlow;
@@ -152,7 +152,7 @@ pub enum Health {
         /// What the log said.
         reason: String,
     },
-    /// The file system has no room; tried again slowly.
+    /// The file system has no room, or less than is to be left free; tried again slowly.
     DiskFull {
         /// What the log said.
         reason: String,
@@ -438,9 +438,9 @@ impl<A: Append> Committer<A> {
                     std::mem::discriminant(&standstill.error) == std::mem::discriminant(&error);
                 let pause = match error {
                     CommitError::Quota { .. } => self.pace.quota_retry_every,
-                    CommitError::DiskFull { .. } | CommitError::Io { .. } => {
-                        self.pace.disk_retry_every
-                    }
+                    CommitError::DiskFull { .. }
+                    | CommitError::LittleSpace { .. }
+                    | CommitError::Io { .. } => self.pace.disk_retry_every,
                 };
                 (if same { standstill.since } else { now }, pause)
             }
@@ -450,10 +450,11 @@ impl<A: Append> Committer<A> {
             let reason = error.to_string();
             let (health, admission) = match (&error, self.at_quota) {
                 (CommitError::Io { .. }, _) => (Health::Failing { reason }, Admission::Hold),
-                (CommitError::DiskFull { .. }, AtQuota::Refuse) => {
-                    (Health::DiskFull { reason }, Admission::Refuse)
+                (CommitError::DiskFull { .. } | CommitError::LittleSpace { .. }, at_quota) => {
+                    let refuses = at_quota == AtQuota::Refuse;
+                    let admission = if refuses { Admission::Refuse } else { Admission::Hold };
+                    (Health::DiskFull { reason }, admission)
                 }
-                (CommitError::DiskFull { .. }, _) => (Health::DiskFull { reason }, Admission::Hold),
                 (CommitError::Quota { .. }, AtQuota::Refuse) => {
                     (Health::AtQuota { reason }, Admission::Refuse)
                 }

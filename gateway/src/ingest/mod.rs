@@ -101,8 +101,10 @@ impl Ingest {
         watermark: u64,
         config: &IngestConfig,
         at_quota: AtQuota,
+        failing_max: Duration,
     ) -> std::io::Result<(Self, CommitterHandle)> {
-        Self::start_paced(log, watermark, config, at_quota, Pace::default())
+        let pace = Pace { failing_max, ..Pace::default() };
+        Self::start_paced(log, watermark, config, at_quota, pace)
     }
 
     fn start_paced<A: Append>(

@@ -130,7 +130,8 @@ mod tests {
     async fn a_connection_that_panicked_is_counted_and_gone() {
         let at_quota = storage::AtQuota::Hold;
         let (ingest, _committer) =
-            Ingest::start(Gate::default(), 0, &ingest_config(), at_quota).unwrap();
+            Ingest::start(Gate::default(), 0, &ingest_config(), at_quota, Duration::from_mins(1))
+                .unwrap();
         let downlink = Downlink::new(ingest.watermark(), 1);
         let shared = Shared::new(ingest, Routes::default(), downlink, 0, Duration::ZERO);
         let front = Front::bind(&listener_config(), Arc::new(shared)).await.unwrap();

@@ -1,7 +1,9 @@
 //! The rings of a store: which there are, and what they still owe to the log files.
 //!
 //! Owns: `log/journal-<number>.ring`. One of them is in use; others are there after a failure only,
-//! as long as they may hold what a log file lacks.
+//! as long as they may hold what a log file lacks. A log file whose journal failed before it had an
+//! event is replaced by one of the same name: then that ring's name ends in `-without-<file>`, before
+//! the new file is there, so that nothing of the old one is replayed into it.
 //! Invariant: a ring is given up only once what it holds is synced in its home files.
 
 use std::collections::HashMap;
@@ -15,21 +17,43 @@ use crate::disk::SharedDisk;
 use crate::log;
 
 const PREFIX: &str = "journal-";
+const WITHOUT: &str = "-without-";
 const SUFFIX: &str = ".ring";
 /// What a ring is called until its first mark is durable.
 const UNFINISHED: &str = "log/journal.new";
 
-fn name(number: u64) -> String {
-    format!("{}/{PREFIX}{number:06}{SUFFIX}", log::FOLDER)
+/// A ring's file.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct RingName {
+    number: u64,
+    /// First offset of a log file that its records are not for any more.
+    without: Option<u64>,
+}
+
+impl RingName {
+    fn parse(file: &str) -> Option<Self> {
+        let middle = file.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?;
+        let (number, without) = match middle.split_once(WITHOUT) {
+            None => (middle, None),
+            Some((number, without)) => (number, Some(without.parse().ok()?)),
+        };
+        Some(Self { number: number.parse().ok()?, without })
+    }
+
+    fn path(&self) -> String {
+        let Self { number, without } = self;
+        let without = without.map_or(String::new(), |first| format!("{WITHOUT}{first:020}"));
+        format!("{}/{PREFIX}{number:06}{without}{SUFFIX}", log::FOLDER)
+    }
 }
 
 /// The rings of a store.
 pub(crate) struct Rings {
     disk: SharedDisk,
     /// A ring that holds nothing any more, whose blocks can be used again.
-    idle: Option<String>,
+    idle: Option<RingName>,
     /// Rings of journals that failed, which may hold what a log file lacks.
-    kept: Vec<String>,
+    kept: Vec<RingName>,
     next_number: u64,
     /// Where the places of the next journal begin.
     next_place: u64,
@@ -46,20 +70,17 @@ pub(crate) fn recover(disk: &SharedDisk) -> Result<Rings, (String, io::Error)> {
         |error| (name, error)
     };
     disk.remove(UNFINISHED).map_err(with(UNFINISHED))?;
-    let mut numbers: Vec<u64> = disk
-        .list(log::FOLDER)
-        .map_err(with(log::FOLDER))?
-        .iter()
-        .filter_map(|file| file.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?.parse().ok())
-        .collect();
-    numbers.sort_unstable();
-    let next_number = numbers.last().map_or(0, |last| last + 1);
-    let idle = numbers.last().map(|&last| name(last));
-    for &number in &numbers {
-        let ring = name(number);
-        replay(disk, &ring).map_err(with(&ring))?;
-        if idle.as_ref() != Some(&ring) {
-            disk.remove(&ring).map_err(with(&ring))?;
+    let files = disk.list(log::FOLDER).map_err(with(log::FOLDER))?;
+    let mut rings: Vec<RingName> = files.iter().filter_map(|file| RingName::parse(file)).collect();
+    rings.sort_unstable();
+    let next_number = rings.last().map_or(0, |last| last.number + 1);
+    // One that was kept is not used again: its name says something of what was in it.
+    let idle = rings.last().filter(|last| last.without.is_none()).cloned();
+    for ring in &rings {
+        let path = ring.path();
+        replay(disk, ring).map_err(with(&path))?;
+        if idle.as_ref() != Some(ring) {
+            disk.remove(&path).map_err(with(&path))?;
         }
     }
     Ok(Rings { disk: disk.clone(), idle, kept: Vec::new(), next_number, next_place: 0 })
@@ -83,45 +104,57 @@ impl Rings {
         on_progress: OnProgress,
     ) -> io::Result<Journal> {
         let place = self.next_place;
-        if let Some(name) = &self.idle {
-            let ring = self.disk.open(name)?;
-            let journal = Journal::begin(ring, name.clone(), epoch, place, options, on_progress)?;
+        if let Some(idle) = &self.idle {
+            let (ring, number) = (self.disk.open(&idle.path())?, idle.number);
+            let journal = Journal::begin(ring, number, epoch, place, options, on_progress)?;
             self.idle = None;
             return Ok(journal);
         }
-        let name = name(self.next_number);
         let ring = self.disk.create(UNFINISHED)?;
-        let journal = Journal::begin(ring, name.clone(), epoch, place, options, on_progress)?;
-        self.disk.rename(UNFINISHED, &name)?;
+        let number = self.next_number;
+        let journal = Journal::begin(ring, number, epoch, place, options, on_progress)?;
+        self.disk.rename(UNFINISHED, &path(number))?;
         self.next_number += 1;
         Ok(journal)
+    }
+
+    /// A log file is about to be replaced by another one of its name.
+    pub(crate) fn replace(&mut self, first: u64) -> io::Result<()> {
+        for ring in self.kept.iter_mut().filter(|ring| ring.without.is_none()) {
+            // The file was the last one of its ring; in another ring it does not occur.
+            let renamed = RingName { without: Some(first), ..ring.clone() };
+            self.disk.rename(&ring.path(), &renamed.path())?;
+            *ring = renamed;
+        }
+        Ok(())
     }
 
     /// Gives up a journal that has failed. Its ring goes if the home files have all that it holds.
     pub(crate) fn retire(&mut self, journal: &Journal) {
         journal.halt();
         self.next_place = journal.queued();
-        let name = journal.name().to_owned();
+        let ring = RingName { number: journal.number(), without: None };
+        let path = ring.path();
         if !journal.is_home() {
-            tracing::error!(path = %self.disk.path(&name).display(),
+            tracing::error!(path = %self.disk.path(&path).display(),
                 "a log file could not be synced; the journal is kept, the next start replays it");
-            self.kept.push(name);
-        } else if let Err(error) = self.disk.remove(&name) {
-            tracing::warn!(path = %self.disk.path(&name).display(), %error,
+            self.kept.push(ring);
+        } else if let Err(error) = self.disk.remove(&path) {
+            tracing::warn!(path = %self.disk.path(&path).display(), %error,
                 "cannot remove a journal that is no longer needed; the next start does it");
         }
     }
 
     /// Removes the ring that holds nothing, where no journal is wanted.
     pub(crate) fn remove_idle(&mut self) -> io::Result<()> {
-        self.idle.take().map_or(Ok(()), |name| self.disk.remove(&name))
+        self.idle.take().map_or(Ok(()), |ring| self.disk.remove(&ring.path()))
     }
 
     /// Writes what kept rings hold of a log file over it: a failed sync leaves pages that read well
     /// until the page cache lets go of them.
     pub(crate) fn complete(&self, first: u64, file: &dyn StorageBackend) -> io::Result<()> {
-        for name in &self.kept {
-            visit(&*self.disk.open(name)?, |record| {
+        for ring in self.kept.iter().filter(|ring| ring.without != Some(first)) {
+            visit(&*self.disk.open(&ring.path())?, |record| {
                 if record.file == first { bring(record, file) } else { Ok(()) }
             })?;
         }
@@ -129,9 +162,17 @@ impl Rings {
     }
 }
 
-fn replay(disk: &SharedDisk, ring: &str) -> io::Result<()> {
+/// Path of the ring that is in use.
+pub(super) fn path(number: u64) -> String {
+    RingName { number, without: None }.path()
+}
+
+fn replay(disk: &SharedDisk, ring: &RingName) -> io::Result<()> {
     let mut homes: HashMap<u64, Option<Box<dyn StorageBackend>>> = HashMap::new();
-    visit(&*disk.open(ring)?, |record| {
+    visit(&*disk.open(&ring.path())?, |record| {
+        if ring.without == Some(record.file) {
+            return Ok(());
+        }
         let home = match homes.entry(record.file) {
             std::collections::hash_map::Entry::Occupied(home) => home.into_mut(),
             std::collections::hash_map::Entry::Vacant(place) => {

@@ -16,10 +16,11 @@ fn options(dir: &std::path::Path) -> StoreOptions {
     StoreOptions {
         dir: dir.to_owned(),
         partitions: 4,
-        sinks: vec![SinkRetention { name: "cloud".into() }],
+        sinks: vec![SinkRetention::new("cloud")],
         file_bytes_max: 1 << 20,
         cache_bytes: 4 << 20,
         quota_bytes: 1 << 30,
+        free_bytes_min: 0,
         at_quota: AtQuota::Hold,
         retain_bytes: 0,
         retain_age_us: 0,
@@ -302,7 +303,7 @@ fn at_the_quota_the_oldest_goes_once_the_ledger_says_who_lost_it() {
     let tight = StoreOptions {
         quota_bytes: 1 << 20,
         at_quota: AtQuota::DropOldest,
-        sinks: ["cloud", "local"].map(|name| SinkRetention { name: name.into() }).into(),
+        sinks: ["cloud", "local"].map(SinkRetention::new).into(),
         ..small(dir.path())
     };
     let (store, mut writer) = Store::open(tight.clone(), NOW_US).unwrap();
@@ -334,10 +335,50 @@ fn at_the_quota_the_oldest_goes_once_the_ledger_says_who_lost_it() {
 }
 
 #[test]
+fn a_sink_that_lags_too_far_loses_its_oldest_and_the_other_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let limited = StoreOptions {
+        sinks: vec![
+            SinkRetention { lag_bytes_max: 100_000, ..SinkRetention::new("cloud") },
+            SinkRetention::new("local"),
+        ],
+        ..small(dir.path())
+    };
+    let (store, mut writer) = Store::open(limited.clone(), NOW_US).unwrap();
+    let one = event(0, &"x".repeat(1000));
+    let one_bytes = one.size_bytes() as u64;
+    for _ in 0..90 {
+        writer.commit(std::slice::from_ref(&one), &[], NOW_US).unwrap();
+    }
+    assert!(store.lag_bytes(0) < 100_000);
+    assert_eq!(writer.retain(NOW_US).unwrap().losses, []);
+    for _ in 0..30 {
+        writer.commit(std::slice::from_ref(&one), &[], NOW_US).unwrap();
+    }
+    let losses = writer.retain(NOW_US).unwrap().losses;
+    let [loss] = &losses[..] else { panic!("{losses:?}") };
+    assert_eq!((loss.sink.as_deref(), loss.reason), (Some("cloud"), LossReason::Lag));
+    assert_eq!(loss.size_bytes, (loss.offsets.end - loss.offsets.start) * one_bytes);
+    assert_eq!(store.losses().unwrap(), losses);
+    let cursor = store.cursor("cloud").unwrap();
+    assert_eq!(loss.offsets, 0..cursor);
+    // To a little below the limit, and not further.
+    assert!((90_000..=93_750).contains(&store.lag_bytes(cursor)), "{}", store.lag_bytes(cursor));
+    assert!(store.lag_bytes(cursor - 1) > 93_750);
+    assert_eq!(writer.retain(NOW_US).unwrap().losses, []);
+    // The other sink still has everything.
+    assert_eq!((store.cursor("local"), read_all(&store, 0).len()), (Some(0), 120));
+    writer.close().unwrap();
+    drop(store);
+    let (store, _writer) = Store::open(limited, NOW_US).unwrap();
+    assert_eq!(store.cursor("cloud"), Some(cursor));
+}
+
+#[test]
 fn a_sink_that_was_absent_learns_what_it_missed() {
     let dir = tempfile::tempdir().unwrap();
     let both = StoreOptions {
-        sinks: ["cloud", "local"].map(|name| SinkRetention { name: name.into() }).into(),
+        sinks: ["cloud", "local"].map(SinkRetention::new).into(),
         ..small(dir.path())
     };
     let (store, writer) = Store::open(both.clone(), NOW_US).unwrap();

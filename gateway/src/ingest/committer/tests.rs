@@ -569,10 +569,11 @@ mod over_the_real_log {
         StoreOptions {
             dir: dir.to_owned(),
             partitions: config().partitions,
-            sinks: vec![SinkRetention { name: "cloud".to_owned() }],
+            sinks: vec![SinkRetention::new("cloud")],
             file_bytes_max: 1 << 20,
             cache_bytes: 1 << 20,
             quota_bytes,
+            free_bytes_min: 0,
             at_quota: AtQuota::Hold,
             retain_bytes: 0,
             retain_age_us: 0,

@@ -52,6 +52,7 @@ fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
         file_bytes_max: 16 << 20,
         cache_bytes: 1 << 20,
         quota_bytes: 1 << 30,
+        free_bytes_min: 0,
         at_quota: AtQuota::Hold,
         retain_bytes: 1 << 30,
         retain_age_us: u64::MAX,
@@ -94,7 +95,8 @@ impl Rig {
         at_quota: AtQuota,
         routes: &[&str],
     ) -> Self {
-        let (ingest, committer) = Ingest::start(log, 0, ingest_config, at_quota).unwrap();
+        let (ingest, committer) =
+            Ingest::start(log, 0, ingest_config, at_quota, Duration::from_mins(1)).unwrap();
         let routes: Vec<_> = routes
             .iter()
             .map(|filter| RouteConfig { filter: (*filter).to_owned(), content_type: None })

@@ -107,6 +107,25 @@ fn a_full_disk_refuses_and_recovers_when_there_is_room() {
     world.check();
 }
 
+#[test]
+fn while_little_of_the_disk_is_free_events_wait_and_cursors_move() {
+    let options = StoreOptions { free_bytes_min: 400 << 10, ..world::options() };
+    let mut world = World::new(SimDisk::new(7), options);
+    world.commit_events(20, 100);
+    let pages = world.disk.pages();
+    world.disk.set_faults(|faults| faults.pages_max = Some(pages + 90));
+    let events = world.make(1, 10);
+    let Err(CommitError::LittleSpace { free_bytes, .. }) = world.commit(events, vec![]) else {
+        panic!("it was committed")
+    };
+    assert_eq!(free_bytes, 90 << 12);
+    world.cursor_to("cloud", 10).unwrap();
+    assert_eq!(world.store.cursor("cloud"), Some(10));
+    world.disk.set_faults(|faults| faults.pages_max = Some(pages + 200));
+    world.commit_events(1, 10);
+    world.check();
+}
+
 /// Runs a life of commits, cursor moves, trims and reopens until the power is cut.
 fn live_until_cut(seed: u64, world: &mut World, rng: &mut fastrand::Rng) {
     world.disk.set_faults(|faults| faults.power_left = Some(rng.u64(..400)));
@@ -212,4 +231,30 @@ fn a_flipped_bit_of_the_log_is_found_or_harmless() {
         found += usize::from(world.reads_nothing_wrong(disk, &format!("{name} {at}.{bit}")));
     }
     assert!(found > 20, "of {flips} flipped bits {found} were found");
+}
+
+/// A journal that failed is kept where its home file could not be synced. It once was replayed into
+/// the file that had replaced that one, under the same name.
+#[test]
+fn a_file_that_was_replaced_takes_nothing_from_a_journal_that_failed() {
+    let mut replaced = 0;
+    for after in 0..8 {
+        let options = StoreOptions { journal: JournalMode::On, ..world::options() };
+        let mut world = World::new(SimDisk::new(8), options);
+        world.cursor_to("cloud", 0).unwrap();
+        world.step(true);
+        // The commit is too large for the journal, so that log files are synced as well.
+        world.disk.set_faults(|faults| faults.fail_sync_after = Some(after));
+        let events = world.make(57, 2000);
+        let _ = world.commit(events, vec![]);
+        world.disk.set_faults(|faults| faults.fail_sync_after = None);
+        world.commit_events(44, 1500);
+        let rings = world.disk.list(crate::log::FOLDER).unwrap();
+        replaced += usize::from(rings.iter().any(|name| name.contains("-without-")));
+        let cut = world.disk.after_cut();
+        world.reopen(cut);
+        world.commit_events(3, 100);
+        world.check();
+    }
+    assert!(replaced > 0, "no sync of a log file has failed");
 }

@@ -101,8 +101,7 @@ fn take(world: &mut World, step: &Step) {
         Step::Close => world.reopen_cleanly(),
         Step::Sinks { both } => {
             let sinks = &SINKS[..if both { 2 } else { 1 }];
-            world.options.sinks =
-                sinks.iter().map(|&name| SinkRetention { name: name.into() }).collect();
+            world.options.sinks = sinks.iter().copied().map(SinkRetention::new).collect();
             world.reopen(world.disk.after_kill());
         }
         Step::FailSync { after } => {

@@ -54,7 +54,7 @@ pub(super) struct World {
 }
 
 pub(super) fn options() -> StoreOptions {
-    let sinks = SINKS.map(|name| SinkRetention { name: name.into() });
+    let sinks = SINKS.map(SinkRetention::new);
     StoreOptions {
         sinks: sinks.into(),
         file_bytes_max: 128 << 10,
@@ -156,7 +156,6 @@ impl World {
         self.writer.shared.log.step(checkpoint);
         self.follow_marks();
     }
-
 
     /// What the marks cover is acked, and visible.
     fn follow_marks(&mut self) {
