@@ -253,11 +253,23 @@ impl Store {
             Err(TryLockError::WouldBlock) => return Err(OpenError::InUse { path: options.dir }),
             Err(TryLockError::Error(source)) => return Err(folder(source)),
         }
-        Self::open_on(Arc::new(disk), Some(lock), options, now_us)
+        Self::open_locked(Arc::new(disk), Some(lock), options, now_us)
     }
 
-    /// As [`Store::open`], on any disk.
-    pub(crate) fn open_on(
+    /// As [`Store::open`], on any disk and without a lock: the seam for injecting faults and for
+    /// measuring. The caller sees to it that the disk is opened once.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open_on(
+        disk: SharedDisk,
+        options: StoreOptions,
+        now_us: u64,
+    ) -> Result<(Store, Writer), OpenError> {
+        Self::open_locked(disk, None, options, now_us)
+    }
+
+    fn open_locked(
         disk: SharedDisk,
         lock: Option<File>,
         options: StoreOptions,

@@ -130,8 +130,7 @@ fn a_damaged_file_hides_no_control_record_of_the_files_after_it() {
             killed.flip(&first, at + within, 3);
         }
     }
-    let opened =
-        Store::open_on(Arc::new(killed), None, world.options.clone(), world.now_us).unwrap();
+    let opened = Store::open_on(Arc::new(killed), world.options.clone(), world.now_us).unwrap();
     assert_eq!(opened.0.cursor("cloud"), Some(321));
     assert_eq!(opened.0.mark().watermark, world.watermark());
     assert_eq!(opened.0.stats().next_seq, world.store.stats().next_seq);

@@ -51,7 +51,7 @@ pub(super) fn options() -> StoreOptions {
 impl World {
     pub(super) fn new(disk: SimDisk, options: StoreOptions) -> Self {
         let (store, writer) =
-            Store::open_on(Arc::new(disk.clone()), None, options.clone(), NOW_US).unwrap();
+            Store::open_on(Arc::new(disk.clone()), options.clone(), NOW_US).unwrap();
         let mut model = Model { next_seq: vec![0; 4], ..Model::default() };
         for sink in &options.sinks {
             model.cursors.insert(sink.name.clone(), 0);
@@ -134,8 +134,7 @@ impl World {
 
     /// Opens the store on another disk, as the next process does, and checks all of it.
     pub(super) fn reopen(&mut self, disk: SimDisk) {
-        let opened =
-            Store::open_on(Arc::new(disk.clone()), None, self.options.clone(), self.now_us);
+        let opened = Store::open_on(Arc::new(disk.clone()), self.options.clone(), self.now_us);
         (self.store, self.writer) = opened.unwrap();
         self.disk = disk;
         self.listen();
@@ -174,7 +173,7 @@ impl World {
 
     /// Closes the store cleanly; another, empty one takes its place.
     pub(super) fn close(&mut self) {
-        let empty = Store::open_on(Arc::new(SimDisk::new(0)), None, options(), self.now_us);
+        let empty = Store::open_on(Arc::new(SimDisk::new(0)), options(), self.now_us);
         let (store, writer) = empty.unwrap();
         self.store = store;
         std::mem::replace(&mut self.writer, writer).close().unwrap();
@@ -190,7 +189,7 @@ impl World {
     /// Opens and reads a store that is damaged somewhere: every event is right or reported
     /// missing, and numbers go on past all that was given. Says whether anything was missing.
     pub(super) fn reads_nothing_wrong(&self, disk: SimDisk, damage: &str) -> bool {
-        let opened = Store::open_on(Arc::new(disk), None, self.options.clone(), self.now_us);
+        let opened = Store::open_on(Arc::new(disk), self.options.clone(), self.now_us);
         let (store, mut writer) = opened.unwrap_or_else(|e| panic!("{damage}: {e}"));
         let watermark = store.mark().watermark;
         assert!(watermark >= self.watermark(), "{damage}: the end is lost");
