@@ -14,6 +14,7 @@
 mod support;
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -29,6 +30,7 @@ use gateway::config::Config;
 use gateway::ingest::{Append, Ingest, Routes};
 use gateway::mqtt::{self, Downlink, Front};
 use hdrhistogram::Histogram;
+use redb::backends::FileBackend;
 use storage::{CommitError, Committed, Control, Event, Mark, RetentionReport, StateError};
 use support::{RawFile, Rounds, median};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -64,7 +66,7 @@ fn main() -> anyhow::Result<()> {
     }
     let full = Rounds { count: 3, time: Duration::from_millis(2500) };
     let quick = Rounds { count: 1, time: Duration::from_secs(1) };
-    let rounds = Rounds::from_args(args, full, quick)?;
+    let rounds = Rounds::from_args(args, full, quick, |_, _| Ok(false))?;
     println!(
         "QoS 1, {PAYLOAD_BYTES} B payload, {WINDOW} in flight per connection; median of {} \
          rounds of {:?} each, in turns; {} CPUs, shared with the publishers",
@@ -333,7 +335,8 @@ fn serve(server: Server, dir: &Path) -> anyhow::Result<()> {
         match server {
             Server::Null => serve_front(config, NullLog::default()).await,
             Server::Floor => {
-                let file = RawFile::create(&dir.join("raw"))?;
+                let file = FileBackend::new(File::create_new(dir.join("raw"))?)?;
+                let file = RawFile::new(Box::new(file))?;
                 serve_front(config, FloorLog { file, marks: NullLog::default() }).await
             }
             Server::Gateway => {

@@ -2,14 +2,15 @@
 //!
 //! Owns: [`Disk`], the few operations on files that the store needs, [`FileDisk`], which is a
 //! folder, and the two rules of writing under redb:
-//! - [`Fenced`]: after the first failure nothing more is written to a file, not even by redb when
+//! - `Fenced`: after the first failure nothing more is written to a file, not even by redb when
 //!   its handle is dropped, because what a failed sync covered cannot be trusted;
-//! - [`Overlay`]: a file that this process does not append to is never written at all. redb opens
+//! - `Overlay`: a file that this process does not append to is never written at all. redb opens
 //!   it over memory that keeps what it would have written (its mark that the file is in use, and
 //!   the whole repair of a file that was not closed).
 //!
-//! [`OpenFile`] is a file under redb whose damage is an error, not a panic. A test puts another
-//! [`Disk`] here to fail, to fill up or to cut the power.
+//! `OpenFile` is a file under redb whose damage is an error, not a panic. A test puts another
+//! [`Disk`] here to fail, to fill up or to cut the power, and a bench one around [`FileDisk`] to
+//! count and to be as slow as a card: see [`Store::open_on`](crate::Store::open_on).
 //!
 //! Deliberately absent: what the files hold.
 
@@ -33,22 +34,44 @@ use rustix::io::Errno;
 
 use crate::journal::{HomeBackend, HomeFile};
 
-/// The operations on files that the store needs. Names are relative to the data folder.
-pub(crate) trait Disk: fmt::Debug + Send + Sync {
+/// The operations on files that the store needs. Names are relative to the data folder. Whoever
+/// wraps a file hands on its locks as well: redb refuses a file that it has open already.
+pub trait Disk: fmt::Debug + Send + Sync {
     /// Opens a file that is there.
+    ///
+    /// # Errors
+    /// The file is not there, or cannot be opened.
     fn open(&self, name: &str) -> io::Result<Box<dyn StorageBackend>>;
     /// Creates a file, empty even if it was there.
+    ///
+    /// # Errors
+    /// The file cannot be created.
     fn create(&self, name: &str) -> io::Result<Box<dyn StorageBackend>>;
     /// Gives a file another name, in place of whatever had it; durable on return.
+    ///
+    /// # Errors
+    /// The file is not there, or its new name is not durable.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
     /// Removes a file; durable on return. One that is not there is no error.
+    ///
+    /// # Errors
+    /// The file is there and cannot be removed.
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Names of the files in a folder, without the folder.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
     fn list(&self, folder: &str) -> io::Result<Vec<String>>;
     /// Takes room on the device for a range of a file, so that writing there later cannot fail for
     /// lack of it. The length stays. What cannot do that says that it did.
+    ///
+    /// # Errors
+    /// The file is not there, or there is no room.
     fn reserve(&self, name: &str, range: Range<u64>) -> io::Result<()>;
     /// Bytes of the file system that are free to take.
+    ///
+    /// # Errors
+    /// The system does not say.
     fn free_bytes(&self) -> io::Result<u64>;
     /// Bytes that a file takes on the device; 0 if it is not there.
     fn used_bytes(&self, name: &str) -> u64;
@@ -58,13 +81,17 @@ pub(crate) trait Disk: fmt::Debug + Send + Sync {
 
 /// A folder of a file system.
 #[derive(Debug)]
-pub(crate) struct FileDisk {
+pub struct FileDisk {
     dir: PathBuf,
 }
 
 impl FileDisk {
-    /// Creates the folders that are missing; the parent of the data folder must be there.
-    pub(crate) fn prepare(dir: PathBuf, folder: &str) -> io::Result<Self> {
+    /// Creates the data folder and the one for the log in it (`log`), where they are missing; the
+    /// parent of the data folder must be there.
+    ///
+    /// # Errors
+    /// A folder that cannot be created.
+    pub fn prepare(dir: PathBuf, folder: &str) -> io::Result<Self> {
         for path in [dir.clone(), dir.join(folder)] {
             match fs::create_dir(&path) {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
@@ -456,4 +483,4 @@ impl StorageBackend for Overlay {
 }
 
 /// A disk to share.
-pub(crate) type SharedDisk = Arc<dyn Disk>;
+pub type SharedDisk = Arc<dyn Disk>;

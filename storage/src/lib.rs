@@ -13,8 +13,8 @@
 //!   before; `row`: the plain encoding under both. Pure codecs.
 //! - `journal`: what lets commits run ahead of their sync, under redb.
 //! - `log`: rolling files of batches; `state`: checkpoint, dead letters and loss ledger beside them;
-//!   `disk`: the files under both, and the seam where tests fail, fill up or cut the power;
-//!   `ballast`: room kept for a full disk.
+//!   [`disk`]: the files under both, and the seam where tests fail, fill up or cut the power and
+//!   benches count and slow down; `ballast`: room kept for a full disk.
 //! - `cursor`, `retention`: what is still needed and what may go, pure; [`dead_letter`],
 //!   [`loss_ledger`]: the record of what was refused and of what went.
 //! - [`store`]: [`Store`] (shared handle, reads) and [`Writer`] (the one writer), which put them
@@ -25,7 +25,7 @@ mod batch;
 pub mod control;
 mod cursor;
 pub mod dead_letter;
-mod disk;
+pub mod disk;
 pub mod error;
 pub mod event;
 mod head;

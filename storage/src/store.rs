@@ -249,7 +249,19 @@ impl Store {
         Self::open_with(Arc::new(disk), Some(lock), journal::Pump::Threads, options, now_us)
     }
 
-    /// As [`Store::open`], on any disk.
+    /// As [`Store::open`], on any disk and without a lock: the seam for injecting faults and for
+    /// measuring. The caller sees to it that the disk is opened once.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open_on(
+        disk: SharedDisk,
+        options: StoreOptions,
+        now_us: u64,
+    ) -> Result<(Store, Writer), OpenError> {
+        Self::open_with(disk, None, journal::Pump::Threads, options, now_us)
+    }
+
     fn open_with(
         disk: SharedDisk,
         lock: Option<File>,
