@@ -13,11 +13,12 @@
 //!   before; `row`: the plain encoding under both. Pure codecs.
 //! - `log`: rolling files of batches; `state`: checkpoint, dead letters and loss ledger beside them;
 //!   `disk`: the files under both, and the seam where tests fail, fill up or cut the power;
-//!   `ballast`: room kept for a full disk.
+//!   `ballast`: room kept for a full disk; `frozen`: a disk that is only looked at.
 //! - `cursor`, `retention`: what is still needed and what may go, pure; [`dead_letter`],
 //!   [`loss_ledger`]: the record of what was refused and of what went.
 //! - [`store`]: [`Store`] (shared handle, reads) and [`Writer`] (the one writer), which put them
-//!   together.
+//!   together. Beside them, for tools: [`store::inspect`] (a look that changes nothing),
+//!   [`store::seek`], [`store::verify`] and [`store::balance`], over sets of offsets (`ranges`).
 
 mod ballast;
 mod batch;
@@ -27,9 +28,11 @@ pub mod dead_letter;
 mod disk;
 pub mod error;
 pub mod event;
+mod frozen;
 mod head;
 mod log;
 pub mod loss_ledger;
+mod ranges;
 mod retention;
 mod row;
 #[cfg(test)]
@@ -42,6 +45,10 @@ pub use dead_letter::DeadLetter;
 pub use error::{CommitError, OpenError, ReadError, StateError};
 pub use event::{Attribute, Attributes, Event, EventId, StoredEvent};
 pub use loss_ledger::{Loss, LossReason};
+pub use store::balance::{Balance, Balancer, SinkBalance};
+pub use store::inspect::FileStats;
+pub use store::seek::Place;
+pub use store::verify::{Damage, Finding, Progress, Verification, Verifier};
 pub use store::{
     AtQuota, Committed, Mark, Read, RetentionReport, SinkRetention, Store, StoreOptions,
     StoreStats, Writer,

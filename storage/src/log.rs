@@ -15,6 +15,8 @@
 //! Deliberately absent: what is durable (the caller passes the watermark), what may go (see
 //! `retention`), and redb's caches beyond their sizes.
 
+mod walk;
+
 use std::collections::VecDeque;
 use std::io;
 use std::ops::{ControlFlow, Range};
@@ -57,7 +59,7 @@ impl LogError {
     }
 
     /// Whether the file itself is damaged, so that trying again would not help.
-    fn is_damage(&self) -> bool {
+    pub(crate) fn is_damage(&self) -> bool {
         use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
         use redb::Error::{Corrupted, TableDoesNotExist, TableTypeMismatch, UpgradeRequired};
         match &self.error {

@@ -23,7 +23,7 @@ pub enum LossReason {
 }
 
 impl LossReason {
-    const ALL: [Self; 4] = [Self::Quota, Self::Expired, Self::SinkAbsent, Self::Corrupt];
+    pub(crate) const ALL: [Self; 4] = [Self::Quota, Self::Expired, Self::SinkAbsent, Self::Corrupt];
 
     fn code(self) -> u8 {
         match self {

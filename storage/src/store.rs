@@ -4,6 +4,11 @@
 //! [`Mark`] given to the durability callback says what is on disk. Acks, readers and cursors follow
 //! the mark only.
 
+pub mod balance;
+pub mod inspect;
+pub mod seek;
+pub mod verify;
+
 use std::collections::HashSet;
 use std::fs::{File, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
