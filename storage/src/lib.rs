@@ -18,7 +18,8 @@
 //!   [`loss_ledger`]: the record of what was refused and of what went.
 //! - [`store`]: [`Store`] (shared handle, reads) and [`Writer`] (the one writer), which put them
 //!   together. Beside them, for tools: [`store::inspect`] (a look that changes nothing),
-//!   [`store::seek`], [`store::verify`] and [`store::balance`], over sets of offsets (`ranges`).
+//!   [`store::seek`], [`store::verify`] and [`store::balance`], over sets of offsets (`ranges`);
+//!   [`store::compact`] and `repair` change it.
 
 mod ballast;
 mod batch;
@@ -46,6 +47,7 @@ pub use error::{CommitError, OpenError, ReadError, StateError};
 pub use event::{Attribute, Attributes, Event, EventId, StoredEvent};
 pub use loss_ledger::{Loss, LossReason};
 pub use store::balance::{Balance, Balancer, SinkBalance};
+pub use store::compact::Compacted;
 pub use store::inspect::FileStats;
 pub use store::seek::Place;
 pub use store::verify::{Damage, Finding, Progress, Verification, Verifier};

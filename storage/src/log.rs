@@ -15,6 +15,7 @@
 //! Deliberately absent: what is durable (the caller passes the watermark), what may go (see
 //! `retention`), and redb's caches beyond their sizes.
 
+mod pack_anew;
 mod walk;
 
 use std::collections::VecDeque;

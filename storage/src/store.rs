@@ -5,7 +5,9 @@
 //! the mark only.
 
 pub mod balance;
+pub mod compact;
 pub mod inspect;
+mod repair;
 pub mod seek;
 pub mod verify;
 

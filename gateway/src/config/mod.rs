@@ -8,7 +8,7 @@
 
 mod reader;
 mod sinks;
-mod units;
+pub(crate) mod units;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bridge::config::SinkConfig;
-use storage::AtQuota;
+use storage::{AtQuota, SinkRetention, StoreOptions};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key;
@@ -189,6 +189,22 @@ impl Config {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
         Self::parse(&path.display().to_string(), &text, &|name| std::env::var(name).ok())
+    }
+
+    /// How the store is opened, by the gateway and by the tools that look at it.
+    pub fn store_options(&self) -> StoreOptions {
+        let storage = &self.storage;
+        StoreOptions {
+            dir: self.gateway.data_dir.clone(),
+            partitions: self.ingest.partitions,
+            sinks: self.sinks.iter().map(|s| SinkRetention { name: s.name.clone() }).collect(),
+            file_bytes_max: storage.file_bytes_max,
+            cache_bytes: storage.cache_bytes,
+            quota_bytes: storage.quota_bytes,
+            at_quota: storage.at_quota,
+            retain_bytes: storage.retain_bytes,
+            retain_age_us: u64::try_from(storage.retain_age.as_micros()).unwrap_or(u64::MAX),
+        }
     }
 
     /// Reads a text. `file` names it in messages, `env` looks up `${NAME}`.

@@ -1,8 +1,13 @@
-//! The state database as who checks it sees it.
+//! The state database as the store tools see it.
 //!
-//! Owns: counting dead letters that are sound, without keeping them.
+//! Owns: counting dead letters that are sound, without keeping them, and copying what the file holds
+//! to a smaller one.
 
-use super::{Bytes, DEAD_LETTERS, DeadLetter, State, StateError, table};
+use std::sync::Arc;
+
+use super::{
+    Bytes, DEAD_LETTERS, DeadLetter, Open, State, StateError, closed, rewrite, state_error, table,
+};
 use crate::ranges::Ranges;
 
 /// The dead letters of a sink.
@@ -34,5 +39,18 @@ impl State {
             Ok(())
         })?;
         Ok(letters)
+    }
+
+    /// Copies what the file holds to a new one that takes its name.
+    pub(crate) fn copy_anew(&self) -> Result<(), StateError> {
+        let mut open = self.lock();
+        if matches!(*open, Open::Closed) {
+            return Err(closed());
+        }
+        // Closed first, so that what is copied is what the next open would find.
+        *open = Open::Suspect(None);
+        let file = rewrite(&self.disk).map_err(|error| state_error(&error))?;
+        *open = Open::Yes(Arc::new(file));
+        Ok(())
     }
 }

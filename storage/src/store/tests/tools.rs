@@ -6,6 +6,8 @@ use crate::disk::Disk;
 use crate::sim::SimDisk;
 use crate::{Damage, Place};
 
+type Batches<'a> = redb::Table<'a, (u64, u32), &'static [u8]>;
+
 fn contents(dir: &std::path::Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut files = Vec::new();
     for folder in [dir.to_owned(), dir.join(log::FOLDER)] {
@@ -135,7 +137,7 @@ fn disorder_is_found_where_every_checksum_fits() {
     drop(store);
     let batches: redb::TableDefinition<'_, (u64, u32), &[u8]> =
         redb::TableDefinition::new("batches");
-    let change = |f: &dyn Fn(&mut redb::Table<'_, (u64, u32), &[u8]>)| {
+    let change = |f: &dyn Fn(&mut Batches<'_>)| {
         let copy = copy_of(dir.path());
         let database =
             redb::Database::open(copy.path().join(file.strip_prefix(dir.path()).unwrap())).unwrap();
@@ -238,4 +240,77 @@ fn a_file_that_is_gone_is_missing_from_the_sums_of_those_who_needed_it() {
     assert!(sums.sinks[0].adds_up(), "{sums:?}");
     assert_eq!(sums.sinks[1].unaccounted, [gone]);
     assert!(!sums.adds_up());
+}
+
+/// Small commits with control records between them; sealed files are packed anew.
+#[test]
+fn a_compacted_store_holds_the_same_events_in_less_room() {
+    let mut world = World::new(SimDisk::new(25), world::options());
+    for round in 0..300 {
+        world.commit_events(1 + round % 3, 300);
+        world.cursor_to("cloud", round as u64).unwrap();
+    }
+    let (files, events) = (world.store.stats().files, read_all(&world.store, 0));
+    assert!(files > 2, "{files}");
+    let done = world.writer.compact().unwrap();
+    assert_eq!((done.files, done.rewritten), (files - 1, files - 1));
+    assert!(done.after_bytes < done.before_bytes, "{done:?}");
+    assert_eq!(read_all(&world.store, 0), events);
+    assert!(verify(&world.store).is_sound());
+    assert_eq!(world.writer.compact().unwrap().rewritten, 0, "there is nothing more to gain");
+    world.commit_events(5, 100);
+    world.check();
+    for disk in [world.disk.after_kill(), world.disk.after_cut()] {
+        world.reopen(disk);
+        world.check();
+    }
+    world.reopen_cleanly();
+}
+
+/// The power goes at any moment of it.
+#[test]
+fn a_compaction_that_is_cut_short_loses_nothing() {
+    for seed in 0..12 {
+        let mut world = World::new(SimDisk::new(seed), world::options());
+        for round in 0..60 {
+            world.commit_events(1 + round % 3, 600);
+        }
+        world.disk.set_faults(|faults| faults.power_left = Some(3 + seed * 7));
+        world.writer.compact().ok();
+        world.reopen(world.disk.after_cut());
+        world.commit_events(3, 100);
+        world.check();
+    }
+}
+
+#[test]
+fn a_damaged_file_is_not_compacted() {
+    let mut world = World::new(SimDisk::new(26), world::options());
+    for round in 0..120 {
+        world.commit_events(1 + round % 3, 300);
+    }
+    let first = world.store.files().unwrap()[0].path.display().to_string();
+    let pages = world.disk.page_offsets(&first);
+    let sound = world.store.stats().files - 1;
+    world.close();
+    let damaged = pages.into_iter().rev().find(|page| {
+        let disk = world.disk.after_kill();
+        disk.flip(&first, page + 2000, 3);
+        !verify(&world.look(&disk)).is_sound()
+    });
+    world.disk.flip(&first, damaged.unwrap() + 2000, 3);
+    let opened =
+        Store::open_on(Arc::new(world.disk.clone()), None, world.options.clone(), NOW_US).unwrap();
+    let (store, mut writer) = opened;
+    let lost = verify(&store).unreadable;
+    assert_eq!(writer.compact().unwrap().rewritten, sound - 1);
+    assert_eq!((verify(&store).unreadable, lost > 0), (lost, true));
+
+    // What cannot be read is recorded: no new damage, and every sum adds up.
+    let ranges: Vec<Range<u64>> =
+        verify(&store).findings.iter().map(|finding| finding.offsets.clone()).collect();
+    assert!(!balance(&store).adds_up());
+    writer.record_unreadable(&ranges, NOW_US).unwrap();
+    assert!(verify(&store).is_sound() && balance(&store).adds_up());
+    assert_eq!(verify(&store).recorded, lost);
 }
