@@ -1,7 +1,7 @@
 //! The walk over every file and batch that says whether the store is whole.
 //!
 //! Owns: [`Verifier`], which takes one piece of a file at a time, so that who calls it can tell how
-//! far it is, stop, and let others have the disk; and the rules ([`Check`], pure): offsets are
+//! far it is, stop, and let others have the disk; and the rules (`Check`, pure): offsets are
 //! dense, a partition's sequence numbers are gapless, receive times never go back, every checksum
 //! fits, head rows say what the batches before them come to.
 //!
