@@ -11,11 +11,12 @@
 //! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
 //! - [`forwarder`]: the shell around it; `retry`: backoff.
 //! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
-//!   with whose name (`origin`).
+//!   with whose name (`origin`); `export`: the same as one text, for tools.
 
 mod cloudevents;
 pub mod config;
 mod delivery;
+mod export;
 #[cfg(test)]
 mod fake;
 mod file;
@@ -27,5 +28,6 @@ mod origin;
 mod retry;
 mod sink;
 
+pub use export::Export;
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;

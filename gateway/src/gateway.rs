@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use bridge::Forwarder;
 use bridge::Origin;
-use bridge::config::SinkConfig;
-use storage::{SinkRetention, Store, StoreOptions};
+use storage::Store;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::timeout_at;
@@ -207,28 +206,9 @@ fn bind_error(key: &'static str, address: SocketAddr, source: std::io::Error) ->
     StartError::Bind { key, address, source }
 }
 
-fn retention(sink: &SinkConfig) -> SinkRetention {
-    SinkRetention { name: sink.name.clone(), lag_bytes_max: sink.lag_bytes_max }
-}
-
 /// Opening reads the disk, and repairs after a kill: off the async workers.
 async fn open_store(config: &Config) -> Result<(Store, storage::Writer), StartError> {
-    let storage = &config.storage;
-    let options = StoreOptions {
-        dir: config.gateway.data_dir.clone(),
-        partitions: config.ingest.partitions,
-        sinks: config.sinks.iter().map(retention).collect(),
-        file_bytes_max: storage.file_bytes_max,
-        cache_bytes: storage.cache_bytes,
-        quota_bytes: storage.quota_bytes,
-        free_bytes_min: storage.free_bytes_min,
-        at_quota: storage.at_quota,
-        retain_bytes: storage.retain_bytes,
-        retain_age_us: u64::try_from(storage.retain_age.as_micros()).unwrap_or(u64::MAX),
-        journal: storage.journal,
-        journal_bytes: storage.journal_bytes,
-        commits_ahead_max: storage.commits_ahead_max,
-    };
+    let options = config.store_options();
     let opened = tokio::task::spawn_blocking(move || Store::open(options, clock::now_us())).await;
     Ok(opened.map_err(std::io::Error::other)??)
 }

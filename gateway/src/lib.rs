@@ -11,6 +11,7 @@
 //!   ledger (pure), committer (the one thread that writes).
 //! - `storage` (package): the durable log. `bridge` (package): sinks and delivery.
 //! - [`admin`]: metrics, health, status over HTTP.
+//! - [`inspection`]: what a store holds and whether it is whole, for the tools and the admin endpoint.
 //! - [`cli`]: one module per verb. [`text`]: numbers for people. [`addresses`]: the ready line.
 //!
 //! # When something panics
@@ -23,6 +24,7 @@ pub mod cli;
 pub mod config;
 pub mod gateway;
 pub mod ingest;
+pub mod inspection;
 pub mod mqtt;
 pub mod text;
 

@@ -393,6 +393,16 @@ impl<'a> BatchHead<'a> {
         self.header.event_bytes.get()
     }
 
+    /// Receive times of its first and last event.
+    pub(crate) fn received_us(&self) -> (u64, u64) {
+        (self.header.received_min_us.get(), self.header.received_max_us.get())
+    }
+
+    /// Partition, first sequence number and number of events of each partition that occurs.
+    pub(crate) fn partitions(&self) -> impl Iterator<Item = (u16, u64, u32)> {
+        self.groups.iter().map(|g| (g.partition.get(), g.base_seq.get(), g.count.get()))
+    }
+
     /// Moves the tail past this batch. Sequence numbers never go back.
     pub(crate) fn advance(&self, tail: &mut Tail) {
         tail.position = self.position().after(self.count());

@@ -83,6 +83,8 @@ pub trait Disk: fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub struct FileDisk {
     dir: PathBuf,
+    /// Whether its files may be written: a file system that is mounted read-only can be looked at.
+    writable: bool,
 }
 
 impl FileDisk {
@@ -99,7 +101,12 @@ impl FileDisk {
                 Ok(()) => File::open(path.parent().unwrap_or(&path))?.sync_all()?,
             }
         }
-        Ok(Self { dir })
+        Ok(Self { dir, writable: true })
+    }
+
+    /// A folder that is there, to look at.
+    pub(crate) fn look_at(dir: PathBuf) -> Self {
+        Self { dir, writable: false }
     }
 
     fn backend(file: File) -> io::Result<Box<dyn StorageBackend>> {
@@ -118,7 +125,7 @@ impl FileDisk {
 
 impl Disk for FileDisk {
     fn open(&self, name: &str) -> io::Result<Box<dyn StorageBackend>> {
-        Self::backend(OpenOptions::new().read(true).write(true).open(self.dir.join(name))?)
+        Self::backend(OpenOptions::new().read(true).write(self.writable).open(self.dir.join(name))?)
     }
 
     fn create(&self, name: &str) -> io::Result<Box<dyn StorageBackend>> {
@@ -386,7 +393,7 @@ const PAGE_BYTES: u64 = 4096;
 /// A file under a layer of memory that keeps every write. It takes no lock either: the store has
 /// one for the whole folder, and a process may open a file twice this way.
 #[derive(Debug)]
-struct Overlay {
+pub(crate) struct Overlay {
     file: Box<dyn StorageBackend>,
     written: RwLock<Written>,
 }
@@ -400,7 +407,7 @@ struct Written {
 }
 
 impl Overlay {
-    fn new(file: Box<dyn StorageBackend>) -> io::Result<Self> {
+    pub(crate) fn new(file: Box<dyn StorageBackend>) -> io::Result<Self> {
         let len = file.len()?;
         let written = Written { len, file_len: len, pages: BTreeMap::new() };
         Ok(Self { file, written: RwLock::new(written) })

@@ -13,6 +13,12 @@ pub enum OpenError {
         /// Data folder.
         path: PathBuf,
     },
+    /// Nothing was ever stored there; only who wants to look at a store minds.
+    #[error("there is no store in {path}; check gateway.data_dir, or run the gateway once")]
+    Missing {
+        /// Data folder.
+        path: PathBuf,
+    },
     /// Written by a later version.
     #[error(
         "the store in {path} has format {found}, and this version reads up to {supported}; \

@@ -14,11 +14,14 @@
 //! - `journal`: what lets commits run ahead of their sync, under redb.
 //! - `log`: rolling files of batches; `state`: checkpoint, dead letters and loss ledger beside them;
 //!   [`disk`]: the files under both, and the seam where tests fail, fill up or cut the power and
-//!   benches count and slow down; `ballast`: room kept for a full disk.
+//!   benches count and slow down; `ballast`: room kept for a full disk; `frozen`: a disk that is
+//!   only looked at.
 //! - `cursor`, `retention`: what is still needed and what may go, pure; [`dead_letter`],
 //!   [`loss_ledger`]: the record of what was refused and of what went.
 //! - [`store`]: [`Store`] (shared handle, reads) and [`Writer`] (the one writer), which put them
-//!   together.
+//!   together. Beside them, for tools: [`store::inspect`] (a look that changes nothing),
+//!   [`store::seek`], [`store::verify`] and [`store::balance`], over sets of offsets (`ranges`);
+//!   [`store::compact`] and `repair` change it.
 
 mod ballast;
 mod batch;
@@ -28,10 +31,12 @@ pub mod dead_letter;
 pub mod disk;
 pub mod error;
 pub mod event;
+mod frozen;
 mod head;
 mod journal;
 mod log;
 pub mod loss_ledger;
+mod ranges;
 mod retention;
 mod row;
 #[cfg(test)]
@@ -44,6 +49,11 @@ pub use dead_letter::DeadLetter;
 pub use error::{CommitError, OpenError, ReadError, StateError};
 pub use event::{Attribute, Attributes, Event, EventId, StoredEvent};
 pub use loss_ledger::{Loss, LossReason};
+pub use store::balance::{Balance, Balancer, SinkBalance};
+pub use store::compact::Compacted;
+pub use store::inspect::FileStats;
+pub use store::seek::Place;
+pub use store::verify::{Damage, Finding, Progress, Verification, Verifier};
 pub use store::{
     AtQuota, Committed, JournalMode, Mark, Read, RetentionReport, SinkRetention, Store,
     StoreOptions, StoreStats, Writer,

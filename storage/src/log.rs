@@ -17,6 +17,9 @@
 //! Deliberately absent: what is durable (the caller passes the watermark), what may go (see
 //! `retention`), and redb's caches beyond their sizes.
 
+mod pack_anew;
+mod walk;
+
 use std::collections::VecDeque;
 use std::io;
 use std::ops::{ControlFlow, Range};
@@ -61,7 +64,7 @@ impl LogError {
     }
 
     /// Whether the file itself is damaged, so that trying again would not help.
-    fn is_damage(&self) -> bool {
+    pub(crate) fn is_damage(&self) -> bool {
         use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
         use redb::Error::{Corrupted, TableDoesNotExist, TableTypeMismatch, UpgradeRequired};
         match &self.error {
@@ -142,6 +145,8 @@ pub(crate) enum Journaled {
     Never,
     /// If it gains on this disk.
     IfItPays,
+    /// Nobody writes: what a journal has left behind is laid over the files that are read.
+    LookedAt,
 }
 
 struct Files {
@@ -208,10 +213,14 @@ impl Log {
         let io =
             |name: &str, error| LogError { path: disk.path(name), error: redb::Error::Io(error) };
         // Whatever was left behind comes first, also where no journal is wanted any more.
-        let mut rings = journal::recover(&disk).map_err(|(name, error)| io(&name, error))?;
+        let rings = match journaled {
+            Journaled::LookedAt => Rings::look(&disk),
+            _ => journal::recover(&disk),
+        };
+        let mut rings = rings.map_err(|(name, error)| io(&name, error))?;
         let pays = match journaled {
             Journaled::Always => true,
-            Journaled::Never => false,
+            Journaled::Never | Journaled::LookedAt => false,
             // A disk on which it cannot be tried now, perhaps a full one, is not known to gain.
             Journaled::IfItPays => rings.pay().unwrap_or(false),
         };
@@ -230,7 +239,9 @@ impl Log {
         };
         log.list(start)?;
         log.replay(epoch, tail, replay)?;
-        log.open_last(tail)?;
+        if journaled != Journaled::LookedAt {
+            log.open_last(tail)?;
+        }
         Ok(log)
     }
 
@@ -400,6 +411,14 @@ impl Log {
             return Ok(());
         };
         journal.drain().map_err(|error| self.journal_error(Some(&journal), error))
+    }
+
+    /// As [`Log::settle`], and until nothing is left that a crash would replay.
+    pub(crate) fn empty_journal(&self) -> Result<(), LogError> {
+        let Some(journal) = self.files().journal.clone() else {
+            return Ok(());
+        };
+        journal.checkpoint().map_err(|error| self.journal_error(Some(&journal), error))
     }
 
     /// Does one of the journal's jobs at a moment that a test chose.

@@ -25,7 +25,8 @@ pub enum LossReason {
 }
 
 impl LossReason {
-    const ALL: [Self; 5] = [Self::Quota, Self::Expired, Self::SinkAbsent, Self::Corrupt, Self::Lag];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Quota, Self::Expired, Self::SinkAbsent, Self::Corrupt, Self::Lag];
 
     fn code(self) -> u8 {
         match self {

@@ -12,6 +12,10 @@
 //!
 //! Deliberately absent: what changed since the checkpoint (see `store`), and what the keys mean.
 
+mod inspect;
+
+pub(crate) use inspect::Letters;
+
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::PathBuf;
@@ -41,7 +45,7 @@ const LOSSES: TableDefinition<'_, LossKey<'static>, &[u8]> = TableDefinition::ne
 const META_HEAD: &str = "head";
 const META_START: &str = "start";
 
-const NAME: &str = "state.redb";
+pub(crate) const NAME: &str = "state.redb";
 /// What the file is called until it is whole.
 const UNFINISHED: &str = "state.new";
 

@@ -4,7 +4,13 @@
 //! [`Mark`] given to the durability callback says what is on disk. Acks, readers and cursors follow
 //! the mark only.
 
+pub mod balance;
+pub mod compact;
+pub mod inspect;
 mod progress;
+mod repair;
+pub mod seek;
+pub mod verify;
 
 use std::collections::HashSet;
 use std::fs::{File, TryLockError};
@@ -192,6 +198,16 @@ pub struct Store {
     shared: Arc<Shared>,
 }
 
+/// What a store is opened for.
+#[derive(Clone, Copy)]
+enum Opening {
+    ToWrite(journal::Pump),
+    /// Nothing is written: the disk is a frozen one.
+    ToLook,
+}
+
+const TO_WRITE: Opening = Opening::ToWrite(journal::Pump::Threads);
+
 struct Shared {
     options: StoreOptions,
     disk: SharedDisk,
@@ -246,7 +262,7 @@ impl Store {
             Err(TryLockError::WouldBlock) => return Err(OpenError::InUse { path: options.dir }),
             Err(TryLockError::Error(source)) => return Err(folder(source)),
         }
-        Self::open_with(Arc::new(disk), Some(lock), journal::Pump::Threads, options, now_us)
+        Self::open_with(Arc::new(disk), Some(lock), TO_WRITE, options, now_us)
     }
 
     /// As [`Store::open`], on any disk and without a lock: the seam for injecting faults and for
@@ -259,13 +275,13 @@ impl Store {
         options: StoreOptions,
         now_us: u64,
     ) -> Result<(Store, Writer), OpenError> {
-        Self::open_with(disk, None, journal::Pump::Threads, options, now_us)
+        Self::open_with(disk, None, TO_WRITE, options, now_us)
     }
 
     fn open_with(
         disk: SharedDisk,
         lock: Option<File>,
-        pump: journal::Pump,
+        opening: Opening,
         options: StoreOptions,
         now_us: u64,
     ) -> Result<(Store, Writer), OpenError> {
@@ -286,7 +302,7 @@ impl Store {
         let log = Log::open(
             disk.clone(),
             options.cache_bytes,
-            journaling(&options, pump, &progress),
+            journaling(&options, opening, &progress),
             checkpoint.start,
             epoch,
             &mut tail,
@@ -586,13 +602,14 @@ fn database_error(path: PathBuf, error: &redb::Error) -> OpenError {
 /// How the log is to make commits durable, and whom it tells.
 fn journaling(
     options: &StoreOptions,
-    pump: journal::Pump,
+    opening: Opening,
     progress: &Arc<Progress>,
 ) -> (Journaled, Journaling) {
-    let journaled = match options.journal {
-        JournalMode::Auto => Journaled::IfItPays,
-        JournalMode::On => Journaled::Always,
-        JournalMode::Off => Journaled::Never,
+    let (journaled, pump) = match (opening, options.journal) {
+        (Opening::ToLook, _) => (Journaled::LookedAt, journal::Pump::Threads),
+        (Opening::ToWrite(pump), JournalMode::Auto) => (Journaled::IfItPays, pump),
+        (Opening::ToWrite(pump), JournalMode::On) => (Journaled::Always, pump),
+        (Opening::ToWrite(pump), JournalMode::Off) => (Journaled::Never, pump),
     };
     let progress = progress.clone();
     let on_progress = move |told| match told {

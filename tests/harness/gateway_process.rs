@@ -126,7 +126,18 @@ pub(crate) fn sink<'a>(status: &'a Status, name: &str) -> &'a SinkStatus {
 
 /// Runs `edge-gateway VERB --config FILE` until it ends by itself.
 pub(crate) async fn run_to_end(verb: &str, config: &Path) -> Ended {
-    let output = command(verb, config).output();
+    end_of(command(verb, config)).await
+}
+
+/// Runs `edge-gateway WORDS` until it ends by itself.
+pub(crate) async fn run_words(words: &[&str]) -> Ended {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_edge-gateway"));
+    command.args(words).stdin(Stdio::null()).kill_on_drop(true);
+    end_of(command).await
+}
+
+async fn end_of(mut command: Command) -> Ended {
+    let output = command.output();
     let output = timeout(PATIENCE, output).await.expect("it ends by itself").unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     Ended { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }

@@ -22,7 +22,7 @@ use firmware_sim::audit::{AuditReport, audit};
 
 pub(crate) use bench::{Bench, http_sink, stable_address};
 pub(crate) use client::Subscriber;
-pub(crate) use gateway_process::{Ended, GatewayProcess, command, run_to_end, sink};
+pub(crate) use gateway_process::{Ended, GatewayProcess, command, run_to_end, run_words, sink};
 
 /// How long anything may take before the test gives up on it. Generous: machines are slow and shared.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);

@@ -1,4 +1,5 @@
-//! The admin endpoint: `/metrics`, `/health/live`, `/health/ready`, `/api/v1/status`.
+//! The admin endpoint: `/metrics`, `/health/live`, `/health/ready`, `/api/v1/status`, and the store
+//! tools (`store`).
 //!
 //! Owns: putting one [`status::Status`] together from what the parts report, and serving it. It
 //! only looks: nothing here changes anything, and it is bound to loopback by default, because it
@@ -6,6 +7,7 @@
 
 pub mod metrics;
 pub mod status;
+pub(crate) mod store;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -54,12 +56,14 @@ pub async fn serve(
     parts: Arc<Parts>,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
+    let tools = store::router(parts.store.clone(), &parts.gateway_id, shutdown.clone());
     let router = Router::new()
         .route("/metrics", get(serve_metrics))
         .route("/health/live", get(|| async { "live\n" }))
         .route("/health/ready", get(serve_ready))
         .route("/api/v1/status", get(serve_status))
-        .with_state(parts);
+        .with_state(parts)
+        .merge(tools);
     axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await
 }
 

@@ -5,6 +5,7 @@ mod demo;
 mod logging;
 mod run;
 mod status;
+mod store;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,7 +18,7 @@ const DONE: u8 = 0;
 const FAILED: u8 = 1;
 /// The configuration or the arguments are wrong. clap uses the same number.
 const WRONG_INPUT: u8 = 2;
-/// The audit found loss or disorder.
+/// Loss or disorder was found.
 const UNBALANCED: u8 = 3;
 
 /// MQTT in, a durable log, store-and-forward to Kafka or HTTP.
@@ -37,9 +38,11 @@ Examples:
   edge-gateway check --config gateway.toml          every mistake at once
   edge-gateway run --config gateway.toml            the gateway
   edge-gateway status                               what a running gateway is doing
+  edge-gateway balance --config gateway.toml        where every event went, per sink
+  edge-gateway store verify --config gateway.toml   whether everything stored is whole
 
 Exit codes: 0 done and balanced, 1 failed at run time, 2 wrong configuration or arguments,
-3 the audit found loss or disorder.";
+3 loss or disorder was found.";
 
 #[derive(Subcommand)]
 enum Verb {
@@ -49,6 +52,11 @@ enum Verb {
     Check(ConfigFile),
     /// Show what a running gateway is doing
     Status(status::StatusArgs),
+    /// Where every event went, per sink: delivered, pending, refused, dropped
+    Balance(store::BalanceArgs),
+    /// Look at the store, check it, export from it; also beside a running gateway
+    #[command(subcommand)]
+    Store(store::StoreVerb),
     /// See the whole journey on this machine: a fleet, an outage, a kill -9, and the final balance
     Demo(demo::DemoArgs),
 }
@@ -74,6 +82,8 @@ pub fn main() -> ExitCode {
         Verb::Run(file) => run::run(&file.path),
         Verb::Check(file) => check::check(&file.path),
         Verb::Status(args) => status::status(&args),
+        Verb::Balance(args) => store::balance(&args),
+        Verb::Store(verb) => store::store(&verb),
         Verb::Demo(args) => demo::demo(&args),
     };
     ExitCode::from(code)

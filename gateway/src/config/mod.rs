@@ -8,7 +8,7 @@
 
 mod reader;
 mod sinks;
-mod units;
+pub(crate) mod units;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bridge::config::SinkConfig;
-use storage::{AtQuota, JournalMode};
+use storage::{AtQuota, JournalMode, SinkRetention, StoreOptions};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key;
@@ -201,6 +201,26 @@ impl Config {
         Self::parse(&path.display().to_string(), &text, &|name| std::env::var(name).ok())
     }
 
+    /// How the store is opened, by the gateway and by the tools that look at it.
+    pub fn store_options(&self) -> StoreOptions {
+        let storage = &self.storage;
+        StoreOptions {
+            dir: self.gateway.data_dir.clone(),
+            partitions: self.ingest.partitions,
+            sinks: self.sinks.iter().map(retention).collect(),
+            file_bytes_max: storage.file_bytes_max,
+            cache_bytes: storage.cache_bytes,
+            quota_bytes: storage.quota_bytes,
+            free_bytes_min: storage.free_bytes_min,
+            at_quota: storage.at_quota,
+            retain_bytes: storage.retain_bytes,
+            retain_age_us: u64::try_from(storage.retain_age.as_micros()).unwrap_or(u64::MAX),
+            journal: storage.journal,
+            journal_bytes: storage.journal_bytes,
+            commits_ahead_max: storage.commits_ahead_max,
+        }
+    }
+
     /// Reads a text. `file` names it in messages, `env` looks up `${NAME}`.
     ///
     /// # Errors
@@ -347,6 +367,10 @@ fn read_ingest(section: &Section<'_, '_>) -> IngestConfig {
         commit_events_max: section.integer("commit_events_max", 1..=65_536, 4_096) as usize,
         commit_bytes_max: section.size("commit_bytes_max", 4 * KIB..=64 * MIB, 4 * MIB) as usize,
     }
+}
+
+fn retention(sink: &SinkConfig) -> SinkRetention {
+    SinkRetention { name: sink.name.clone(), lag_bytes_max: sink.lag_bytes_max }
 }
 
 fn read_storage(section: &Section<'_, '_>, has_sinks: bool) -> StorageConfig {

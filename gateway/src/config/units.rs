@@ -20,13 +20,13 @@ const TIMES_MS: [(&str, u64); 5] =
     [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
 
 /// What a size may look like, for messages.
-pub(super) const SIZE_FORM: &str = "a size such as \"512MiB\", \"8GB\" or a number of bytes";
+pub(crate) const SIZE_FORM: &str = "a size such as \"512MiB\", \"8GB\" or a number of bytes";
 /// What a time may look like, for messages.
 pub(super) const TIME_FORM: &str =
     "a time such as \"250ms\", \"30s\", \"5m\", \"1h\", \"7d\" or a number of milliseconds";
 
 /// Reads a size in bytes. `None` if it is no size, or does not fit.
-pub(super) fn parse_size(text: &str) -> Option<u64> {
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
     scaled(text, &SIZES, 1)
 }
 

@@ -59,20 +59,27 @@ pub(crate) struct Rings {
     next_place: u64,
 }
 
+fn with(name: &str) -> impl FnOnce(io::Error) -> (String, io::Error) {
+    let name = name.to_owned();
+    |error| (name, error)
+}
+
+/// The rings that are there, in the order of their lives.
+fn list(disk: &SharedDisk) -> Result<Vec<RingName>, (String, io::Error)> {
+    let files = disk.list(log::FOLDER).map_err(with(log::FOLDER))?;
+    let mut rings: Vec<RingName> = files.iter().filter_map(|file| RingName::parse(file)).collect();
+    rings.sort_unstable();
+    Ok(rings)
+}
+
 /// Replays whatever rings are there into the log files, and syncs those.
 ///
 /// # Errors
 /// Something could not be read or written; nothing is lost, and it can be tried again. The name is
 /// that of the file.
 pub(crate) fn recover(disk: &SharedDisk) -> Result<Rings, (String, io::Error)> {
-    let with = |name: &str| {
-        let name = name.to_owned();
-        |error| (name, error)
-    };
     disk.remove(UNFINISHED).map_err(with(UNFINISHED))?;
-    let files = disk.list(log::FOLDER).map_err(with(log::FOLDER))?;
-    let mut rings: Vec<RingName> = files.iter().filter_map(|file| RingName::parse(file)).collect();
-    rings.sort_unstable();
+    let rings = list(disk)?;
     let next_number = rings.last().map_or(0, |last| last.number + 1);
     // One that was kept is not used again: its name says something of what was in it.
     let idle = rings.last().filter(|last| last.without.is_none()).cloned();
@@ -87,6 +94,12 @@ pub(crate) fn recover(disk: &SharedDisk) -> Result<Rings, (String, io::Error)> {
 }
 
 impl Rings {
+    /// The rings of a store that nobody writes to: what they hold is laid over the log files.
+    pub(crate) fn look(disk: &SharedDisk) -> Result<Self, (String, io::Error)> {
+        let kept = list(disk)?;
+        Ok(Self { disk: disk.clone(), idle: None, kept, next_number: 0, next_place: 0 })
+    }
+
     /// Whether a journal gains on this disk.
     pub(crate) fn pay(&mut self) -> io::Result<bool> {
         let ring = self.disk.create(UNFINISHED)?;

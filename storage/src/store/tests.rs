@@ -3,6 +3,7 @@
 mod edges;
 mod faults;
 mod model;
+mod tools;
 mod world;
 
 use redb::ReadableTable;

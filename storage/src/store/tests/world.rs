@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::ranges::Ranges;
 use crate::sim::{Faults, SimDisk};
+use crate::{Balance, Damage, Progress, Verification};
 
 /// Sinks of the store under test.
 pub(super) const SINKS: [&str; 2] = ["cloud", "local"];
@@ -33,7 +35,8 @@ pub(super) fn open(
     options: &StoreOptions,
     now_us: u64,
 ) -> Result<(Store, Writer), OpenError> {
-    Store::open_with(Arc::new(disk), None, journal::Pump::ByHand, options.clone(), now_us)
+    let opening = Opening::ToWrite(journal::Pump::ByHand);
+    Store::open_with(Arc::new(disk), None, opening, options.clone(), now_us)
 }
 
 pub(super) struct World {
@@ -251,6 +254,7 @@ impl World {
     /// Opens and reads a store that is damaged somewhere: every event is right or reported
     /// missing, and numbers go on past all that was given. Says whether anything was missing.
     pub(super) fn reads_nothing_wrong(&self, disk: SimDisk, damage: &str) -> bool {
+        let looked = self.look(&disk.after_kill());
         let opened = open(disk, &self.options, self.now_us);
         let (store, mut writer) = opened.unwrap_or_else(|e| panic!("{damage}: {e}"));
         let watermark = store.mark().watermark;
@@ -267,6 +271,23 @@ impl World {
             missing.extend(read.missing);
             from = read.next;
         }
+        // A look at the same disk tells the same events missing, and before any of them was read.
+        let verification = verify(&looked);
+        let told = verification.findings.iter().filter(|f| f.damage == Damage::Unreadable);
+        let told: Ranges = told.map(|finding| finding.offsets.clone()).collect();
+        assert_eq!(told, missing.iter().cloned().collect::<Ranges>(), "{damage}");
+        assert_eq!((told.count(), verification.recorded), (verification.unreadable, 0), "{damage}");
+        let disorder = verification.findings.iter().find(|f| f.damage == Damage::Disorder);
+        assert_eq!(disorder, None, "{damage}");
+        for sink in &balance(&looked).sinks {
+            let owed = told.within(&(sink.cursor..watermark));
+            assert_eq!(sink.unaccounted, owed.iter().cloned().collect::<Vec<_>>(), "{damage}");
+            assert_eq!(sink.adds_up(), owed.count() == 0, "{damage}");
+        }
+        // Once the ledger has them, they are told apart from what is new, and every sum adds up.
+        let verification = verify(&store);
+        assert_eq!(verification.unreadable, 0, "{damage}");
+        assert!(balance(&store).adds_up(), "{damage}: {:?}", balance(&store));
         let losses = store.losses().unwrap();
         for range in &missing {
             let written = losses.iter().any(|l| {
@@ -284,6 +305,12 @@ impl World {
             "{damage}: an identity is used twice"
         );
         !missing.is_empty()
+    }
+
+    /// Opens a disk only to look.
+    pub(super) fn look(&self, disk: &SimDisk) -> Store {
+        let disk = Arc::new(disk.clone());
+        Store::look_on(disk, None, self.options.clone(), self.now_us).unwrap()
     }
 
     /// Trims; what the report says was lost must be in the ledger.
@@ -359,7 +386,43 @@ impl World {
             from = read.next;
         }
         assert_eq!(from, stats.watermark);
+        self.check_tools();
     }
+
+    /// What the tools say of a store without damage: it is whole, and every sink's sums add up.
+    /// Never acked events may be missing.
+    fn check_tools(&self) {
+        let verification = verify(&self.store);
+        let lost = verification.findings.iter().filter(|f| f.damage != Damage::Bookkeeping);
+        for finding in lost {
+            let offsets = finding.offsets.start as usize..finding.offsets.end as usize;
+            let acked = self.model.acked[offsets.clone()].contains(&true);
+            assert!(!offsets.is_empty() && !acked, "{finding:?}");
+        }
+        let stored = verification.offsets.end - verification.offsets.start;
+        let missing = verification.unreadable + verification.recorded;
+        assert_eq!(verification.events, stored - missing);
+        let balance = balance(&self.store);
+        for sink in &balance.sinks {
+            let unaccounted: u64 = sink.unaccounted.iter().map(|r| r.end - r.start).sum();
+            assert!(sink.adds_up() || (0..=missing).contains(&unaccounted), "{sink:?}");
+            assert_eq!(sink.problems, Vec::<String>::new(), "{sink:?}");
+        }
+    }
+}
+
+pub(super) fn verify(store: &Store) -> Verification {
+    let mut verifier = store.verify().unwrap();
+    while verifier.step().unwrap() {}
+    let Progress { done, total } = verifier.progress();
+    assert_eq!(done, total);
+    verifier.finish()
+}
+
+pub(super) fn balance(store: &Store) -> Balance {
+    let mut balancer = store.balance().unwrap();
+    while balancer.step().unwrap() {}
+    balancer.finish().unwrap()
 }
 
 impl Model {

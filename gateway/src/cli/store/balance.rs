@@ -1,0 +1,136 @@
+//! `balance`: the sums of every sink.
+
+use std::fmt::Write as _;
+
+use clap::Args;
+
+use super::super::{ConfigFile, DONE, FAILED, UNBALANCED};
+use super::progress::Bar;
+use super::{Look, fail, look, print};
+use crate::inspection::{self, report::BalanceReport};
+use crate::text::{count, table};
+
+#[derive(Args)]
+#[command(after_help = "\
+Per sink, every event since its origin is in one place:
+
+  committed = delivered + pending + dead letters + dropped (quota, expired, corrupt, sink absent)
+
+Pending events are walked and their checksums checked, dead letters are read, dropped is the union of the
+loss ledger's ranges. Delivered is what the sink's cursor has passed and none of the others claims: what
+an upstream really has, only an audit can tell.
+
+Examples:
+  edge-gateway balance --config gateway.toml           also beside the running gateway
+  edge-gateway balance --config gateway.toml --json    for scripts
+
+Exit codes: 0 balanced, 1 could not be done, 2 wrong configuration or arguments, 3 NOT balanced.")]
+pub(in crate::cli) struct BalanceArgs {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(in crate::cli) fn balance(args: &BalanceArgs) -> u8 {
+    let (config, look) = match look(&args.config.path) {
+        Ok(found) => found,
+        Err(code) => return code,
+    };
+    let report = match look {
+        Look::Folder(store) => {
+            let mut bar = Bar::new("balance");
+            let mut tell = |progress| {
+                bar.show(progress);
+                true
+            };
+            match inspection::balance(&store, &config.gateway.id, &mut tell) {
+                Ok(report) => report,
+                Err(error) => return fail(&error),
+            }
+        }
+        Look::Gateway(remote) => match remote.walk("balance", "balance") {
+            Ok(report) => report,
+            Err(why) => {
+                eprintln!("edge-gateway: {why}");
+                return FAILED;
+            }
+        },
+    };
+    if args.json {
+        print(&(serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"));
+    } else {
+        print(&render(&report));
+    }
+    if report.balanced { DONE } else { UNBALANCED }
+}
+
+fn render(report: &BalanceReport) -> String {
+    let mut out = format!(
+        "{} (epoch {}): {} events committed, stored from offset {} on\n\n",
+        report.gateway,
+        report.epoch,
+        count(report.committed),
+        report.first_offset
+    );
+    if report.sinks.is_empty() {
+        out += "no sinks: nothing is owed to anybody\n";
+    } else {
+        let heads = [
+            "sink",
+            "committed",
+            "delivered",
+            "pending",
+            "dead letters",
+            "quota",
+            "expired",
+            "corrupt",
+            "sink absent",
+            "lag",
+            "unaccounted",
+        ];
+        let mut rows = vec![heads.map(str::to_owned).to_vec()];
+        for sums in &report.sinks {
+            let absent = if sums.configured { "" } else { " (not configured)" };
+            let unaccounted = sums.unaccounted.iter().map(|range| range.count()).sum();
+            let mut row = vec![format!("{}{absent}", sums.sink)];
+            row.extend(
+                [
+                    sums.committed,
+                    sums.delivered,
+                    sums.pending,
+                    sums.dead_lettered,
+                    sums.dropped.quota,
+                    sums.dropped.expired,
+                    sums.dropped.corrupt,
+                    sums.dropped.sink_absent,
+                    sums.dropped.lag,
+                    unaccounted,
+                ]
+                .map(count),
+            );
+            rows.push(row);
+        }
+        out += &table(&rows);
+    }
+    out.push('\n');
+    for sums in &report.sinks {
+        for range in &sums.unaccounted {
+            // Writing to a String cannot fail, here and below.
+            writeln!(
+                out,
+                "{}: offsets {}..{} are needed, cannot be read, and are in no ledger",
+                sums.sink, range.from, range.to
+            )
+            .ok();
+        }
+        for problem in &sums.problems {
+            writeln!(out, "{}: {problem}", sums.sink).ok();
+        }
+    }
+    for problem in &report.problems {
+        writeln!(out, "{problem}").ok();
+    }
+    out + if report.balanced { "Balanced.\n" } else { "NOT BALANCED.\n" }
+}

@@ -1,0 +1,102 @@
+//! `store` and `balance`: what is in the store, whether it is whole, and where every event went.
+//!
+//! Owns: where the store is looked at. The tools that only look open the folder read-only; where a
+//! gateway has it, they ask that gateway's admin endpoint instead, and say so.
+//! Invariant: the answer, and with it the exit code, is the same either way.
+
+mod balance;
+mod change;
+mod export;
+mod progress;
+mod remote;
+mod stats;
+mod verify;
+
+use std::path::Path;
+
+use clap::Subcommand;
+use storage::{OpenError, Store};
+
+use super::{FAILED, UNBALANCED, WRONG_INPUT, load};
+use crate::config::Config;
+use crate::ingest::clock;
+use crate::inspection::InspectError;
+use remote::Remote;
+
+pub(super) use balance::{BalanceArgs, balance};
+
+#[derive(Subcommand)]
+pub(super) enum StoreVerb {
+    /// What is in the store: files, events, sequence numbers, and what it costs the card
+    Stats(stats::StatsArgs),
+    /// Read everything: every checksum, every sequence number; exit code 3 if anything is wrong
+    Verify(verify::VerifyArgs),
+    /// Write stored events to stdout, as CloudEvents
+    Export(export::ExportArgs),
+    /// Rewrite what takes more room than it needs; the gateway must be stopped
+    Compact(change::CompactArgs),
+    /// Record what cannot be read in the loss ledger; a dry run unless --yes is given
+    Repair(change::RepairArgs),
+}
+
+pub(super) fn store(verb: &StoreVerb) -> u8 {
+    match verb {
+        StoreVerb::Stats(args) => stats::stats(args),
+        StoreVerb::Verify(args) => verify::verify(args),
+        StoreVerb::Export(args) => export::export(args),
+        StoreVerb::Compact(args) => change::compact(args),
+        StoreVerb::Repair(args) => change::repair(args),
+    }
+}
+
+/// Where the store is looked at.
+enum Look {
+    /// In its folder.
+    Folder(Box<Store>),
+    /// By the gateway that has it.
+    Gateway(Remote),
+}
+
+/// Finds out where the store of a configuration is to be looked at.
+fn look(path: &Path) -> Result<(Config, Look), u8> {
+    let config = load(path)?;
+    match Store::open_to_look(config.store_options(), clock::now_us()) {
+        Ok(store) => Ok((config, Look::Folder(Box::new(store)))),
+        Err(OpenError::InUse { .. }) => {
+            eprintln!(
+                "edge-gateway: the store in {} is in use: asking the gateway at {}",
+                config.gateway.data_dir.display(),
+                config.admin.bind
+            );
+            let remote = Remote::find(&config).map_err(|why| {
+                eprintln!("edge-gateway: {why}");
+                FAILED
+            })?;
+            Ok((config, Look::Gateway(remote)))
+        }
+        Err(error) => Err(cannot_open(&error)),
+    }
+}
+
+/// Tells the user why there is nothing to look at; the exit code.
+fn cannot_open(error: &OpenError) -> u8 {
+    eprintln!("edge-gateway: {error}");
+    match error {
+        OpenError::Partitions { .. } => WRONG_INPUT,
+        // It is there, and what it says of itself cannot be read.
+        OpenError::Database { .. } => UNBALANCED,
+        _ => FAILED,
+    }
+}
+
+/// Tells the user what went wrong; the exit code.
+fn fail(error: &InspectError) -> u8 {
+    eprintln!("edge-gateway: {error}");
+    if matches!(error, InspectError::Bound(_)) { WRONG_INPUT } else { FAILED }
+}
+
+/// Writes an answer; a reader that has seen enough and closed the pipe is no failure.
+fn print(text: &str) {
+    use std::io::Write as _;
+    std::io::stdout().write_all(text.as_bytes()).ok();
+}

@@ -1,0 +1,197 @@
+//! The gateway that has the store, asked through its admin endpoint.
+//!
+//! Owns: finding it, and reading its answers. Memory does not grow with an answer: lines are read as
+//! they come, an export is passed on as it comes.
+
+use std::fmt::Write as _;
+use std::io::Write;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use storage::Progress;
+use tokio::runtime::Runtime;
+
+use super::super::{small_runtime, status};
+use super::progress::Bar;
+use crate::admin::store::ExportQuery;
+use crate::config::Config;
+use crate::inspection::report::{Line, StatsReport};
+
+/// A walk says something every second; an export goes on as long as its reader does.
+const SILENCE_MAX: Duration = Duration::from_mins(1);
+/// The longest line that makes sense: a report with every finding.
+const LINE_BYTES_MAX: usize = 64 << 20;
+
+/// A running gateway.
+pub(super) struct Remote {
+    runtime: Runtime,
+    client: reqwest::Client,
+    base: String,
+}
+
+/// What became of an export.
+pub(super) enum Passed {
+    /// It came whole.
+    Whole,
+    /// The bounds name no place in this store.
+    WrongInput(String),
+    /// It broke off.
+    Broken(String),
+}
+
+impl Remote {
+    /// The gateway that the configuration says has the store, or why it cannot be asked.
+    pub(super) fn find(config: &Config) -> Result<Self, String> {
+        let bind = config.admin.bind;
+        if bind.port() == 0 {
+            return Err(
+                "the gateway's [admin] bind has port 0: give it a port of its own, or stop \
+                        the gateway"
+                    .into(),
+            );
+        }
+        let runtime = small_runtime().map_err(|error| format!("cannot start: {error}"))?;
+        let client = reqwest::Client::builder().read_timeout(SILENCE_MAX).no_proxy().build();
+        let client = client.map_err(|error| format!("cannot start: {error}"))?;
+        let asked = runtime.block_on(status::fetch(bind)).map_err(|error| {
+            format!(
+                "no answer from {bind}: {}; if no gateway has the store, another tool does",
+                error.root_cause()
+            )
+        })?;
+        if asked.gateway.id != config.gateway.id {
+            return Err(format!(
+                "the gateway at {bind} is {:?}, not {:?}: is this the right configuration?",
+                asked.gateway.id, config.gateway.id
+            ));
+        }
+        Ok(Self { runtime, client, base: format!("http://{bind}/api/v1") })
+    }
+
+    pub(super) fn stats(&self) -> Result<StatsReport, String> {
+        let get = async {
+            let answer = self.get("store/stats").await?;
+            let text = answer.bytes().await.map_err(|error| broken(&error))?;
+            serde_json::from_slice(&text).map_err(|error| format!("not an answer: {error}"))
+        };
+        self.runtime.block_on(get)
+    }
+
+    /// Follows a walk to its report.
+    pub(super) fn walk<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        what: &'static str,
+    ) -> Result<T, String> {
+        let mut bar = Bar::new(what);
+        let follow = async {
+            let mut answer = self.get(path).await?;
+            let mut text = Vec::new();
+            while let Some(piece) = answer.chunk().await.map_err(|error| broken(&error))? {
+                text.extend_from_slice(&piece);
+                while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
+                    let line = serde_json::from_slice(&text[..end]);
+                    text.drain(..=end);
+                    match line.map_err(|error| format!("not an answer: {error}"))? {
+                        Line::Progress { done, total } => bar.show(Progress { done, total }),
+                        Line::Report(report) => return Ok(report),
+                        Line::Failed(why) => return Err(why),
+                    }
+                }
+                if text.len() > LINE_BYTES_MAX {
+                    break;
+                }
+            }
+            Err("the gateway stopped before the end".to_owned())
+        };
+        self.runtime.block_on(follow)
+    }
+
+    /// Passes an export on.
+    pub(super) fn export(&self, query: &ExportQuery, out: &mut dyn Write) -> Passed {
+        let follow = async {
+            let mut url = format!("{}/store/export", self.base);
+            for (key, value) in query.pairs() {
+                let before = if url.contains('?') { '&' } else { '?' };
+                url = format!("{url}{before}{key}={}", percent_encoded(value));
+            }
+            let mut answer = match self.client.get(url).send().await {
+                Ok(answer) if answer.status().is_success() => answer,
+                Ok(answer) => {
+                    let wrong = answer.status() == reqwest::StatusCode::BAD_REQUEST;
+                    let why = answer.text().await.unwrap_or_default().trim_end().to_owned();
+                    return if wrong { Passed::WrongInput(why) } else { Passed::Broken(why) };
+                }
+                Err(error) => return Passed::Broken(broken(&error)),
+            };
+            loop {
+                match answer.chunk().await {
+                    Ok(Some(piece)) => {
+                        if let Err(error) = out.write_all(&piece) {
+                            return closed(&error);
+                        }
+                    }
+                    Ok(None) => return Passed::Whole,
+                    Err(_) => {
+                        return Passed::Broken(
+                            "the export broke off: the gateway stopped, or events cannot be read; \
+                             its log says which, and so does `store verify`"
+                                .into(),
+                        );
+                    }
+                }
+            }
+        };
+        self.runtime.block_on(follow)
+    }
+
+    async fn get(&self, path: &str) -> Result<reqwest::Response, String> {
+        let answer = self.client.get(format!("{}/{path}", self.base)).send().await;
+        let answer = answer.map_err(|error| broken(&error))?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        Err(answer.text().await.unwrap_or_default().trim_end().to_owned())
+    }
+}
+
+/// Keeps the unreserved characters of RFC 3986.
+fn percent_encoded(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            // Writing to a String cannot fail.
+            write!(out, "%{byte:02X}").ok();
+        }
+    }
+    out
+}
+
+/// A reader that has seen enough is no failure.
+fn closed(error: &std::io::Error) -> Passed {
+    match error.kind() {
+        std::io::ErrorKind::BrokenPipe => Passed::Whole,
+        _ => Passed::Broken(format!("cannot write the export: {error}")),
+    }
+}
+
+fn broken(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    format!("the gateway's admin endpoint broke off: {cause}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_key_passes_through_a_query() {
+        assert_eq!(percent_encoded("pump-7"), "pump-7");
+        assert_eq!(percent_encoded("a&b=c d/\u{e9}"), "a%26b%3Dc%20d%2F%C3%A9");
+    }
+}

@@ -1,0 +1,260 @@
+//! The balance: the sums of promise P3, per sink, from what lies in the store.
+//!
+//! Owns: [`Balancer`], a walk over what the slowest sink still needs, and [`Balance`], the sums.
+//!
+//! Every event from a sink's origin to the watermark is in exactly one place. What can be counted is
+//! counted: pending events are walked batch by batch, dead letters are read row by row, losses are
+//! the union of the ledger's ranges. What the store does not know for itself is whether an upstream
+//! took what the cursor passed: delivered is what the cursor passed and neither a dead letter nor the
+//! ledger claims. The balance fails where something is nowhere: an event that is still needed, cannot
+//! be read and is in no ledger; a cursor, a dead letter or a loss outside the log; numbers that do not
+//! follow.
+//!
+//! Deliberately absent: what devices sent and upstreams received (that is the audit).
+
+use std::ops::Range;
+
+use super::{LossReason, ReadError, StateError, Store};
+use crate::Loss;
+use crate::cursor::Cursor;
+use crate::ranges::Ranges;
+use crate::state::Letters;
+use crate::store::verify::{Damage, Progress, Verification, Verifier};
+
+/// Events dropped by policy, by reason. An event is counted once, under the first that fits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// At the quota.
+    pub quota: u64,
+    /// By age.
+    pub expired: u64,
+    /// Damaged.
+    pub corrupt: u64,
+    /// Trimmed while the sink was not configured.
+    pub sink_absent: u64,
+    /// Beyond the sink's `lag_bytes_max`.
+    pub lag: u64,
+}
+
+impl Dropped {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.quota + self.expired + self.corrupt + self.sink_absent + self.lag
+    }
+
+    fn of(&mut self, reason: LossReason) -> &mut u64 {
+        match reason {
+            LossReason::Quota => &mut self.quota,
+            LossReason::Expired => &mut self.expired,
+            LossReason::Corrupt => &mut self.corrupt,
+            LossReason::SinkAbsent => &mut self.sink_absent,
+            LossReason::Lag => &mut self.lag,
+        }
+    }
+}
+
+/// The sums of one sink, in events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SinkBalance {
+    /// Its name.
+    pub sink: String,
+    /// Whether it is configured: only then does it hold data back.
+    pub configured: bool,
+    /// First offset that was ever its own.
+    pub origin: u64,
+    /// Next offset that it needs.
+    pub cursor: u64,
+    /// Durable since its origin.
+    pub committed: u64,
+    /// Passed by its cursor, and neither refused nor dropped.
+    pub delivered: u64,
+    /// Found readable from its cursor on.
+    pub pending: u64,
+    /// Refused for good, and kept.
+    pub dead_lettered: u64,
+    /// In the loss ledger.
+    pub dropped: Dropped,
+    /// Needed, and neither readable nor in the loss ledger.
+    pub unaccounted: Vec<Range<u64>>,
+    /// What does not fit, each in one line.
+    pub problems: Vec<String>,
+}
+
+impl SinkBalance {
+    /// Whether every event is somewhere.
+    pub fn adds_up(&self) -> bool {
+        let sum = self.delivered + self.pending + self.dead_lettered + self.dropped.total();
+        self.committed == sum && self.unaccounted.is_empty() && self.problems.is_empty()
+    }
+}
+
+/// The sums of all sinks.
+#[derive(Clone, Debug, Default)]
+pub struct Balance {
+    /// End-exclusive durable offset: what was ever committed.
+    pub committed: u64,
+    /// First stored offset.
+    pub first_offset: u64,
+    /// One per sink that the store knows, also those that are no longer configured.
+    pub sinks: Vec<SinkBalance>,
+    /// Disorder in the part of the log that was walked, each in one line.
+    pub problems: Vec<String>,
+}
+
+impl Balance {
+    /// Whether every event of every sink is somewhere.
+    pub fn adds_up(&self) -> bool {
+        self.problems.is_empty() && self.sinks.iter().all(SinkBalance::adds_up)
+    }
+}
+
+/// A balance under way.
+pub struct Balancer {
+    store: Store,
+    walk: Verifier,
+}
+
+impl Store {
+    /// The balance of the store as it is now.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn balance(&self) -> Result<Balancer, StateError> {
+        let slowest = {
+            let projection = self.shared.progress.projection();
+            projection.cursors.all().values().map(|cursor| cursor.offset).min()
+        };
+        let from = slowest.unwrap_or(0).max(self.shared.progress.projection().start);
+        Ok(Balancer { store: self.clone(), walk: self.verify_from(from)? })
+    }
+}
+
+impl Balancer {
+    /// Walks a piece of what is pending; says whether there is more.
+    ///
+    /// # Errors
+    /// [`ReadError`] if the disk cannot be read.
+    pub fn step(&mut self) -> Result<bool, ReadError> {
+        self.walk.step()
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        self.walk.progress()
+    }
+
+    /// The sums.
+    ///
+    /// # Errors
+    /// [`StateError`] if dead letters or loss ledger cannot be read.
+    pub fn finish(self) -> Result<Balance, StateError> {
+        let shared = self.store.shared.clone();
+        let (verification, sound) = self.walk.finish_with_ranges();
+        let watermark = verification.offsets.end;
+        // The cursors first: dead letters and losses are durable before a cursor passes them.
+        let (sinks, start) = {
+            let projection = shared.progress.projection();
+            let sinks: Vec<(String, Cursor, bool)> = projection
+                .cursors
+                .all()
+                .iter()
+                .map(|(sink, &cursor)| {
+                    (sink.clone(), cursor, projection.cursors.get(sink).is_some())
+                })
+                .collect();
+            (sinks, projection.start)
+        };
+        let losses = self.store.losses()?;
+        let mut balance = Balance {
+            committed: watermark,
+            first_offset: start,
+            sinks: Vec::new(),
+            problems: disorder(&verification),
+        };
+        for (sink, cursor, configured) in sinks {
+            let letters = shared.state.check_dead_letters(&sink)?;
+            let losses: Vec<&Loss> =
+                losses.iter().filter(|loss| loss.sink.as_deref() == Some(&sink)).collect();
+            let log = Held { start, watermark, sound: &sound };
+            balance.sinks.push(sums(sink, cursor, configured, &letters, &losses, &log));
+        }
+        Ok(balance)
+    }
+}
+
+fn disorder(verification: &Verification) -> Vec<String> {
+    let disorder = verification.findings.iter().filter(|f| f.damage == Damage::Disorder);
+    disorder
+        .map(|f| format!("{}: offset {}: {}", f.path.display(), f.offsets.start, f.reason))
+        .collect()
+}
+
+/// What the log holds.
+struct Held<'a> {
+    start: u64,
+    watermark: u64,
+    /// What was walked and reads well.
+    sound: &'a Ranges,
+}
+
+/// Puts the sums of one sink together. Pure.
+fn sums(
+    sink: String,
+    cursor: Cursor,
+    configured: bool,
+    letters: &Letters,
+    losses: &[&Loss],
+    log: &Held<'_>,
+) -> SinkBalance {
+    let Cursor { origin, offset: cursor } = cursor;
+    let mut problems = Vec::new();
+    // A cursor may have moved on while this was counted.
+    let watermark = log.watermark.max(cursor);
+    let (passed, ahead) = (origin..cursor, cursor..watermark);
+    if origin > cursor {
+        problems.push(format!("its cursor {cursor} is before its origin {origin}"));
+    }
+    let mut claimed = letters.sound.within(&passed);
+    let dead_lettered = claimed.count();
+    let strangers = letters.sound.without(&(origin..watermark).into()).count();
+    if strangers > 0 {
+        problems.push(format!("{strangers} dead letter(s) of events that were never its own"));
+    }
+    if letters.damaged > 0 {
+        problems.push(format!("{} dead letter(s) are damaged", letters.damaged));
+    }
+    let readable = log.sound.within(&ahead);
+    let mut owed = Ranges::from(ahead.clone()).without(&readable);
+    let mut dropped = Dropped::default();
+    // Nobody kept anything for a sink that is not configured; its rows come when it is back.
+    if !configured {
+        let gone = owed.within(&(0..log.start));
+        dropped.sink_absent += gone.count();
+        owed = owed.without(&gone);
+    }
+    for reason in LossReason::ALL {
+        let rows = losses.iter().filter(|loss| loss.reason == reason);
+        let lost: Ranges = rows.map(|loss| loss.offsets.clone()).collect();
+        if lost.iter().any(|range| range.end > watermark) {
+            problems.push("the loss ledger has a row beyond the end of the log".to_owned());
+        }
+        let before = lost.within(&passed).without(&claimed);
+        before.iter().for_each(|range| claimed.insert(range.clone()));
+        let still = owed.clone();
+        owed = owed.without(&lost);
+        *dropped.of(reason) += before.count() + still.count() - owed.count();
+    }
+    SinkBalance {
+        sink,
+        configured,
+        origin,
+        cursor,
+        committed: watermark.saturating_sub(origin),
+        delivered: cursor.saturating_sub(origin) - claimed.count(),
+        pending: readable.count(),
+        dead_lettered,
+        dropped,
+        unaccounted: owed.iter().cloned().collect(),
+        problems,
+    }
+}
