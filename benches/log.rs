@@ -76,16 +76,15 @@ trait Contender {
 
 type Open = fn(&Place) -> anyhow::Result<Box<dyn Contender>>;
 
-/// All of them; `raw` comes first, and what runs on the storage seam before what does not.
-const CONTENDERS: [(&str, Open); 6] = [
+/// What stands on the storage seam, where a model can slow it down; `raw` comes first.
+const ON_THE_SEAM: &[(&str, Open)] = &[
     ("raw", Raw::open),
     ("journal", |place| Log::open(place, place.store_options(JournalMode::On))),
     ("plain", |place| Log::open(place, place.store_options(JournalMode::Off))),
-    ("rows", Rows::open),
-    ("fjall", Fjall::open),
-    ("sqlite", Sqlite::open),
 ];
-const ON_THE_SEAM: usize = 3;
+/// What only knows files.
+const ON_FILES: &[(&str, Open)] =
+    &[("rows", Rows::open), ("fjall", Fjall::open), ("sqlite", Sqlite::open)];
 
 /// Where a contender lives.
 struct Place {
@@ -349,9 +348,9 @@ impl Plan {
             }
             Ok(true)
         })?;
-        let mut contenders = CONTENDERS.to_vec();
-        if sd {
-            contenders.truncate(ON_THE_SEAM);
+        let mut contenders = ON_THE_SEAM.to_vec();
+        if !sd {
+            contenders.extend(ON_FILES);
         }
         if let Some(only) = only {
             let names: Vec<&str> = only.split(',').map(str::trim).collect();
@@ -412,7 +411,7 @@ impl Runner {
         let card = plan.sd.then(|| Arc::new(Card::new()));
         let window_events = WINDOW_BYTES * fill.len() as u64 / event_bytes(fill);
         let mut contender = open(&Place { dir, card: card.clone(), window_events })?;
-        // A little more than the window, so that all have begun to trim.
+        // Half as much again as the window, so that all have begun to trim.
         for _ in 0..(window_events * 3 / 2).div_ceil(fill.len() as u64) {
             contender.append(fill)?;
         }
