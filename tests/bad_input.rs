@@ -196,6 +196,20 @@ impl Drop for SmallDisk {
     }
 }
 
+/// Storage that takes what the disk has, with or without a journal.
+fn to_the_last_byte(journal: &str) -> String {
+    format!(
+        r#"
+[storage]
+free_bytes_min = 0
+file_bytes_max = "1MiB"
+at_quota = "hold"
+journal = "{journal}"
+journal_bytes = "1MiB"
+"#
+    )
+}
+
 #[tokio::test]
 async fn a_disk_that_is_full_from_the_start_is_named() {
     let bench = Bench::new(50);
@@ -219,6 +233,12 @@ async fn a_disk_that_is_full_from_the_start_is_named() {
 /// is room it acks again, and everything arrives.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_stops_the_acks_and_room_starts_them_again() {
+    for journal in ["off", "on"] {
+        fill_and_make_room(journal).await;
+    }
+}
+
+async fn fill_and_make_room(journal: &str) {
     let bench = Bench::new(48);
     let disk = match SmallDisk::mount(bench.path("disk"), "24m") {
         Ok(disk) => disk,
@@ -230,7 +250,7 @@ async fn a_full_disk_stops_the_acks_and_room_starts_them_again() {
     let mut collector = bench.collector("upstream");
     collector.take_down().await;
     let sinks = http_sink("upstream", collector.addr());
-    let more = format!("{sinks}\n[storage]\nfile_bytes_max = \"1MiB\"\nat_quota = \"hold\"\n");
+    let more = format!("{sinks}{}", to_the_last_byte(journal));
     bench.configure_at(&disk.0.join("data"), &more);
     let gateway = bench.start().await;
     let fleet = bench.fleet(30, 6_000.0);
@@ -256,6 +276,12 @@ async fn a_full_disk_stops_the_acks_and_room_starts_them_again() {
 /// without room, and trimming behind it makes the room.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_full_of_backlog_frees_itself_when_the_upstream_is_back() {
+    for journal in ["off", "on"] {
+        fill_and_deliver(journal).await;
+    }
+}
+
+async fn fill_and_deliver(journal: &str) {
     let bench = Bench::new(49);
     let disk = match SmallDisk::mount(bench.path("disk"), "12m") {
         Ok(disk) => disk,
@@ -264,7 +290,7 @@ async fn a_disk_full_of_backlog_frees_itself_when_the_upstream_is_back() {
     let mut collector = bench.collector("upstream");
     collector.take_down().await;
     let sinks = http_sink("upstream", collector.addr());
-    let more = format!("{sinks}\n[storage]\nfile_bytes_max = \"1MiB\"\nat_quota = \"hold\"\n");
+    let more = format!("{sinks}{}", to_the_last_byte(journal));
     bench.configure_at(&disk.0.join("data"), &more);
     let gateway = bench.start().await;
     let fleet = bench.fleet(30, 6_000.0);
