@@ -5,6 +5,7 @@
 
 use clap::Args;
 use serde::Serialize;
+use storage::JournalMode;
 
 use super::super::{ConfigFile, DONE, FAILED};
 use super::{Look, fail, look, print};
@@ -17,7 +18,8 @@ use crate::text::{bytes, count, duration, table};
 #[command(after_help = "\
 The wear of the card is an estimate. A commit writes its batches and about 8 pages of 4 KiB beside them
 (redb's header, roots, lists of free pages and path to the batch); every stored batch is taken for a
-commit of its own, which is too many under load and right for a trickle. Bytes per day follow from the
+commit of its own, which is too many under load and right for a trickle. Unless storage.journal is
+\"off\", all of that is written twice: first into the journal. Bytes per day follow from the
 receive times of what is stored, unless --bytes-per-day says what the system measured
 (/proc/diskstats, or the card's own counter).
 
@@ -79,7 +81,8 @@ pub(super) fn stats(args: &StatsArgs) -> u8 {
             }
         },
     };
-    let wear = Wear::estimate(&store, args.bytes_per_day, args.endurance_tb);
+    let journaled = config.storage.journal != JournalMode::Off;
+    let wear = Wear::estimate(&store, journaled, args.bytes_per_day, args.endurance_tb);
     let stats = Stats { store, wear };
     if args.json {
         print(&(serde_json::to_string_pretty(&stats).unwrap_or_default() + "\n"));
@@ -114,8 +117,14 @@ struct Wear {
 }
 
 impl Wear {
-    fn estimate(store: &StatsReport, bytes_per_day: Option<u64>, endurance_tb: f64) -> Self {
-        let written = store.log_bytes + store.batches * COMMIT_PAGES * PAGE_BYTES;
+    fn estimate(
+        store: &StatsReport,
+        journaled: bool,
+        bytes_per_day: Option<u64>,
+        endurance_tb: f64,
+    ) -> Self {
+        let copies = if journaled { 2 } else { 1 };
+        let written = copies * (store.log_bytes + store.batches * COMMIT_PAGES * PAGE_BYTES);
         let ratio =
             |bytes: u64| (store.event_bytes > 0).then(|| bytes as f64 / store.event_bytes as f64);
         let span = store.first_received_us.zip(store.last_received_us);
@@ -267,21 +276,23 @@ mod tests {
 
     #[test]
     fn the_life_of_a_card_is_its_endurance_by_what_a_day_writes() {
-        let wear = Wear::estimate(&store(86_400_000_000), None, 10.0);
+        let wear = Wear::estimate(&store(86_400_000_000), false, None, 10.0);
         let written = 1_000_000.0 + 10.0 * 8.0 * 4096.0;
         assert_eq!(wear.stored_per_event_byte, Some(2.0));
         assert_eq!(wear.bytes_per_day, Some(written));
         assert_eq!(wear.life_days, Some(1e13 / written));
-        let given = Wear::estimate(&store(86_400_000_000), Some(1_000_000_000), 1.0);
+        let journaled = Wear::estimate(&store(86_400_000_000), true, None, 10.0);
+        assert_eq!(journaled.bytes_per_day, Some(2.0 * written));
+        let given = Wear::estimate(&store(86_400_000_000), true, Some(1_000_000_000), 1.0);
         assert_eq!(given.life_days, Some(1_000.0));
     }
 
     #[test]
     fn too_short_a_time_projects_nothing() {
-        let wear = Wear::estimate(&store(1_000_000), None, 10.0);
+        let wear = Wear::estimate(&store(1_000_000), false, None, 10.0);
         assert_eq!((wear.bytes_per_day, wear.life_days), (None, None));
         let empty = StatsReport { event_bytes: 0, ..store(0) };
-        assert_eq!(Wear::estimate(&empty, None, 10.0).write_amplification, None);
+        assert_eq!(Wear::estimate(&empty, false, None, 10.0).write_amplification, None);
     }
 
     #[test]
