@@ -235,6 +235,11 @@ impl World {
 
     /// Closes the store cleanly; another, empty one takes its place.
     pub(super) fn close(&mut self) {
+        // A failure that no commit has met yet: what ran ahead is void, the rest is closed well.
+        if self.writer.check().is_err() {
+            let chain = self.voided();
+            self.failed.push(chain);
+        }
         let (store, writer) = open(SimDisk::new(0), &options(), self.now_us).unwrap();
         self.store = store;
         std::mem::replace(&mut self.writer, writer).close().unwrap();
