@@ -158,6 +158,7 @@ impl Verifier {
         let walked = match self.at.clone() {
             None => {
                 check.path = log.path_of(file.offsets.start);
+                check.file_end = file.offsets.end;
                 log.summary(file.offsets.start).map(|summary| {
                     let start = Position::at(file.offsets.start);
                     let head = match summary.head {
@@ -242,7 +243,8 @@ struct Check {
     path: PathBuf,
     /// Everything before this offset was seen or reported.
     next: u64,
-    /// What lies at or beyond it is being committed, and not looked at.
+    /// Where the file ends that is looked at. What it holds beyond is void, or being committed.
+    file_end: u64,
     watermark: u64,
     received_us: u64,
     /// Event bytes ever appended before `next`, where that is known.
@@ -261,6 +263,7 @@ impl Check {
         Self {
             path: PathBuf::new(),
             next: offsets.start,
+            file_end: offsets.end,
             watermark: offsets.end,
             received_us: 0,
             event_bytes: None,
@@ -378,7 +381,7 @@ impl Check {
             Ok(_) => return self.unsound = Some("the head of the batch is another one's"),
             Err(_) => return self.unsound = Some("the head of the batch fails its checksum"),
         };
-        if head.end() > self.watermark {
+        if head.end() > self.file_end {
             return;
         }
         if position.offset < self.next {

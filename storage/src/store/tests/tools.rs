@@ -321,6 +321,23 @@ fn a_damaged_file_is_not_compacted() {
     assert_eq!(verify(&store).recorded, lost);
 }
 
+/// A file without events is replaced by one whose head row stands behind control records of its own:
+/// an event that a failed commit left in the file before is in front of them, and void all the same.
+#[test]
+fn what_a_failed_commit_left_in_front_of_a_replaced_file_is_void() {
+    let mut world = World::new(SimDisk::new(31), world::options());
+    world.commit_events(2, 10);
+    world.disk.set_faults(|faults| faults.fail_sync_after = Some(0));
+    let events = world.make(1, 10);
+    world.commit(events, vec![]).unwrap_err();
+    world.cursor_to("cloud", 1).unwrap();
+    world.reopen(world.disk.after_kill());
+    world.commit_events(1, 10);
+    world.check();
+    let found = verify(&world.look(&world.disk.after_kill()));
+    assert!(found.is_sound(), "{found:?}");
+}
+
 /// After a power cut the journal holds what the log file lacks; a look replays nothing, and sees it.
 #[test]
 fn a_look_sees_what_only_the_journal_holds() {
