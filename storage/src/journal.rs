@@ -398,6 +398,12 @@ impl Ring {
         Ok(())
     }
 
+    /// Tells that everything is durable that was queued, and what went home beside it.
+    fn tell_durable(&self) {
+        let place = self.lock().queued;
+        (self.on_progress)(Progress::Durable(place));
+    }
+
     /// Waits until no more than the permitted number of commits wait for their sync.
     fn wait_for_room(&self) -> io::Result<()> {
         self.until(|state| state.ahead() <= self.ahead_max)

@@ -216,7 +216,9 @@ impl HomeFile {
         let record = draft.finish(joined.first, joined.len.load(Ordering::Relaxed));
         self.bring_home(record.file_len, record.writes())
             .and_then(|()| self.sync())
-            .map_err(|error| joined.ring.fail("writing a log file failed", &error, true))
+            .map_err(|error| joined.ring.fail("writing a log file failed", &error, true))?;
+        joined.ring.tell_durable();
+        Ok(())
     }
 }
 

@@ -258,3 +258,20 @@ fn a_file_that_was_replaced_takes_nothing_from_a_journal_that_failed() {
     }
     assert!(replaced > 0, "no sync of a log file has failed");
 }
+
+/// The first commit to a new journal once waited for the one after it: too large for the journal, it
+/// had no record whose sync would have told that it is durable.
+#[test]
+fn a_commit_that_is_too_large_for_a_new_journal_is_acked() {
+    let options = StoreOptions { journal: JournalMode::On, ..world::options() };
+    let mut world = World::new(SimDisk::new(9), options);
+    world.commit_events(2, 10);
+    world.disk.set_faults(|faults| faults.fail_sync_after = Some(0));
+    world.step(false);
+    let events = world.make(1, 10);
+    world.commit(events, vec![]).unwrap_err();
+    let watermark = world.watermark();
+    world.commit_events(57, 2000);
+    assert_eq!(world.store.mark().watermark, watermark + 57);
+    world.check();
+}
