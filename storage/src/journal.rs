@@ -108,7 +108,6 @@ pub(crate) type OnProgress = Arc<dyn Fn(Progress) + Send + Sync>;
 /// A journal over one ring.
 pub(crate) struct Journal {
     ring: Arc<Ring>,
-    pump: Pump,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -256,7 +255,7 @@ impl Journal {
             #[cfg(test)]
             Pump::ByHand => Vec::new(),
         };
-        Ok(Self { ring, pump: options.pump, threads: Mutex::new(threads) })
+        Ok(Self { ring, threads: Mutex::new(threads) })
     }
 
     /// Number of its ring.
@@ -338,7 +337,7 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
-        if self.pump == Pump::Threads {
+        if self.ring.pump == Pump::Threads {
             self.halt();
         }
         // The files know the ring, and the ring the files.
