@@ -21,10 +21,13 @@
 //! redb gives a row larger than a page 2^k pages, so batches are cut where they fill them.
 //! Deliberately absent: compression (the codec byte is its place), and where a batch is stored.
 
-use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher};
+use std::ops::Range;
 
 use bytes::Bytes;
 use bytestring::ByteString;
+use foldhash::fast::RandomState;
+use hashbrown::HashTable;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -288,32 +291,63 @@ impl Encoder {
 /// Reference number of a value that is written out here.
 const DEFINE: u64 = 0;
 
-/// Values that occurred in the batch, numbered from 1.
+/// Values that occurred in the batch, numbered from 1. They are not copied: a value is found by
+/// where it was written out.
 #[derive(Default)]
 struct Interned {
-    numbers: HashMap<Bytes, (u64, Option<u16>)>,
+    values: HashTable<Defined>,
+    /// The one that was put last: a run of the same costs no search.
+    last: Option<Defined>,
     defined: u64,
+    /// Seeded, because devices choose what is hashed.
+    hasher: RandomState,
+}
+
+/// A value that is written out in the body.
+#[derive(Clone)]
+struct Defined {
+    hash: u64,
+    number: u64,
+    group: Option<u16>,
+    place: Range<usize>,
+}
+
+impl Defined {
+    fn is(&self, body: &[u8], value: &[u8], group: Option<u16>) -> bool {
+        self.group == group && &body[self.place.clone()] == value
+    }
 }
 
 impl Interned {
     /// Appends the number of a value that occurred, with the same group; else the value itself.
-    fn put(&mut self, out: &mut Vec<u8>, value: &Bytes, group: Option<u16>) {
-        if let Some(&(number, of_group)) = self.numbers.get(value)
-            && of_group == group
+    fn put(&mut self, body: &mut Vec<u8>, value: &[u8], group: Option<u16>) {
+        if let Some(last) = &self.last
+            && last.is(body, value, group)
         {
-            return put_number(out, number);
+            return put_number(body, last.number);
+        }
+        let mut hasher = self.hasher.build_hasher();
+        hasher.write(value);
+        let hash = hasher.finish();
+        if let Some(known) = self.values.find(hash, |known| known.is(body, value, group)) {
+            self.last = Some(known.clone());
+            return put_number(body, known.number);
         }
         self.defined += 1;
-        self.numbers.insert(value.clone(), (self.defined, group));
-        put_number(out, DEFINE);
+        put_number(body, DEFINE);
         if let Some(group) = group {
-            put_number(out, u64::from(group));
+            put_number(body, u64::from(group));
         }
-        put_bytes(out, value);
+        put_bytes(body, value);
+        let place = body.len() - value.len()..body.len();
+        let defined = Defined { hash, number: self.defined, group, place };
+        self.last = Some(defined.clone());
+        self.values.insert_unique(hash, defined, |known| known.hash);
     }
 
     fn clear(&mut self) {
-        self.numbers.clear();
+        self.values.clear();
+        self.last = None;
         self.defined = 0;
     }
 }
