@@ -6,7 +6,7 @@
 //! failed sync leaves its pages readable and clean: no later sync writes them. The length is not a
 //! page: file systems keep it in their journal.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -58,6 +58,8 @@ struct SimFile {
     durable_len: u64,
     durable: BTreeMap<u64, Page>,
     unsynced: Vec<Change>,
+    /// Pages that cannot be read until they are written.
+    bad: BTreeSet<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -127,6 +129,13 @@ impl SimDisk {
             Arc::make_mut(durable)[within] ^= 1 << bit;
         }
         there.is_some()
+    }
+
+    /// Makes the page at a place of a file a bad sector: reading it fails until it is written.
+    pub(crate) fn spoil(&self, name: &str, at: u64) {
+        let mut sim = self.sim();
+        let file = sim.names[name];
+        sim.files[file].bad.insert(at / PAGE_BYTES as u64);
     }
 
     /// Places of the pages of a file that hold anything.
@@ -247,6 +256,11 @@ impl StorageBackend for SimBackend {
         if offset + out.len() as u64 > file.len {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        let pages =
+            offset / PAGE_BYTES as u64..(offset + out.len() as u64).div_ceil(PAGE_BYTES as u64);
+        if file.bad.range(pages).next().is_some() {
+            return Err(rustix::io::Errno::IO.into());
+        }
         let mut at = offset;
         for chunk in pieces(offset, out.len()) {
             let out = &mut out[(at - offset) as usize..][..chunk];
@@ -303,6 +317,7 @@ impl StorageBackend for SimBackend {
                     return Err(io::ErrorKind::StorageFull.into());
                 }
             }
+            file.bad.remove(&page_at);
             let page = file.pages.entry(page_at).or_insert_with(|| Arc::new([0; PAGE_BYTES]));
             let within = (at % PAGE_BYTES as u64) as usize;
             Arc::make_mut(page)[within..within + chunk]

@@ -8,7 +8,7 @@ pub mod balance;
 pub mod compact;
 pub mod inspect;
 mod progress;
-mod repair;
+pub mod repair;
 pub mod seek;
 pub mod verify;
 
@@ -16,7 +16,7 @@ use std::collections::HashSet;
 use std::fs::{File, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -256,12 +256,7 @@ impl Store {
     pub fn open(options: StoreOptions, now_us: u64) -> Result<(Store, Writer), OpenError> {
         let folder = |source| OpenError::Folder { path: options.dir.clone(), source };
         let disk = FileDisk::prepare(options.dir.clone(), log::FOLDER).map_err(folder)?;
-        let lock = File::create(options.dir.join("lock")).map_err(folder)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(OpenError::InUse { path: options.dir }),
-            Err(TryLockError::Error(source)) => return Err(folder(source)),
-        }
+        let lock = take_lock(&options.dir)?;
         Self::open_with(Arc::new(disk), Some(lock), TO_WRITE, options, now_us)
     }
 
@@ -567,6 +562,17 @@ impl From<LogError> for CommitError {
     }
 }
 
+/// The lock of a data folder, held as long as the file is open.
+fn take_lock(dir: &Path) -> Result<File, OpenError> {
+    let folder = |source| OpenError::Folder { path: dir.to_owned(), source };
+    let lock = File::create(dir.join("lock")).map_err(folder)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse { path: dir.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(folder(source)),
+    }
+}
+
 fn open_state(
     disk: &SharedDisk,
     options: &StoreOptions,
@@ -583,11 +589,18 @@ fn open_state(
     };
     opened.map_err(|error| match error {
         StateOpenError::Head(BadHead::Newer(found)) => newer_format(options, found),
-        StateOpenError::Head(BadHead::Corrupt) => OpenError::Database {
+        StateOpenError::Head(BadHead::Corrupt) => OpenError::DamagedState {
             path: State::path(disk),
-            reason: "its head row is damaged".into(),
+            reason: "its head row fails its checksum".into(),
         },
-        StateOpenError::Database(error) => database_error(State::path(disk), &error),
+        StateOpenError::Database(error) => {
+            let (path, reason) = (State::path(disk), error.to_string());
+            if (LogError { path: path.clone(), error }).is_damage() {
+                OpenError::DamagedState { path, reason }
+            } else {
+                OpenError::Database { path, reason }
+            }
+        }
     })
 }
 
@@ -656,8 +669,9 @@ impl Writer {
         assert!(first, "the marks go to one listener");
     }
 
-    /// Called when commits that have returned will not become durable, from whichever thread found
-    /// out: then [`Writer::check`] says why. Set it before the first commit.
+    /// Called when commits that have returned will not become durable, or when the file that they go
+    /// to cannot be read, from whichever thread found out: then [`Writer::check`] does what is to be
+    /// done, and says why. Set it before the first commit.
     ///
     /// # Panics
     /// The second time.
@@ -706,12 +720,13 @@ impl Writer {
         Ok(Committed { commit: mark.commit, offsets: watermark - events.len() as u64..watermark })
     }
 
-    /// Whether the commits that have returned still stand.
+    /// Whether the commits that have returned still stand. Gives up a log file that cannot be read.
     ///
     /// # Errors
     /// [`CommitError::Io`], once, if those that no mark has covered are void.
     pub fn check(&mut self) -> Result<(), CommitError> {
-        if let Some(error) = self.shared.log.journal_failure() {
+        let log = &self.shared.log;
+        if let Some(error) = log.journal_failure().or_else(|| log.take_unreadable()) {
             self.failed(error);
         }
         self.void.take().map_or(Ok(()), Err)

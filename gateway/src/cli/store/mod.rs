@@ -84,7 +84,7 @@ fn cannot_open(error: &OpenError) -> u8 {
     match error {
         OpenError::Partitions { .. } => WRONG_INPUT,
         // It is there, and what it says of itself cannot be read.
-        OpenError::Database { .. } => UNBALANCED,
+        OpenError::Database { .. } | OpenError::DamagedState { .. } => UNBALANCED,
         _ => FAILED,
     }
 }
