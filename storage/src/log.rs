@@ -552,10 +552,10 @@ impl Log {
             }
             journal
         };
-        let active = self.create(head, &name(first)).map_err(|error| {
+        let active = self.create(head, first).map_err(|error| {
             // Best effort: else it goes when the next one is made, or at the next open.
             let _ = self.disk.remove(UNFINISHED);
-            self.error(first, error)
+            error
         })?;
         let mut files = self.files_mut();
         // Dropping its handle closes the old file. The lock keeps readers off until it is closed.
@@ -576,14 +576,21 @@ impl Log {
         Ok(())
     }
 
-    fn create(&self, head: &Head, name: &str) -> Result<OpenFile, redb::Error> {
-        let active = OpenFile::create(&*self.disk, UNFINISHED, self.active_cache_bytes)?;
-        active.write(|transaction| {
+    fn create(&self, head: &Head, first: u64) -> Result<OpenFile, LogError> {
+        let created = OpenFile::create(&*self.disk, UNFINISHED, self.active_cache_bytes);
+        let active = created.map_err(|error| self.error(first, error))?;
+        let written = active.write(|transaction| {
             transaction.open_table(HEAD)?.insert((), head.encode().as_slice())?;
             transaction.open_table(BATCHES)?;
             Ok(())
+        });
+        written.map_err(|error| self.error(first, error))?;
+        self.disk.rename(UNFINISHED, &name(first)).map_err(|error| {
+            // It may have its name all the same, also after a crash: then the file before it ends
+            // here, and nothing may be added to that.
+            self.files_mut().active = None;
+            self.error(first, redb::Error::Io(error))
         })?;
-        self.disk.rename(UNFINISHED, name).map_err(redb::Error::Io)?;
         Ok(active)
     }
 
