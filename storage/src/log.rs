@@ -552,10 +552,9 @@ impl Log {
             }
             journal
         };
-        let active = self.create(head, first).map_err(|error| {
+        let active = self.create(head, first).inspect_err(|_| {
             // Best effort: else it goes when the next one is made, or at the next open.
             let _ = self.disk.remove(UNFINISHED);
-            error
         })?;
         let mut files = self.files_mut();
         // Dropping its handle closes the old file. The lock keeps readers off until it is closed.

@@ -147,7 +147,8 @@ impl SimDisk {
                 let folder = renaming.folder();
                 if ended.iter().any(|ended| ended == folder) {
                     continue;
-                } else if sim.rng.bool() {
+                }
+                if sim.rng.bool() {
                     renaming.apply(&mut sim.durable_names);
                 } else {
                     ended.push(folder.to_owned());
