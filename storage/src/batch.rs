@@ -36,7 +36,8 @@ use crate::event::{Attributes, Event, StoredEvent};
 use crate::head::{Position, Tail};
 use crate::row::{Corrupt, Reader, put_bytes, put_number};
 
-const MAGIC: u32 = u32::from_le_bytes(*b"EGba");
+/// First bytes of every batch.
+pub(crate) const MAGIC: [u8; 4] = *b"EGba";
 const VERSION: u8 = 1;
 /// The body is stored as it is.
 const CODEC_NONE: u8 = 0;
@@ -84,6 +85,8 @@ struct Group {
 
 const HEADER_BYTES: usize = size_of::<Header>();
 const GROUP_BYTES: usize = size_of::<Group>();
+/// The longest head, with every partition that a store can have.
+pub(crate) const HEAD_BYTES_MAX: usize = HEADER_BYTES + 1024 * GROUP_BYTES;
 
 /// Packs events and control records into batches. Keeps its buffers from one batch to the next.
 pub(crate) struct Encoder {
@@ -164,7 +167,7 @@ impl Encoder {
 
         let position = tail.position;
         let header = Header {
-            magic: MAGIC.into(),
+            magic: u32::from_le_bytes(MAGIC).into(),
             head_crc: 0.into(),
             version: VERSION,
             codec: CODEC_NONE,
@@ -388,7 +391,7 @@ impl<'a> BatchHead<'a> {
     /// Reads and checks the head of a stored batch.
     pub(crate) fn decode(batch: &'a [u8]) -> Result<Self, Corrupt> {
         let (header, rest) = Header::ref_from_prefix(batch).map_err(|_| Corrupt)?;
-        if header.magic.get() != MAGIC {
+        if header.magic.get().to_le_bytes() != MAGIC {
             return Err(Corrupt);
         }
         let groups = usize::from(header.groups.get());
@@ -415,6 +418,16 @@ impl<'a> BatchHead<'a> {
     /// End-exclusive offset.
     pub(crate) fn end(&self) -> u64 {
         self.position().offset.saturating_add(u64::from(self.count()))
+    }
+
+    /// Bytes of the whole batch, head and body.
+    pub(crate) fn row_bytes(&self) -> usize {
+        HEADER_BYTES + self.groups.len() * GROUP_BYTES + self.header.body_bytes.get() as usize
+    }
+
+    /// Checksum of the head, which covers that of the body.
+    pub(crate) fn crc(&self) -> u32 {
+        self.header.head_crc.get()
     }
 
     /// Event bytes appended in the store's life before this batch.
@@ -804,7 +817,7 @@ mod tests {
         let Ok((header, _)) = Header::mut_from_prefix(bytes) else {
             return;
         };
-        header.magic = MAGIC.into();
+        header.magic = u32::from_le_bytes(MAGIC).into();
         header.version = VERSION;
         header.codec = CODEC_NONE;
         header.body_bytes = body_bytes.into();
