@@ -128,6 +128,7 @@ impl Gateway {
             ingest: ingest.clone(),
             store: store.clone(),
             sinks: forwarders.iter().map(Forwarder::status).collect(),
+            wakes: forwarders.iter().map(|sink| (sink.name().to_owned(), sink.wake())).collect(),
         };
         let grace = config.gateway.shutdown_grace;
         let admin = (admin, Arc::new(parts));

@@ -1,14 +1,16 @@
-//! The admin endpoint: `/metrics`, `/health/live`, `/health/ready`, `/api/v1/status`, and the store
-//! tools (`store`).
+//! The admin endpoint: `/metrics`, `/health/live`, `/health/ready`, `/api/v1/status`, the store tools
+//! (`store`), and the dead letters (`letters`).
 //!
-//! Owns: putting one [`status::Status`] together from what the parts report, and serving it. It
-//! only looks: nothing here changes anything, and it is bound to loopback by default, because it
-//! has no log-in.
+//! Owns: putting one [`status::Status`] together from what the parts report, and serving it. It is
+//! bound to loopback by default, because it has no log-in; nothing here but `letters` changes
+//! anything.
 
+mod letters;
 pub mod metrics;
 pub mod status;
 pub(crate) mod store;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -19,6 +21,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
 use bridge::SinkState;
+use bridge::forwarder::Wake;
 use storage::{Store, StoreStats};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -26,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::ingest::{Health, Ingest, LatencyStats, clock};
 use crate::mqtt;
+pub(crate) use letters::no_such_sink;
 use status::{
     AbsentSink, GatewayStatus, IngestStatus, MqttStatus, PartitionStatus, Quantiles, SinkStatus,
     Status, StoreStatus,
@@ -45,6 +49,8 @@ pub struct Parts {
     pub store: Store,
     /// One per configured sink.
     pub sinks: Vec<watch::Receiver<bridge::SinkStatus>>,
+    /// One per configured sink, by name: what to call when its dead letters were requeued.
+    pub wakes: BTreeMap<String, Wake>,
 }
 
 /// Serves until cancelled; then lets the answers under way end.
@@ -56,7 +62,9 @@ pub async fn serve(
     parts: Arc<Parts>,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
-    let tools = store::router(parts.store.clone(), &parts.gateway_id, shutdown.clone());
+    let walks = store::Walks::new(parts.store.clone(), &parts.gateway_id, shutdown.clone());
+    let letters = letters::router(walks.clone(), parts.wakes.clone());
+    let tools = store::router(walks).merge(letters);
     let router = Router::new()
         .route("/metrics", get(serve_metrics))
         .route("/health/live", get(|| async { "live\n" }))
@@ -189,7 +197,8 @@ impl Parts {
         let lag_events = store.watermark.saturating_sub(sink.cursor);
         let oldest_us = if lag_events == 0 { None } else { self.store.received_us(sink.cursor) };
         let age_us = oldest_us.map_or(0, |us| clock::now_us().saturating_sub(us));
-        let dead_letters = store.dead_letters.iter().find(|(name, _)| *name == sink.name);
+        let letters = store.dead_letters.iter().find(|(name, _)| *name == sink.name);
+        let letters = letters.map(|(_, stats)| *stats).unwrap_or_default();
         SinkStatus {
             name: sink.name.clone(),
             kind: sink.kind.to_owned(),
@@ -202,7 +211,10 @@ impl Parts {
             delivered_events_total: sink.delivered_events,
             delivered_bytes_total: sink.delivered_bytes,
             dead_lettered_events_total: sink.dead_lettered_events,
-            dead_letters: dead_letters.map_or(0, |(_, count)| *count),
+            dead_letters: letters.events,
+            dead_letter_bytes: letters.size_bytes,
+            requeued: letters.requeued,
+            requeued_events_total: sink.requeued_events,
             retries_total: sink.retries,
         }
     }

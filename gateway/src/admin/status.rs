@@ -170,6 +170,15 @@ pub struct SinkStatus {
     pub dead_lettered_events_total: u64,
     /// Dead letters that are stored.
     pub dead_letters: u64,
+    /// Bytes that they take.
+    #[serde(default)]
+    pub dead_letter_bytes: u64,
+    /// Of them, those that are to be delivered again.
+    #[serde(default)]
+    pub requeued: u64,
+    /// Dead letters that were requeued and delivered since the start of the process.
+    #[serde(default)]
+    pub requeued_events_total: u64,
     /// Requests that were tried again since the start of the process.
     pub retries_total: u64,
 }

@@ -39,6 +39,7 @@ Examples:
   edge-gateway run --config gateway.toml            the gateway
   edge-gateway status                               what a running gateway is doing
   edge-gateway balance --config gateway.toml        where every event went, per sink
+  edge-gateway dlq list --config gateway.toml       what a sink refused for good, and why
   edge-gateway store verify --config gateway.toml   whether everything stored is whole
 
 Exit codes: 0 done and balanced, 1 failed at run time, 2 wrong configuration or arguments,
@@ -54,6 +55,9 @@ enum Verb {
     Status(status::StatusArgs),
     /// Where every event went, per sink: delivered, pending, refused, dropped
     Balance(store::BalanceArgs),
+    /// Events that a sink refused for good: look at them, deliver them again, drop them
+    #[command(subcommand)]
+    Dlq(store::DlqVerb),
     /// Look at the store, check it, export from it; also beside a running gateway
     #[command(subcommand)]
     Store(store::StoreVerb),
@@ -83,6 +87,7 @@ pub fn main() -> ExitCode {
         Verb::Check(file) => check::check(&file.path),
         Verb::Status(args) => status::status(&args),
         Verb::Balance(args) => store::balance(&args),
+        Verb::Dlq(verb) => store::dlq(&verb),
         Verb::Store(verb) => store::store(&verb),
         Verb::Demo(args) => demo::demo(&args),
     };
