@@ -17,6 +17,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use self::report::Report;
+use crate::breaker::Circuit;
 use crate::cloudevents::Envelope;
 use crate::config::{SinkConfig, Target};
 use crate::delivery::{Delivery, Limits, Moment, Trouble};
@@ -74,6 +75,10 @@ pub struct SinkStatus {
     pub requeued_events: u64,
     /// Requests that failed and were tried again.
     pub retries: u64,
+    /// Whether requests go to the upstream.
+    pub circuit: Circuit,
+    /// How often the circuit has opened.
+    pub circuit_opened: u64,
     /// Last acknowledgement, microseconds since the Unix epoch.
     pub last_delivered_us: Option<u64>,
 }
@@ -109,11 +114,6 @@ impl Forwarder {
         let cursor = store.cursor(&config.name).unwrap_or_else(|| store.stats().first_offset);
         let report = Report::new(&config.name, config.target.kind(), cursor, move_cursor);
         Self { config, origin, store, watermark, report, requeued: Arc::default(), cursor }
-    }
-
-    /// Name of its sink.
-    pub fn name(&self) -> &str {
-        &self.config.name
     }
 
     /// What to call once dead letters of this sink were requeued in the store. Those that a restart

@@ -10,10 +10,11 @@
 //! - `sink`: the trait, and how an upstream's answers are sorted.
 //! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
 //! - `requeue` (pure): dead letters on their way to their sink again.
-//! - [`forwarder`]: the shell around both; `retry`: backoff.
+//! - [`forwarder`]: the shell around both; `retry`: backoff; `breaker`: what shows of it.
 //! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
 
+mod breaker;
 mod cloudevents;
 pub mod config;
 mod delivery;
@@ -30,6 +31,7 @@ mod requeue;
 mod retry;
 mod sink;
 
+pub use breaker::Circuit;
 pub use export::{Export, letters as export_letters};
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;

@@ -1,7 +1,7 @@
 //! A gateway as a whole: started, run, and stopped in the order in which data flows.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bridge::Forwarder;
@@ -109,6 +109,7 @@ impl Gateway {
             }
         }
         let origin = Origin { gateway: config.gateway.id.clone(), epoch: store.epoch() };
+        let lags: Vec<u64> = config.sinks.iter().map(|sink| sink.lag_bytes_max).collect();
         let forwarders: Vec<_> = config
             .sinks
             .into_iter()
@@ -127,8 +128,16 @@ impl Gateway {
             front,
             ingest: ingest.clone(),
             store: store.clone(),
-            sinks: forwarders.iter().map(Forwarder::status).collect(),
-            wakes: forwarders.iter().map(|sink| (sink.name().to_owned(), sink.wake())).collect(),
+            sinks: forwarders
+                .iter()
+                .zip(lags)
+                .map(|(sink, lag_bytes_max)| admin::Sink {
+                    status: sink.status(),
+                    wake: sink.wake(),
+                    lag_bytes_max,
+                })
+                .collect(),
+            rates: Mutex::new(admin::Rates::new(forwarders.len())),
         };
         let grace = config.gateway.shutdown_grace;
         let admin = (admin, Arc::new(parts));

@@ -176,6 +176,8 @@ pub struct StoreStats {
     pub state_bytes: u64,
     /// Configured quota in bytes.
     pub quota_bytes: u64,
+    /// Bytes that the log may still grow by: to its quota, and to what is left free of the disk.
+    pub room_bytes: u64,
     /// First stored offset.
     pub first_offset: u64,
     /// End-exclusive durable offset.
@@ -511,11 +513,17 @@ impl Store {
         };
         let projection = shared.progress.projection();
         let sinks = projection.cursors.all();
+        let StoreOptions { quota_bytes, free_bytes_min, .. } = shared.options;
+        let log_bytes = shared.log.used_bytes();
+        let free_bytes = shared.disk.free_bytes().unwrap_or(u64::MAX);
         StoreStats {
             files: shared.log.spans(mark.watermark).len() as u32,
-            log_bytes: shared.log.used_bytes(),
+            log_bytes,
+            room_bytes: quota_bytes
+                .saturating_sub(log_bytes)
+                .min(free_bytes.saturating_sub(free_bytes_min)),
             state_bytes: shared.state.used_bytes(),
-            quota_bytes: shared.options.quota_bytes,
+            quota_bytes,
             first_offset: projection.start,
             watermark: mark.watermark,
             next_seq: tail.next_seq,

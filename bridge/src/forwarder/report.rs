@@ -11,6 +11,7 @@ use storage::{DeadLetter, Loss};
 use tokio::sync::watch;
 
 use super::{MoveCursor, SinkState, SinkStatus};
+use crate::breaker::{Breaker, Circuit};
 use crate::delivery::{Counts, Delivery, Moment, Trouble};
 use crate::requeue::{Requeue, Settlement};
 
@@ -23,6 +24,7 @@ pub(super) struct Report {
     move_cursor: MoveCursor,
     cursor: u64,
     counts: Counts,
+    breaker: Breaker,
     published_at: Option<Instant>,
     /// The upstream has answered once.
     connected: bool,
@@ -51,6 +53,8 @@ impl Report {
             dead_lettered_events: 0,
             requeued_events: 0,
             retries: 0,
+            circuit: Circuit::default(),
+            circuit_opened: 0,
             last_delivered_us: None,
         };
         Self {
@@ -59,6 +63,7 @@ impl Report {
             move_cursor,
             cursor,
             counts: Counts::default(),
+            breaker: Breaker::default(),
             published_at: None,
             connected: false,
             troubles: Repeats::default(),
@@ -87,7 +92,11 @@ impl Report {
         }
         let counts = delivery.counts();
         let counts = Counts { retries: counts.retries + requeue.retries(), ..counts };
-        let trouble = delivery.trouble().or(requeue.trouble());
+        let (trouble, resumes_at) = match delivery.trouble() {
+            None => (requeue.trouble(), requeue.resumes_at()),
+            trouble => (trouble, delivery.resumes_at()),
+        };
+        self.breaker.update(trouble, resumes_at, now);
         let delivered = counts.delivered_events != self.counts.delivered_events;
         let failed = counts.retries != self.counts.retries;
         self.connected |= counts != self.counts;
@@ -113,7 +122,7 @@ impl Report {
         let due = self.published_at.is_none_or(|at| now.at - at >= PUBLISH_INTERVAL);
         self.status.send_if_modified(|status| {
             // The sums are written in any case; who waits is woken only for what is worth it.
-            let changed = status.state != state;
+            let changed = status.state != state || status.circuit_opened != self.breaker.opened();
             if delivered {
                 status.last_delivered_us = Some(now.unix_us);
             }
@@ -124,6 +133,8 @@ impl Report {
             status.dead_lettered_events = counts.dead_lettered_events;
             status.requeued_events = requeue.delivered_events();
             status.retries = counts.retries;
+            status.circuit = self.breaker.circuit();
+            status.circuit_opened = self.breaker.opened();
             if changed || due {
                 self.published_at = Some(now.at);
             }

@@ -157,13 +157,15 @@ async fn an_outage_loses_nothing_and_is_visible() {
     let seen = until(&mut status, |s| s.retries > 3).await;
     assert!(matches!(&seen.state, SinkState::Retrying { error } if error.contains("503")));
     assert_eq!(seen.cursor, 0);
+    assert!(seen.circuit != Circuit::Closed && seen.circuit_opened > 0, "{seen:?}");
     // Down, up, and down in the middle.
     let mut count = 0;
     upstream.behave(move |_| {
         count += 1;
         reply(if count == 3 || count == 4 { 500 } else { 200 })
     });
-    until(&mut status, |s| s.cursor == 50 && s.state == SinkState::Idle).await;
+    let seen = until(&mut status, |s| s.cursor == 50 && s.state == SinkState::Idle).await;
+    assert_eq!(seen.circuit, Circuit::Closed);
     running.stop().await;
     assert_eq!(upstream.seqs(), (0..50).collect::<Vec<_>>());
 }

@@ -6,6 +6,7 @@ mod logging;
 mod run;
 mod status;
 mod store;
+mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -38,6 +39,7 @@ Examples:
   edge-gateway check --config gateway.toml          every mistake at once
   edge-gateway run --config gateway.toml            the gateway
   edge-gateway status                               what a running gateway is doing
+  edge-gateway top                                  the same, each second
   edge-gateway balance --config gateway.toml        where every event went, per sink
   edge-gateway dlq list --config gateway.toml       what a sink refused for good, and why
   edge-gateway store verify --config gateway.toml   whether everything stored is whole
@@ -53,6 +55,8 @@ enum Verb {
     Check(ConfigFile),
     /// Show what a running gateway is doing
     Status(status::StatusArgs),
+    /// Watch a running gateway on a terminal screen; q quits
+    Top(top::TopArgs),
     /// Where every event went, per sink: delivered, pending, refused, dropped
     Balance(store::BalanceArgs),
     /// Events that a sink refused for good: look at them, deliver them again, drop them
@@ -86,6 +90,7 @@ pub fn main() -> ExitCode {
         Verb::Run(file) => run::run(&file.path),
         Verb::Check(file) => check::check(&file.path),
         Verb::Status(args) => status::status(&args),
+        Verb::Top(args) => top::top(&args),
         Verb::Balance(args) => store::balance(&args),
         Verb::Dlq(verb) => store::dlq(&verb),
         Verb::Store(verb) => store::store(&verb),
