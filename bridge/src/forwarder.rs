@@ -26,9 +26,9 @@ use crate::http::HttpSink;
 #[cfg(feature = "kafka")]
 use crate::kafka::KafkaSink;
 use crate::origin::Origin;
-use crate::requeue::{self, Requeue, Settlement};
+use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
-use crate::sink::{Answer, RequestId, Sink};
+use crate::sink::{Answer, OUTSIDE_ORDER, RequestId, Sink};
 
 /// What a sink is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -314,7 +314,7 @@ impl<S: Sink> Task<S> {
 
     fn answered(&mut self, id: RequestId, answer: &Answer) {
         let (now, random) = (Moment::now(), fastrand::f64());
-        if id >= requeue::FIRST_ID {
+        if id >= OUTSIDE_ORDER {
             self.requeue.answer(id, answer, !self.delivery.is_idle(), now, random);
         } else {
             self.delivery.answer(id, answer, now, random);

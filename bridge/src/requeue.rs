@@ -19,10 +19,7 @@ use storage::{Attribute, DeadLetter, Event, KeptLetter, Read, StoredEvent};
 
 use crate::delivery::{Delivery, Limits, Moment, Trouble};
 use crate::retry::Backoff;
-use crate::sink::{Answer, Request, RequestId, Window};
-
-/// Requests of requeued events are numbered from here on, so that no sink takes one for another.
-pub(crate) const FIRST_ID: RequestId = 1 << 63;
+use crate::sink::{Answer, OUTSIDE_ORDER, Request, RequestId, Window};
 
 /// Between two requests while the log has events for the sink.
 const SHARE_PAUSE: Duration = Duration::from_millis(100);
@@ -70,7 +67,7 @@ impl Requeue {
             backoff,
             pass: None,
             more: true,
-            next_id: FIRST_ID,
+            next_id: OUTSIDE_ORDER,
             due_at: None,
             delivered_events: 0,
             retries: 0,

@@ -70,6 +70,24 @@ impl Log {
         Forwarder::new(config, origin, self.store.clone(), self.watermark.subscribe(), move_cursor)
     }
 
+    /// Makes dead letters of all that is stored, as if the sink had refused it, and requeues them.
+    fn requeue_all(&mut self, sink: &str) {
+        let events = self.store.read(0, usize::MAX, usize::MAX).expect("readable").events;
+        let letters = events.into_iter().map(|event| DeadLetter {
+            sink: sink.to_owned(),
+            event,
+            reason: "400".into(),
+            attempts: 1,
+            first_us: 1,
+            last_us: 1,
+        });
+        self.store.put_dead_letters(&letters.collect::<Vec<_>>()).expect("written");
+        let end = self.store.mark().watermark;
+        self.cursors.lock().unwrap().push((sink.to_owned(), end));
+        self.commit_cursors();
+        self.store.requeue(sink, 0, &|_| true, 1_000).expect("marked");
+    }
+
     /// Makes the cursors that were moved durable, as the committer would.
     fn commit_cursors(&mut self) {
         let moves = std::mem::take(&mut *self.cursors.lock().unwrap());
@@ -279,19 +297,7 @@ async fn letters_that_were_requeued_before_the_start_outlive_an_outage() {
     let dir = tempfile::tempdir().expect("a folder");
     let mut log = Log::open(dir.path(), &["cloud"]);
     log.append(25);
-    let letters: Vec<_> = log.store.read(0, 100, 1 << 20).expect("readable").events;
-    let letters = letters.into_iter().map(|event| DeadLetter {
-        sink: "cloud".into(),
-        event,
-        reason: "400".into(),
-        attempts: 1,
-        first_us: 1,
-        last_us: 1,
-    });
-    log.store.put_dead_letters(&letters.collect::<Vec<_>>()).expect("written");
-    log.cursors.lock().expect("no panic").push(("cloud".into(), 25));
-    log.commit_cursors();
-    log.store.requeue("cloud", 0, &|_| true, 1_000).expect("marked");
+    log.requeue_all("cloud");
     let upstream = Upstream::start(|_| reply(503)).await;
     let forwarder = log.forwarder(http("cloud", &upstream.url));
     let mut status = forwarder.status();
@@ -504,4 +510,32 @@ async fn kafka_takes_a_backlog_through_its_window() {
     let seen = until(&mut status, |s| s.cursor == 5_000).await;
     running.stop().await;
     assert_eq!((seen.delivered_events, seen.retries), (5_000, 0));
+}
+
+/// A producer's window has room for many requests; a requeued one goes alone all the same.
+#[cfg(feature = "kafka")]
+#[tokio::test]
+async fn kafka_takes_requeued_letters_between_live_events() {
+    use crate::config::KafkaConfig;
+    use rdkafka::mocking::MockCluster;
+
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["bus"]);
+    log.append(500);
+    log.requeue_all("bus");
+    log.append(500);
+    let cluster = MockCluster::new(1).expect("a mock cluster");
+    cluster.create_topic("events", 2, 1).expect("a topic");
+    let config = KafkaConfig::new(cluster.bootstrap_servers(), "events");
+    let forwarder = log.forwarder(SinkConfig {
+        request_events_max: 100,
+        ..SinkConfig::new("bus", Target::Kafka(config))
+    });
+    let mut status = forwarder.status();
+    let running = Running::start([forwarder]);
+    log.append(500);
+    let seen = until(&mut status, |s| s.cursor == 1_500 && s.requeued_events == 500).await;
+    running.stop().await;
+    assert_eq!((seen.delivered_events, seen.retries), (1_000, 0));
+    assert_eq!(log.store.dead_letters("bus", 0, 1).expect("readable"), []);
 }

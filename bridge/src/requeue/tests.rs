@@ -65,7 +65,7 @@ fn beside_live_events_it_takes_its_time() {
     assert!(
         first.events.iter().all(|e| e.event.attributes.iter().any(|a| a == Attribute::Requeued))
     );
-    assert_eq!((offsets(&first), first.id), (vec![0, 1], FIRST_ID));
+    assert_eq!((offsets(&first), first.id), (vec![0, 1], OUTSIDE_ORDER));
     assert!(requeue.next_request(now).is_none(), "one at a time");
     requeue.answer(first.id, &Answer::delivered(), true, now, 0.5);
     assert!(!requeue.is_waiting(now));

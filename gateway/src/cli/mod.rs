@@ -11,7 +11,8 @@ mod top;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap_complete::Shell;
 
 /// Done, and where there was an audit it balanced.
 const DONE: u8 = 0;
@@ -67,6 +68,14 @@ enum Verb {
     Store(store::StoreVerb),
     /// See the whole journey on this machine: a fleet, an outage, a kill -9, and the final balance
     Demo(demo::DemoArgs),
+    /// Write a completion script for a shell to stdout
+    #[command(after_help = "\
+Example, for bash:
+  edge-gateway completion bash > /etc/bash_completion.d/edge-gateway")]
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
 }
 
 #[derive(Args)]
@@ -95,8 +104,19 @@ pub fn main() -> ExitCode {
         Verb::Dlq(verb) => store::dlq(&verb),
         Verb::Store(verb) => store::store(&verb),
         Verb::Demo(args) => demo::demo(&args),
+        Verb::Completion { shell } => {
+            print!("{}", completion(shell));
+            DONE
+        }
     };
     ExitCode::from(code)
+}
+
+/// The completion script of a shell.
+fn completion(shell: Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "edge-gateway", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
 }
 
 /// Reads a configuration, or says what is wrong with it.
@@ -114,10 +134,20 @@ fn small_runtime() -> std::io::Result<tokio::runtime::Runtime> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::{CommandFactory, ValueEnum as _};
 
     #[test]
     fn the_command_line_is_consistent() {
         super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_shell_learns_every_verb() {
+        for &shell in super::Shell::value_variants() {
+            let script = super::completion(shell);
+            for verb in super::Cli::command().get_subcommands() {
+                assert!(script.contains(verb.get_name()), "{shell}: {}", verb.get_name());
+            }
+        }
     }
 }
