@@ -4,7 +4,7 @@
 //!
 //! Every event from a sink's origin to the watermark is in exactly one place. What can be counted is
 //! counted: pending events are walked batch by batch, dead letters are read row by row, losses are
-//! the union of the ledger's ranges. What the store does not know for itself is whether an upstream
+//! the union of the ledger's ranges, and the events of rows that were merged (see `loss_ledger`). What the store does not know for itself is whether an upstream
 //! took what the cursor passed: delivered is what the cursor passed and neither a dead letter nor the
 //! ledger claims. The balance fails where something is nowhere: an event that is still needed, cannot
 //! be read and is in no ledger; a cursor, a dead letter or a loss outside the log; numbers that do not
