@@ -17,12 +17,14 @@ use tokio_util::sync::CancellationToken;
 
 use self::report::Report;
 use crate::cloudevents::Envelope;
+#[cfg(feature = "kafka")]
+use crate::config::KafkaDelivery;
 use crate::config::{SinkConfig, Target};
 use crate::delivery::{Delivery, Limits, Moment, Trouble};
 use crate::file::FileSink;
 use crate::http::HttpSink;
 #[cfg(feature = "kafka")]
-use crate::kafka::KafkaSink;
+use crate::kafka::{KafkaSink, Place, TransactionalSink};
 use crate::origin::Origin;
 use crate::retry::Backoff;
 use crate::sink::{Answer, RequestId, Sink};
@@ -121,6 +123,13 @@ impl Forwarder {
                 self.drive(sink, shutdown).await;
             }
             #[cfg(feature = "kafka")]
+            Target::Kafka(config) if config.delivery == KafkaDelivery::ExactlyOnce => {
+                let place = Place::new(&self.origin, &self.config.name, &config);
+                let log_end = *self.watermark.borrow();
+                let sink = TransactionalSink::new(config, envelope, place, log_end, timeout);
+                self.drive(sink, shutdown).await;
+            }
+            #[cfg(feature = "kafka")]
             Target::Kafka(config) => {
                 self.drive(KafkaSink::new(config, envelope, timeout), shutdown).await;
             }
@@ -188,6 +197,9 @@ impl<S: Sink> Task<S> {
                     self.read_on(now);
                 }
             }
+            if self.reading.is_none() && self.delivery.in_flight() > 0 {
+                self.sink.close();
+            }
             self.report.update(&self.delivery, caught_up, now);
             if stopping && self.is_quiet() {
                 break;
@@ -198,7 +210,10 @@ impl<S: Sink> Task<S> {
                 "what is owed is under way, or waits for a time"
             );
             tokio::select! {
-                () = shutdown.cancelled(), if !stopping => stopping = true,
+                () = shutdown.cancelled(), if !stopping => {
+                    stopping = true;
+                    self.sink.stop();
+                }
                 (id, answer) = self.sink.answer() => self.answered(id, &answer),
                 read = finished(&mut self.reading) => self.has_read(read),
                 (count, result) = finished(&mut self.writing) => self.has_written(count, result),
