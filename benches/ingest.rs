@@ -24,9 +24,9 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use gateway::Gateway;
-use gateway::config::Config;
+use gateway::config::{Bind, Config};
 use gateway::ingest::{Append, Ingest, Routes};
 use gateway::mqtt::{self, Downlink, Front};
 use hdrhistogram::Histogram;
@@ -376,8 +376,9 @@ async fn serve_front(config: Config, log: impl Append) -> anyhow::Result<()> {
         config.ingest.held_bytes_max,
         config.gateway.shutdown_grace,
     );
-    let front = Front::bind(&config.listeners[0], Arc::new(shared)).await?;
-    announce(front.local_addr())?;
+    let front = Front::bind(&config.listeners[0], None, Arc::new(shared)).await?;
+    let Bind::Tcp(address) = *front.bound() else { bail!("it is on a Unix socket") };
+    announce(address)?;
     let stop = CancellationToken::new();
     tokio::join!(front.run(stop.clone()), async {
         end_of_input().await;

@@ -29,7 +29,7 @@ pub mod mqtt;
 pub mod text;
 
 pub use addresses::Addresses;
-pub use gateway::{Gateway, RunError, StartError};
+pub use gateway::{Gateway, Reload, RunError, StartError};
 
 /// Chooses ring as the one TLS provider of the process. Calling it again changes nothing.
 pub fn install_tls_provider() {

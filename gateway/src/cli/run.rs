@@ -1,4 +1,4 @@
-//! `run`: the gateway until a signal ends it.
+//! `run`: the gateway until a signal ends it. SIGHUP reads the configuration and the certificates again.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use tokio::runtime::{self, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::{DONE, FAILED, WRONG_INPUT, load, logging};
 use crate::config::Config;
-use crate::{Gateway, StartError};
+use crate::{Gateway, Reload, StartError};
 
 /// Another signal within this time belongs to the first: wrappers that signal a child and then its
 /// whole group, as `timeout` does, send two.
@@ -23,7 +23,7 @@ pub(super) fn run(path: &Path) -> u8 {
     };
     logging::start(&config.log);
     let runtime = runtime::Builder::new_multi_thread().enable_all().build();
-    match runtime.map(|runtime| to_the_end(runtime, serve(config))) {
+    match runtime.map(|runtime| to_the_end(runtime, serve(path, config))) {
         Ok(Ok(())) => DONE,
         Ok(Err(failure)) => {
             eprintln!("edge-gateway: {failure}");
@@ -47,20 +47,25 @@ fn to_the_end<T>(runtime: Runtime, future: impl Future<Output = T>) -> T {
     output
 }
 
-async fn serve(config: Config) -> anyhow::Result<()> {
+async fn serve(path: &Path, config: Config) -> anyhow::Result<()> {
     // Before the ready line: a signal that follows it must not kill us.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     let gateway = Gateway::start(config).await?;
     // Scripts wait for this line, and read the ports from it.
     println!("{}", gateway.addresses().ready_line());
+    let reload = gateway.reload();
     let shutdown = CancellationToken::new();
     let running = gateway.run(shutdown.clone());
     tokio::pin!(running);
-    let name = tokio::select! {
-        ended = &mut running => return Ok(ended?),
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
+    let name = loop {
+        tokio::select! {
+            ended = &mut running => return Ok(ended?),
+            _ = terminate.recv() => break "SIGTERM",
+            _ = interrupt.recv() => break "SIGINT",
+            _ = hangup.recv() => read_again(path, &reload).await,
+        }
     };
     info!("{name}: draining; a second signal ends at once");
     shutdown.cancel();
@@ -79,6 +84,19 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tokio::select! {
         ended = running => Ok(ended?),
         () = second => cut_short(),
+    }
+}
+
+/// SIGHUP. Whatever is wrong with the files, the gateway goes on with what it has.
+async fn read_again(path: &Path, reload: &Reload) {
+    info!("SIGHUP: reading {} again", path.display());
+    let (path, reload) = (path.to_owned(), reload.clone());
+    let read = move || match Config::load(&path) {
+        Ok(config) => reload.apply(&config),
+        Err(wrong) => error!("the configuration in use stays in use: {wrong}"),
+    };
+    if let Err(panicked) = tokio::task::spawn_blocking(read).await {
+        error!("reading the configuration again panicked: {panicked}");
     }
 }
 

@@ -2,10 +2,11 @@
 //!
 //! Owns: [`Config`], its defaults and bounds, and how it is read from TOML. It is validated once,
 //! here; nothing behind it checks again. `reader` does the reading, `units` sizes and times,
-//! `sinks` the sinks.
+//! `listeners` and `sinks` their tables.
 //! Invariant: `configs/gateway.toml` shows every key with the default that this code has; a test
 //! holds the two together.
 
+mod listeners;
 mod reader;
 mod sinks;
 pub(crate) mod units;
@@ -21,6 +22,7 @@ use storage::{AtQuota, JournalMode, SinkRetention, StoreOptions};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key;
+pub use listeners::{Bind, ClientIdentity, ListenerConfig, TlsConfig, Transport};
 pub use reader::{Env, Problem};
 use reader::{Reader, Section};
 
@@ -55,24 +57,6 @@ pub struct GatewayConfig {
     pub data_dir: PathBuf,
     /// How long a shutdown may take to flush and to let requests end.
     pub shutdown_grace: Duration,
-}
-
-/// `[[listener]]`.
-#[derive(Clone, Debug)]
-pub struct ListenerConfig {
-    /// Address and port; port 0 takes one from the system.
-    pub bind: SocketAddr,
-    /// Whether a CONNECT without credentials is let in.
-    pub allow_anonymous: bool,
-    /// Connections at once, at most.
-    pub connections_max: usize,
-    /// Time from accept to a whole CONNECT, at most.
-    pub connect_timeout: Duration,
-    /// Largest packet in bytes, fixed header included.
-    pub packet_bytes_max: usize,
-    /// QoS 1 publishes of one connection that wait for their ack, at most; v5 clients are told so
-    /// as Receive Maximum.
-    pub in_flight_max: u16,
 }
 
 /// `[[route]]`.
@@ -255,7 +239,7 @@ fn read(root: &Section<'_, '_>) -> Config {
     let sinks = sinks::read(root);
     Config {
         gateway: read_gateway(&root.section("gateway")),
-        listeners: read_listeners(root),
+        listeners: listeners::read(root),
         routes: read_routes(root),
         ingest: read_ingest(&root.section("ingest")),
         storage: read_storage(&root.section("storage"), !sinks.is_empty()),
@@ -286,46 +270,6 @@ fn read_gateway(section: &Section<'_, '_>) -> GatewayConfig {
 /// The machine's name: what people would call their gateway when they do not name it.
 fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
-fn read_listeners(root: &Section<'_, '_>) -> Vec<ListenerConfig> {
-    let sections = root.sections("listener");
-    let mut listeners: Vec<ListenerConfig> = Vec::new();
-    for section in &sections {
-        let listener = read_listener(section);
-        if listener.bind.port() != 0 && listeners.iter().any(|l| l.bind == listener.bind) {
-            section.problem("bind", format!("{} is taken by another listener", listener.bind));
-        }
-        listeners.push(listener);
-    }
-    if listeners.is_empty() {
-        // No [[listener]] at all: one on loopback, read like an empty table so that the defaults
-        // stand in one place.
-        listeners.push(read_listener(&root.absent("listener")));
-    }
-    listeners
-}
-
-fn read_listener(section: &Section<'_, '_>) -> ListenerConfig {
-    section.choice("type", &[("mqtt", ())], ());
-    let bind = read_address(section, "bind", SocketAddr::from(([127, 0, 0, 1], 1883)));
-    let loopback = bind.ip().is_loopback();
-    let allow_anonymous = section.boolean("allow_anonymous", loopback);
-    if !allow_anonymous {
-        section.problem(
-            if section.has("allow_anonymous") { "allow_anonymous" } else { "bind" },
-            "nobody could connect: this version knows no users, and anonymous access is on by \
-             default only on loopback; set allow_anonymous = true if the network is trusted",
-        );
-    }
-    ListenerConfig {
-        bind,
-        allow_anonymous,
-        connections_max: section.integer("connections_max", 1..=1_000_000, 10_000) as usize,
-        connect_timeout: section.time("connect_timeout", SECOND..=600 * SECOND, 10 * SECOND),
-        packet_bytes_max: section.size("packet_bytes_max", KIB..=64 * MIB, 256 * KIB) as usize,
-        in_flight_max: section.integer("in_flight_max", 1..=65_535, 1_024) as u16,
-    }
 }
 
 fn read_address(section: &Section<'_, '_>, key: &'static str, default: SocketAddr) -> SocketAddr {

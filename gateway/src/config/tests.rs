@@ -181,3 +181,65 @@ fn a_small_quota_gets_small_files() {
     let config = parse("[storage]\nquota_bytes = \"64MiB\"").unwrap();
     assert_eq!(config.storage.file_bytes_max, 16 << 20);
 }
+
+#[test]
+fn listeners_say_what_they_need() {
+    let right = r#"
+[[listener]]
+bind = "unix:/run/edge-gateway/mqtt.sock"
+unix_mode = "0600"
+[[listener]]
+type = "websocket"
+bind = "0.0.0.0:8883"
+[listener.tls]
+cert_file = "c"
+key_file = "k"
+client_ca_file = "a"
+client_identity = "san"
+"#;
+    let listeners = parse(right).unwrap().listeners;
+    assert_eq!(listeners[0].bind, Bind::Unix("/run/edge-gateway/mqtt.sock".into()));
+    assert_eq!((listeners[0].unix_mode, listeners[0].allow_anonymous), (0o600, true));
+    assert_eq!(
+        (listeners[1].transport, listeners[1].allow_anonymous),
+        (Transport::WebSocket, false)
+    );
+    let tls = listeners[1].tls.as_ref().unwrap();
+    assert_eq!(tls.client_identity, ClientIdentity::AltName);
+
+    let wrong = r#"
+[[listener]]
+bind = "unix:mqtt.sock"
+unix_mode = "rw"
+[listener.tls]
+key_file = "k"
+client_identity = "cn"
+[[listener]]
+bind = "unix:mqtt.sock"
+[[listener]]
+bind = "0.0.0.0:8883"
+unix_mode = "0600"
+[listener.tls]
+cert_file = "c"
+key_file = "k"
+client_ca_file = "a"
+client_identity = "none"
+"#;
+    let wrong = parse(wrong).unwrap_err();
+    for (line, key, what) in [
+        (3, "listener.bind", "from the root on"),
+        (4, "listener.unix_mode", "octal"),
+        (5, "listener.tls", "Unix socket"),
+        (5, "listener.tls.cert_file", "is missing"),
+        (5, "listener.tls.client_ca_file", "is missing"),
+        (9, "listener.bind", "taken by another listener"),
+        (9, "listener.bind", "from the root on"),
+        (11, "listener.bind", "nobody could connect"),
+        (12, "listener.unix_mode", "Unix sockets only"),
+    ] {
+        let place = format!("t.toml:{line}: {key}: ");
+        let told = wrong.lines().any(|l| l.starts_with(&place) && l.contains(what));
+        assert!(told, "no {place:?} with {what:?} in\n{wrong}");
+    }
+    assert_eq!(wrong.lines().count(), 9, "{wrong}");
+}

@@ -26,6 +26,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::auth::{self, Peer};
 use super::clients::{Clients, Seat};
 use super::codec::{self, Connect, Delivery};
 use super::downlink::{Downlink, Inbox, Interrupted, Options};
@@ -94,6 +95,11 @@ impl Shared {
             clients: Clients::default(),
             log_limit: LogLimit::default(),
         }
+    }
+
+    /// Whether a line may be logged that a client has caused, and how many were not of late.
+    pub(super) fn may_log(&self) -> Option<u64> {
+        self.log_limit.allows(Instant::now())
     }
 }
 
@@ -183,7 +189,7 @@ impl From<Interrupted> for End {
 pub async fn serve<R, W>(
     mut reader: R,
     mut writer: W,
-    peer: &str,
+    from: &Peer,
     limits: Limits,
     connect_timeout: Duration,
     shared: &Shared,
@@ -193,11 +199,16 @@ pub async fn serve<R, W>(
     W: AsyncWrite + Unpin,
 {
     let (mut buf, mut out) = (BytesMut::new(), BytesMut::new());
+    let peer = &*from.name;
     let connect = read_connect(&mut reader, &mut buf, &limits, connect_timeout, shared, stop).await;
     let session = match connect {
-        Ok(Some(connect)) => {
-            Session::open(connect, &limits, fastrand::u64(..), Instant::now(), &mut out)
-        }
+        Ok(Some(connect)) => match auth::admit(&connect.packet, from) {
+            Ok(()) => Session::open(connect, &limits, fastrand::u64(..), Instant::now(), &mut out),
+            Err(violation) => {
+                codec::put_refusal(&mut out, connect.version, &violation);
+                Err(violation)
+            }
+        },
         Ok(None) => return,
         Err(refused) => {
             if let Some(version) = refused.version {

@@ -4,14 +4,14 @@
 //! Invariant: a PUBACK leaves only after its event's completion came from the committer, in the
 //! order in which the PUBLISHes came.
 //! Deliberately absent, until later: QoS 2 and retained messages (refused by the book), sessions
-//! that outlive their connection (session present is always 0, and v5 is told an expiry of 0), TLS,
-//! WebSocket, users, shared subscriptions and enhanced authentication (refused by the book).
+//! that outlive their connection (session present is always 0, and v5 is told an expiry of 0), users,
+//! shared subscriptions and enhanced authentication (refused by the book).
 //!
 //! # Code map
 //! - [`codec`]: bytes and packets, with every rule about single packets; [`reason`], [`topic`].
 //! - [`session`]: the protocol as a pure state machine; [`auth`]: who is let in.
 //! - [`conn`]: one task per connection; [`clients`]: one connection per client id.
-//! - [`listener`]: accepting, limits, shutdown. [`Front`] is what the wiring holds.
+//! - [`listener`]: accepting, TLS, WebSocket, limits, shutdown. [`Front`] is what the wiring holds.
 //! - [`subscriptions`], [`envelope`], [`downlink`]: from the log to the subscribers.
 //!
 //! # Bounds
@@ -54,4 +54,5 @@ pub(crate) mod wire;
 pub use conn::{Held, Shared};
 pub use downlink::Downlink;
 pub use listener::Front;
+pub use listener::tls::{Tls, TlsError};
 pub use stats::FrontStats;

@@ -1,0 +1,247 @@
+//! Who gets in, and by which door: TLS, client certificates, WebSocket, Unix sockets.
+
+mod harness;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use harness::pki::{Authority, Signed};
+use harness::raw::{Hello, Raw};
+use harness::tunnel::{Tunnel, Way, tls};
+use harness::{Bench, GatewayProcess, eventually, http_sink, stable_address};
+use rustix::process::Signal;
+use rustls::ClientConfig;
+use rustls::pki_types::CertificateDer;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+/// Events that a test lets through before it looks.
+const EVENTS: u64 = 500;
+
+const SAYS_NOTHING: Hello<'_> = Hello { client_id: "good", user: None, password: None };
+
+/// Certificates in a bench's folder, and a listener that uses them.
+struct Secured {
+    authority: Authority,
+    addr: SocketAddr,
+    cert_file: PathBuf,
+    key_file: PathBuf,
+}
+
+impl Secured {
+    fn new(bench: &Bench) -> Self {
+        let secured = Self {
+            authority: Authority::new(),
+            addr: stable_address(),
+            cert_file: bench.path("cert.pem"),
+            key_file: bench.path("key.pem"),
+        };
+        secured.renew();
+        secured
+    }
+
+    /// Writes a new certificate.
+    fn renew(&self) -> Signed {
+        let signed = self.authority.sign("gateway");
+        signed.write(&self.cert_file, &self.key_file);
+        signed
+    }
+
+    /// The listener's part of the configuration; `more` are keys of `[listener.tls]`.
+    fn listener(&self, kind: &str, allow_anonymous: bool, more: &str) -> String {
+        format!(
+            r#"
+[[listener]]
+type = "{kind}"
+bind = "{}"
+allow_anonymous = {allow_anonymous}
+connect_timeout = "2s"
+[listener.tls]
+cert_file = "{}"
+key_file = "{}"
+{more}
+"#,
+            self.addr,
+            self.cert_file.display(),
+            self.key_file.display(),
+        )
+    }
+}
+
+/// `client_ca_file` with the authority's certificate.
+fn client_ca(authority: &Authority, path: &Path) -> String {
+    format!("client_ca_file = \"{}\"", authority.write(path).display())
+}
+
+/// A fleet comes over a listener, and everything that it sent arrives upstream.
+async fn audited(bench: &Bench, listener: &str, way: Way) {
+    let collector = bench.collector("upstream");
+    bench.configure(&format!("{listener}{}", http_sink("upstream", collector.addr())));
+    let gateway = bench.start().await;
+    let tunnel = Tunnel::open(way).await;
+    let fleet = bench.fleet_at(tunnel.addr, 10, 1_000.0);
+    eventually("events are acked", async || (fleet.counters().acked >= EVENTS).then_some(())).await;
+    bench.drain(fleet).await;
+    let status = gateway.until_delivered("upstream").await;
+    assert_eq!(status.mqtt.protocol_errors_total, 0);
+    assert_eq!(gateway.terminate().await, Some(0));
+    collector.finish().await;
+    let report = bench.assert_balanced("upstream");
+    assert_eq!(report.duplicates, 0, "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_over_tls_is_whole() {
+    let bench = Bench::new(61);
+    let secured = Secured::new(&bench);
+    let way = Way::Tls(secured.addr, secured.authority.client(None));
+    audited(&bench, &secured.listener("mqtt", true, ""), way).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_with_client_certificates_is_whole() {
+    let bench = Bench::new(62);
+    let secured = Secured::new(&bench);
+    let own = secured.authority.sign("fleet");
+    let way = Way::Tls(secured.addr, secured.authority.client(Some(&own)));
+    let ca = client_ca(&secured.authority, &bench.path("clients.pem"));
+    audited(&bench, &secured.listener("mqtt", false, &ca), way).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_over_websocket_is_whole() {
+    let bench = Bench::new(63);
+    let addr = stable_address();
+    let listener = format!("[[listener]]\ntype = \"websocket\"\nbind = \"{addr}\"\n");
+    audited(&bench, &listener, Way::WebSocket(addr)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_over_secure_websocket_is_whole() {
+    let bench = Bench::new(64);
+    let secured = Secured::new(&bench);
+    let way = Way::SecureWebSocket(secured.addr, secured.authority.client(None));
+    audited(&bench, &secured.listener("websocket", true, ""), way).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_over_a_unix_socket_is_whole_and_the_socket_outlives_a_kill() {
+    let bench = Bench::new(65);
+    let path = bench.path("mqtt.sock");
+    let listener = format!("[[listener]]\nbind = \"unix:{}\"\n", path.display());
+    bench.configure(&listener);
+    bench.start().await.kill().await;
+    assert!(path.exists(), "a killed gateway cleans up nothing");
+    audited(&bench, &listener, Way::Unix(path.clone())).await;
+    assert!(!path.exists(), "one that ended by itself does");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_certificate_of_its_authority_nobody_passes() {
+    let bench = Bench::new(66);
+    let secured = Secured::new(&bench);
+    let ca = client_ca(&secured.authority, &bench.path("clients.pem"));
+    bench.configure(&secured.listener("mqtt", false, &ca));
+    let gateway = bench.start().await;
+    let stranger = Authority::new().sign("good");
+    for own in [None, Some(&stranger)] {
+        let config = secured.authority.client(own);
+        // With TLS 1.3 the client learns of it at its first read.
+        let passed = match tls(secured.addr, config).await {
+            Ok(stream) => Raw::connect(stream, true, SAYS_NOTHING).await.1,
+            Err(_) => None,
+        };
+        assert_eq!(passed, None);
+    }
+    let own = secured.authority.sign("good");
+    let stream = tls(secured.addr, secured.authority.client(Some(&own))).await.unwrap();
+    let mut client = Raw::welcome(stream, true, SAYS_NOTHING).await;
+    assert_eq!(client.publish("devices/good/t", "1").await, Some(0));
+    assert!(gateway.log().contains("handshake failed"), "{}", gateway.log());
+    assert_eq!(gateway.terminate().await, Some(0));
+}
+
+/// The certificate that a listener shows now.
+async fn shown(addr: SocketAddr, config: Arc<ClientConfig>) -> CertificateDer<'static> {
+    let stream = tls(addr, config).await.unwrap();
+    stream.get_ref().1.peer_certificates().unwrap()[0].clone().into_owned()
+}
+
+async fn reloaded(gateway: &GatewayProcess, said: &str, times: usize) {
+    gateway.signal(Signal::HUP);
+    let what = format!("the log says {times} times: {said}");
+    eventually(&what, async || (gateway.log().matches(said).count() >= times).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sighup_renews_the_certificate_and_drops_no_connection() {
+    let bench = Bench::new(67);
+    let secured = Secured::new(&bench);
+    bench.configure(&secured.listener("mqtt", true, ""));
+    let gateway = bench.start().await;
+    let config = secured.authority.client(None);
+    let stream = tls(secured.addr, config.clone()).await.unwrap();
+    let mut client = Raw::welcome(stream, false, SAYS_NOTHING).await;
+
+    let renewed = secured.renew();
+    assert_ne!(shown(secured.addr, config.clone()).await, renewed.certificate);
+    reloaded(&gateway, "certificates read again", 1).await;
+    assert_eq!(shown(secured.addr, config.clone()).await, renewed.certificate);
+    assert_eq!(client.publish("devices/good/t", "1").await, Some(0), "the old one is served");
+
+    // A certificate without its key, and a configuration that cannot be read.
+    secured.authority.sign("gateway").write(&secured.cert_file, &bench.path("elsewhere.pem"));
+    reloaded(&gateway, "the certificates in use stay in use", 1).await;
+    assert!(gateway.log().contains("do not fit"), "{}", gateway.log());
+    std::fs::write(bench.path("gateway.toml"), "[gateway]\nid = \"a b\"\n").unwrap();
+    reloaded(&gateway, "the configuration in use stays in use", 1).await;
+    assert_eq!(shown(secured.addr, config).await, renewed.certificate);
+    client.ping().await;
+    assert_eq!(gateway.terminate().await, Some(0));
+}
+
+#[tokio::test]
+async fn certificates_that_cannot_be_used_are_named_at_the_start() {
+    let bench = Bench::new(68);
+    let secured = Secured::new(&bench);
+    std::fs::remove_file(&secured.key_file).unwrap();
+    let config = bench.configure(&secured.listener("mqtt", true, ""));
+    let ended = harness::run_to_end("run", &config).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.stderr.contains("listener.tls.key_file: "), "{ended:?}");
+    assert!(!bench.path("data").exists(), "nothing was touched");
+}
+
+/// Half-open connections: nothing said, a handshake begun, a handshake and no CONNECT. The good
+/// client gets in beside them, and their time ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slow_handshakes_hold_up_nobody_and_end() {
+    let bench = Bench::new(69);
+    let secured = Secured::new(&bench);
+    bench.configure(&secured.listener("mqtt", true, ""));
+    let gateway = bench.start().await;
+    let config = secured.authority.client(None);
+    let mut slow = Vec::new();
+    for n in 0..100 {
+        let mut stream = TcpStream::connect(secured.addr).await.unwrap();
+        if n % 2 == 0 {
+            // The beginning of a TLS record.
+            stream.write_all(&[0x16, 3, 1, 2]).await.unwrap();
+        }
+        slow.push(stream);
+    }
+    let silent = tls(secured.addr, config.clone()).await.unwrap();
+
+    let stream = tls(secured.addr, config).await.unwrap();
+    let mut client = Raw::welcome(stream, true, SAYS_NOTHING).await;
+    assert_eq!(client.publish("devices/good/t", "1").await, Some(0));
+    gateway.until("only the good one is left", |status| status.mqtt.connections == 1).await;
+    assert_eq!(gateway.status().await.mqtt.refused_total, 101);
+    for mut stream in slow {
+        assert!(matches!(stream.read(&mut [0; 64]).await, Ok(0) | Err(_)), "it was closed");
+    }
+    drop(silent);
+    client.ping().await;
+    assert_eq!(gateway.terminate().await, Some(0));
+}
