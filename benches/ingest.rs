@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use gateway::Gateway;
+use gateway::access::Access;
 use gateway::config::{Bind, Config};
 use gateway::ingest::{Append, Ingest, Routes};
 use gateway::mqtt::{self, Downlink, Front};
@@ -372,6 +373,7 @@ async fn serve_front(config: Config, log: impl Append) -> anyhow::Result<()> {
     let shared = mqtt::Shared::new(
         ingest,
         Routes::new(&config.routes)?,
+        Access::load(&config.auth, &config.acl)?,
         downlink,
         config.ingest.held_bytes_max,
         config.gateway.shutdown_grace,

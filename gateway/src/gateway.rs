@@ -13,6 +13,7 @@ use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::access::{Access, AccessError};
 use crate::addresses::Addresses;
 use crate::admin;
 use crate::config::{Bind, Config};
@@ -39,6 +40,9 @@ pub enum StartError {
     /// A listener's certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// Users or tokens' keys cannot be used.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// A route's filter is none; a configuration that was read from TOML has no such route.
     #[error("route.filter {0}")]
     Route(#[from] RouteFilterError),
@@ -55,16 +59,23 @@ pub enum RunError {
     Committer(#[from] CommitterError),
 }
 
-/// What of a running gateway follows its configuration without a restart: certificates.
+/// What of a running gateway follows its configuration without a restart: certificates, users,
+/// tokens' keys and rules.
 #[derive(Clone)]
 pub struct Reload {
+    front: Arc<mqtt::Shared>,
     listeners: Vec<(Bind, Option<Arc<Tls>>)>,
 }
 
 impl Reload {
     /// Takes over what can be taken over from a configuration that was read again. What cannot be
-    /// used is logged and stays as it was; connections stay in any case. Reads files.
+    /// used is logged and stays as it was. Connections stay, but for those whose log-in would not give
+    /// the same rights any more. Reads files.
     pub fn apply(&self, config: &Config) {
+        match self.front.access.reload(&config.auth, &config.acl) {
+            Ok(()) => info!("users and rules read again"),
+            Err(error) => error!(%error, "the users and rules in use stay in use"),
+        }
         for (bind, tls) in &self.listeners {
             let now = config.listeners.iter().find(|listener| listener.bind == *bind);
             match (tls, now.and_then(|listener| listener.tls.as_ref())) {
@@ -113,6 +124,7 @@ impl Gateway {
         let admin = TcpListener::bind(config.admin.bind)
             .await
             .map_err(|source| bind_error("admin.bind", &config.admin.bind, source))?;
+        let access = Access::load(&config.auth, &config.acl)?;
         let (store, writer) = open_store(&config).await?;
         let (ingest, committer) = {
             let (watermark, storage) = (store.mark().watermark, &config.storage);
@@ -123,6 +135,7 @@ impl Gateway {
         let front = Arc::new(mqtt::Shared::new(
             ingest.clone(),
             routes,
+            access,
             downlink.clone(),
             config.ingest.held_bytes_max,
             config.gateway.shutdown_grace,
@@ -155,6 +168,8 @@ impl Gateway {
                 Bind::Unix(path) => addresses.unix.push(path),
             }
         }
+        let binds = config.listeners.iter().map(|listener| listener.bind.clone());
+        let reload = Reload { front: Arc::clone(&front), listeners: binds.zip(tls).collect() };
         let parts = admin::Parts {
             gateway_id: config.gateway.id,
             started,
@@ -165,8 +180,6 @@ impl Gateway {
         };
         let grace = config.gateway.shutdown_grace;
         let admin = (admin, Arc::new(parts));
-        let binds = config.listeners.iter().map(|listener| listener.bind.clone());
-        let reload = Reload { listeners: binds.zip(tls).collect() };
         Ok(Self { addresses, reload, fronts, forwarders, downlink, store, committer, admin, grace })
     }
 

@@ -169,6 +169,8 @@ impl Parts {
             publishes_total: stats.publishes.iter().map(read).sum(),
             publishes_refused_total: read(&stats.publishes_refused),
             publishes_dropped_total: read(&stats.publishes_dropped),
+            logins_failed_total: self.front.access.failures(),
+            denied_total: read(&stats.denied),
             protocol_errors_total: read(&stats.protocol_errors),
             panics_total: read(&stats.panics),
             deliveries_total: read(&stats.deliveries),

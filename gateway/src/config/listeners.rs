@@ -103,11 +103,12 @@ pub enum ClientIdentity {
     None,
 }
 
-pub(super) fn read(root: &Section<'_, '_>) -> Vec<ListenerConfig> {
+/// `knows_users`: there are users or tokens to log in with.
+pub(super) fn read(root: &Section<'_, '_>, knows_users: bool) -> Vec<ListenerConfig> {
     let sections = root.sections("listener");
     let mut listeners: Vec<ListenerConfig> = Vec::new();
     for section in &sections {
-        let listener = read_listener(section);
+        let listener = read_listener(section, knows_users);
         if listeners.iter().any(|other| other.bind.collides(&listener.bind)) {
             section.problem("bind", format!("{} is taken by another listener", listener.bind));
         }
@@ -116,12 +117,12 @@ pub(super) fn read(root: &Section<'_, '_>) -> Vec<ListenerConfig> {
     if listeners.is_empty() {
         // No [[listener]] at all: one on loopback, read like an empty table so that the defaults
         // stand in one place.
-        listeners.push(read_listener(&root.absent("listener")));
+        listeners.push(read_listener(&root.absent("listener"), knows_users));
     }
     listeners
 }
 
-fn read_listener(section: &Section<'_, '_>) -> ListenerConfig {
+fn read_listener(section: &Section<'_, '_>, knows_users: bool) -> ListenerConfig {
     let transports = [("mqtt", Transport::Mqtt), ("websocket", Transport::WebSocket)];
     let transport = section.choice("type", &transports, Transport::Mqtt);
     let bind = read_bind(section);
@@ -131,15 +132,15 @@ fn read_listener(section: &Section<'_, '_>) -> ListenerConfig {
         section.problem("tls", "cannot stand beside a Unix socket, which never leaves the machine");
     }
     let allow_anonymous = section.boolean("allow_anonymous", bind.is_local());
-    let knows_clients = tls.as_ref().is_some_and(|tls| {
+    let knows_certificates = tls.as_ref().is_some_and(|tls| {
         tls.client_ca_file.is_some() && tls.client_identity != ClientIdentity::None
     });
-    if !allow_anonymous && !knows_clients {
+    if !(allow_anonymous || knows_users || knows_certificates) {
         section.problem(
             if section.has("allow_anonymous") { "allow_anonymous" } else { "bind" },
             "nobody could connect: anonymous access is on by default only where the network cannot \
-             reach; give clients certificates (listener.tls.client_ca_file), or set \
-             allow_anonymous = true if the network is trusted",
+             reach; name users (auth.users_file), give clients certificates \
+             (listener.tls.client_ca_file), or set allow_anonymous = true if the network is trusted",
         );
     }
     ListenerConfig {

@@ -2,10 +2,11 @@
 //!
 //! Owns: [`Config`], its defaults and bounds, and how it is read from TOML. It is validated once,
 //! here; nothing behind it checks again. `reader` does the reading, `units` sizes and times,
-//! `listeners` and `sinks` their tables.
+//! `auth`, `listeners` and `sinks` their tables.
 //! Invariant: `configs/gateway.toml` shows every key with the default that this code has; a test
 //! holds the two together.
 
+mod auth;
 mod listeners;
 mod reader;
 mod sinks;
@@ -22,6 +23,7 @@ use storage::{AtQuota, JournalMode, SinkRetention, StoreOptions};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key;
+pub use auth::{AclConfig, AuthConfig, JwtConfig, JwtKeys};
 pub use listeners::{Bind, ClientIdentity, ListenerConfig, TlsConfig, Transport};
 pub use reader::{Env, Problem};
 use reader::{Reader, Section};
@@ -33,6 +35,10 @@ pub struct Config {
     pub gateway: GatewayConfig,
     /// `[[listener]]`, at least one.
     pub listeners: Vec<ListenerConfig>,
+    /// `[auth]`.
+    pub auth: AuthConfig,
+    /// `[[acl]]`; none: who is let in may do everything.
+    pub acl: Vec<AclConfig>,
     /// `[[route]]`, in the order in which they are tried. None: every topic is accepted and the
     /// device key is the client id.
     pub routes: Vec<RouteConfig>,
@@ -237,9 +243,12 @@ const DAY: Duration = Duration::from_hours(24);
 
 fn read(root: &Section<'_, '_>) -> Config {
     let sinks = sinks::read(root);
+    let auth = auth::read(&root.section("auth"));
     Config {
         gateway: read_gateway(&root.section("gateway")),
-        listeners: listeners::read(root),
+        listeners: listeners::read(root, auth.knows_users()),
+        auth,
+        acl: auth::read_acl(root),
         routes: read_routes(root),
         ingest: read_ingest(&root.section("ingest")),
         storage: read_storage(&root.section("storage"), !sinks.is_empty()),

@@ -243,3 +243,50 @@ client_identity = "none"
     }
     assert_eq!(wrong.lines().count(), 9, "{wrong}");
 }
+
+#[test]
+fn log_ins_and_rules_say_what_they_need() {
+    let right = r##"
+[[listener]]
+bind = "0.0.0.0:1883"
+[auth]
+users_file = "/etc/edge-gateway/users"
+[auth.jwt]
+jwks_file = "keys"
+[[acl]]
+publish = ["devices/%c/#"]
+[[acl]]
+users = ["alice"]
+subscribe = ["plant/+/%u", "#"]
+"##;
+    let config = parse(right).unwrap();
+    assert!(!config.listeners[0].allow_anonymous);
+    assert_eq!(config.auth.jwt.unwrap().user_claim, "sub");
+    assert_eq!(config.acl[1].subscribe, ["plant/+/%u", "#"]);
+
+    let wrong = r#"
+[auth.jwt]
+hmac_key_file = "k"
+jwks_file = "keys"
+[[acl]]
+users = []
+[[acl]]
+publish = ["a/#/b", 7]
+subscribe = "t"
+"#;
+    let wrong = parse(wrong).unwrap_err();
+    for (line, key, what) in [
+        (4, "auth.jwt.jwks_file", "only one of"),
+        (5, "acl.publish", "is missing"),
+        (6, "acl.users", "nobody"),
+        (8, "acl.publish", "must be topic filters"),
+        (8, "acl.publish", "texts in quotes"),
+        (9, "acl.subscribe", "a list of texts"),
+    ] {
+        let place = format!("t.toml:{line}: {key}: ");
+        let told = wrong.lines().any(|l| l.starts_with(&place) && l.contains(what));
+        assert!(told, "no {place:?} with {what:?} in\n{wrong}");
+    }
+    assert_eq!(wrong.lines().count(), 6, "{wrong}");
+    assert!(parse("[auth.jwt]").unwrap_err().contains("jwks_file: is missing"));
+}

@@ -35,6 +35,7 @@ use super::reason::{self, Violation};
 use super::session::{Delivered, Effect, Limits, Publishing, Session};
 use super::stats::{FrontStats, LogLimit};
 use super::topic;
+use crate::access::{Access, Grant};
 use crate::ingest::device_key::Routes;
 use crate::ingest::{AckMailbox, Admission, Ingest, Pending, Ticket, partition};
 
@@ -60,6 +61,8 @@ pub struct Shared {
     pub ingest: Ingest,
     /// Device keys by topic.
     pub routes: Routes,
+    /// Who is let in.
+    pub access: Access,
     /// Where subscriptions are.
     pub downlink: Downlink,
     /// Byte budget of held publishes.
@@ -80,6 +83,7 @@ impl Shared {
     pub fn new(
         ingest: Ingest,
         routes: Routes,
+        access: Access,
         downlink: Downlink,
         held_bytes_max: usize,
         shutdown_grace: Duration,
@@ -87,6 +91,7 @@ impl Shared {
         Self {
             ingest,
             routes,
+            access,
             downlink,
             held: Arc::new(Held { bytes: AtomicUsize::new(0), bytes_max: held_bytes_max }),
             stats: FrontStats::default(),
@@ -202,13 +207,20 @@ pub async fn serve<R, W>(
     let peer = &*from.name;
     let connect = read_connect(&mut reader, &mut buf, &limits, connect_timeout, shared, stop).await;
     let session = match connect {
-        Ok(Some(connect)) => match auth::admit(&connect.packet, from) {
-            Ok(()) => Session::open(connect, &limits, fastrand::u64(..), Instant::now(), &mut out),
-            Err(violation) => {
-                codec::put_refusal(&mut out, connect.version, &violation);
-                Err(violation)
+        Ok(Some(connect)) => {
+            let admitted = auth::admit(&connect.packet, from, &shared.access);
+            match stop.run_until_cancelled(admitted).await {
+                None => return,
+                Some(Ok(grant)) => {
+                    Session::open(connect, &limits, fastrand::u64(..), Instant::now(), &mut out)
+                        .map(|session| (session, grant))
+                }
+                Some(Err(violation)) => {
+                    codec::put_refusal(&mut out, connect.version, &violation);
+                    Err(violation)
+                }
             }
-        },
+        }
         Ok(None) => return,
         Err(refused) => {
             if let Some(version) = refused.version {
@@ -217,8 +229,8 @@ pub async fn serve<R, W>(
             Err(refused.violation)
         }
     };
-    let session = match session {
-        Ok(session) => session,
+    let (session, grant) = match session {
+        Ok(opened) => opened,
         Err(violation) => {
             FrontStats::add(&shared.stats.connections_refused, 1);
             if let Some(unlogged) = shared.log_limit.allows(Instant::now()) {
@@ -234,6 +246,7 @@ pub async fn serve<R, W>(
     let mut conn = Conn {
         shared,
         limits,
+        grant,
         session,
         buf,
         out,
@@ -314,6 +327,8 @@ struct Device {
 struct Conn<'a> {
     shared: &'a Shared,
     limits: Limits,
+    /// Who it is, and what it may do.
+    grant: Grant,
     session: Session,
     buf: BytesMut,
     out: BytesMut,
@@ -356,6 +371,9 @@ impl Conn<'_> {
         let mut stopped = pin!(stop.cancelled());
         let mut taken_over = pin!(seat.taken_over());
         loop {
+            if let Err(end) = self.check_grant() {
+                return end;
+            }
             if let Err(end) = self.digest().await {
                 return end;
             }
@@ -457,17 +475,22 @@ impl Conn<'_> {
         }
     }
 
-    /// When the client counts as gone: silent too long while it is read, or taking nothing.
+    /// When the client counts as gone: silent too long while it is read, taking nothing, or let in
+    /// until then.
     fn deadline(&self) -> Option<Instant> {
         let silent = self.session.deadline().filter(|_| self.reading);
         let stalled = self.stalled_since.map(|since| since + self.shared.write_stall);
-        silent.into_iter().chain(stalled).min()
+        silent.into_iter().chain(stalled).chain(self.grant.until()).min()
     }
 
     fn timeout(&mut self) -> Result<(), End> {
         let now = Instant::now();
         match self.deadline() {
             Some(deadline) if deadline > now => Ok(()),
+            Some(_) if self.grant.until().is_some_and(|until| until <= now) => {
+                let why = "its token has expired";
+                Err(Violation::new(reason::NOT_AUTHORIZED, why).into())
+            }
             Some(_)
                 if self
                     .stalled_since
@@ -508,6 +531,12 @@ impl Conn<'_> {
     /// Stores a publish, or holds it, or refuses it.
     fn publish(&mut self, publishing: Publishing) -> Result<(), Violation> {
         let Publishing { publish, number } = publishing;
+        if !self.may_publish(&publish.topic) {
+            FrontStats::add(&self.shared.stats.denied, 1);
+            let why = format!("topic {:?} is not allowed to this client", shorten(&publish.topic));
+            return self
+                .refuse(number, Violation { code: reason::NOT_AUTHORIZED, why: why.into() });
+        }
         if !self.resolve(&publish.topic) {
             let why = format!("topic {:?} is not taken by any route", shorten(&publish.topic));
             return self.refuse(number, Violation { code: reason::TOPIC_INVALID, why: why.into() });
@@ -551,6 +580,21 @@ impl Conn<'_> {
             tracing::warn!(%client, why = %violation.why, unlogged, "publish refused");
         }
         self.session.refuse(number, violation, &mut self.out)
+    }
+
+    /// Whether the rules let it publish to a topic: those that led to the last device did.
+    fn may_publish(&self, topic: &ByteString) -> bool {
+        self.device.as_ref().is_some_and(|device| device.topic == *topic)
+            || self.grant.may_publish(topic)
+    }
+
+    /// A grant ends with its token, and when its log-in would not give the same any more.
+    fn check_grant(&mut self) -> Result<(), End> {
+        if !self.grant.is_upheld() {
+            let why = "what this client may do has changed: log in again";
+            return Err(Violation::new(reason::ADMINISTRATIVE_ACTION, why).into());
+        }
+        Ok(())
     }
 
     /// Finds the device of a topic; `false` if nothing takes it.
@@ -658,7 +702,7 @@ impl Conn<'_> {
 
     async fn subscribe(&mut self, subscribe: v5::Subscribe) -> Result<(), End> {
         let id = subscribe.id.map(std::num::NonZeroU32::get);
-        let filters: Vec<_> = subscribe
+        let mut filters: Vec<_> = subscribe
             .topic_filters
             .into_iter()
             .map(|(filter, asked)| {
@@ -667,7 +711,15 @@ impl Conn<'_> {
                 (filter, Options { qos, no_local: asked.no_local, retain_as_published, id })
             })
             .collect();
-        let codes = self.inbox.subscribe(&filters).await?;
+        let allowed: Vec<bool> =
+            filters.iter().map(|(filter, _)| self.grant.may_subscribe(filter)).collect();
+        let mut each = allowed.iter();
+        filters.retain(|_| each.next() == Some(&true));
+        let mut codes = self.inbox.subscribe(&filters).await?.into_iter();
+        let code = |allowed: &bool| if *allowed { codes.next() } else { None };
+        let codes: Vec<u8> =
+            allowed.iter().map(code).map(|code| code.unwrap_or(reason::NOT_AUTHORIZED)).collect();
+        FrontStats::add(&self.shared.stats.denied, (allowed.len() - filters.len()) as u64);
         self.marks_publisher = self.inbox.has_no_local();
         self.session.subscribed(subscribe.packet_id, &codes, &mut self.out);
         Ok(())
@@ -682,6 +734,7 @@ impl Conn<'_> {
 
     /// Delivers a message, and those that are there already.
     fn deliver(&mut self, first: Result<(Envelope, Options), Interrupted>) -> Result<(), End> {
+        self.check_grant()?;
         let (mut sent, mut dropped) = (0, 0);
         let now_us = self.shared.ingest.now_us();
         let mut next = Some(first);

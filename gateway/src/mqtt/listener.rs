@@ -239,7 +239,7 @@ mod tests {
     use super::*;
     use crate::ingest::{Ingest, Routes};
     use crate::mqtt::Downlink;
-    use crate::mqtt::conn::tests::{Gate, ingest_config, listener_config};
+    use crate::mqtt::conn::tests::{Gate, ingest_config, listener_config, open_access};
 
     #[tokio::test]
     async fn a_connection_that_panicked_is_counted_and_gone() {
@@ -248,7 +248,8 @@ mod tests {
             Ingest::start(Gate::default(), 0, &ingest_config(), at_quota, Duration::from_mins(1))
                 .unwrap();
         let downlink = Downlink::new(ingest.watermark(), 1);
-        let shared = Shared::new(ingest, Routes::default(), downlink, 0, Duration::ZERO);
+        let (routes, access) = (Routes::default(), open_access());
+        let shared = Shared::new(ingest, routes, access, downlink, 0, Duration::ZERO);
         let front = Front::bind(&listener_config(), None, Arc::new(shared)).await.unwrap();
         let stats = front.stats();
         FrontStats::add(&stats.connections, 1);

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::*;
-use crate::config::{Bind, IngestConfig, ListenerConfig, RouteConfig, Transport};
+use crate::config::{AuthConfig, Bind, IngestConfig, ListenerConfig, RouteConfig, Transport};
 use crate::ingest::{Append, CommitterHandle};
 use crate::mqtt::Front;
 use crate::mqtt::codec::Version;
@@ -45,6 +45,12 @@ pub(crate) fn listener_config() -> ListenerConfig {
         packet_bytes_max: 64 * 1024,
         in_flight_max: 4,
     }
+}
+
+/// No users and no rules.
+pub(crate) fn open_access() -> Access {
+    let auth = AuthConfig { users_file: None, credential_cache: Duration::ZERO, jwt: None };
+    Access::load(&auth, &[]).unwrap()
 }
 
 fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
@@ -107,7 +113,8 @@ impl Rig {
         let downlink = Downlink::new(ingest.watermark(), 16);
         let held_bytes_max = ingest_config.held_bytes_max;
         let routes = Routes::new(&routes).unwrap();
-        let mut shared = Shared::new(ingest, routes, downlink, held_bytes_max, PATIENCE);
+        let access = open_access();
+        let mut shared = Shared::new(ingest, routes, access, downlink, held_bytes_max, PATIENCE);
         shared.write_stall = Duration::from_secs(1);
         let shared = Arc::new(shared);
         let front = Front::bind(&listener, None, shared.clone()).await.unwrap();
