@@ -381,3 +381,87 @@ async fn a_reconnect_storm_is_let_in_and_holds_up_nobody() {
     assert_eq!((status.mqtt.logins_failed_total, status.mqtt.connections), (0, 401));
     assert_eq!(gateway.terminate().await, Some(0));
 }
+
+/// A device over its rate is slowed and loses nothing, and others do not notice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flooding_device_is_slowed_and_starves_nobody() {
+    let bench = Bench::new(73);
+    let addr = stable_address();
+    bench.configure(&format!("[[listener]]\nbind = \"{addr}\"\nevents_per_second_max = 200\n"));
+    let gateway = bench.start().await;
+    let connect = async |client_id| {
+        let stream = TcpStream::connect(addr).await.unwrap();
+        Raw::welcome(stream, true, Hello { client_id, ..SAYS_NOTHING }).await
+    };
+    let mut flooding = connect("flooding").await;
+    let mut flood = JoinSet::new();
+    flood.spawn(async move { flooding.flood("devices/flooding/t", 300).await });
+    gateway.until("it is slowed", |status| status.mqtt.paced_total > 0).await;
+    let mut good = connect("good").await;
+    for _ in 0..20 {
+        assert_eq!(good.publish("devices/good/t", "1").await, Some(0));
+    }
+    flood.join_next().await.unwrap().unwrap();
+    let status = gateway.status().await;
+    assert_eq!((status.store.watermark, status.mqtt.publishes_refused_total), (320, 0));
+    assert_eq!(gateway.terminate().await, Some(0));
+}
+
+/// The device key of each event that a file sink has, by its topic.
+fn keys_by_topic(archive: &Path) -> Vec<(String, String)> {
+    let text = std::fs::read_to_string(archive).unwrap();
+    let event = |line: &str| {
+        let event: serde_json::Value = serde_json::from_str(line).unwrap();
+        let text = |name: &str| event[name].as_str().unwrap().to_owned();
+        (text("subject"), text("partitionkey"))
+    };
+    let mut keys: Vec<_> = text.lines().map(event).collect();
+    keys.sort();
+    keys
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_route_says_where_the_device_key_stands() {
+    let bench = Bench::new(74);
+    let (secured, archive) = (Secured::new(&bench), bench.path("archive.ndjson"));
+    let ca = client_ca(&secured.authority, &bench.path("clients.pem"));
+    let routes: String = ["client_id", "username", "certificate", "property:dev"]
+        .map(|device| format!("[[route]]\nfilter = \"{device}/#\"\ndevice = \"{device}\"\n"))
+        .concat();
+    let sink = format!("[[sink]]\nname = \"a\"\ntype = \"file\"\npath = {archive:?}\n");
+    let listener = secured.listener("mqtt", false, &ca);
+    bench.configure(&with_users(&bench, &format!("{listener}{routes}{sink}")));
+    passwd(&bench, "alice", "a").await;
+    let gateway = bench.start().await;
+
+    let (mut alice, _) = log_in(&bench, true, hello("c1", "alice", "a")).await;
+    let own = secured.authority.sign("dev-7");
+    let stream = tls(secured.addr, secured.authority.client(Some(&own))).await.unwrap();
+    let mut certified = Raw::welcome(stream, true, Hello { client_id: "c2", ..SAYS_NOTHING }).await;
+    for topic in ["client_id/a", "username/a", "certificate/a", "property:dev/a"] {
+        assert_eq!(alice.publish(topic, "").await, Some(0));
+    }
+    for topic in ["username/c", "certificate/c"] {
+        assert_eq!(certified.publish(topic, "").await, Some(0));
+    }
+    for (topic, value) in
+        [("property:dev/1", "d1"), ("property:dev/1", "d2"), ("property:dev/2", "")]
+    {
+        assert_eq!(alice.publish_with(topic, "dev", value).await, Some(0));
+    }
+    gateway.until_delivered("a").await;
+    assert_eq!(gateway.terminate().await, Some(0));
+    let expected = [
+        ("certificate/a", "c1"),
+        ("certificate/c", "dev-7"),
+        ("client_id/a", "c1"),
+        ("property:dev/1", "d1"),
+        ("property:dev/1", "d2"),
+        ("property:dev/2", "c1"),
+        ("property:dev/a", "c1"),
+        ("username/a", "alice"),
+        ("username/c", "dev-7"),
+    ];
+    let keys = keys_by_topic(&archive);
+    assert!(keys.iter().map(|(topic, key)| (&**topic, &**key)).eq(expected), "{keys:?}");
+}

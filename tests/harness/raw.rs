@@ -64,13 +64,43 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Raw<S> {
     /// Publishes with QoS 1: the code of the PUBACK, or `None` if the connection was closed.
     pub(crate) async fn publish(&mut self, topic: &str, payload: &str) -> Option<u8> {
         let content = [&field(topic)[..], &[0, 1], self.no_properties(), payload.as_bytes()];
-        self.send(&packet(0x32, &content.concat())).await;
+        self.publish_packet(&content.concat()).await
+    }
+
+    /// As [`Raw::publish`] in MQTT 5, with a user property.
+    pub(crate) async fn publish_with(
+        &mut self,
+        topic: &str,
+        name: &str,
+        value: &str,
+    ) -> Option<u8> {
+        let property = [&[0x26][..], &field(name), &field(value)].concat();
+        let content = [&field(topic)[..], &[0, 1, property.len() as u8], &property];
+        self.publish_packet(&content.concat()).await
+    }
+
+    async fn publish_packet(&mut self, content: &[u8]) -> Option<u8> {
+        self.send(&packet(0x32, content)).await;
         let answer = self.packet().await?;
         if answer[0] == 0xE0 {
             return None;
         }
         assert_eq!((answer[0], &answer[2..4]), (0x40, &[0, 1][..]), "{answer:x?}");
         Some(answer.get(4).copied().unwrap_or(0))
+    }
+
+    /// Publishes with QoS 1 as fast as it can, and reads the acks afterwards, in their order.
+    pub(crate) async fn flood(&mut self, topic: &str, count: u16) {
+        let publish = |id: u16| {
+            let content = [&field(topic)[..], &id.to_be_bytes(), self.no_properties()];
+            packet(0x32, &content.concat())
+        };
+        let publishes: Vec<u8> = (1..=count).flat_map(publish).collect();
+        self.send(&publishes).await;
+        for id in 1..=count {
+            let ack = self.packet().await.expect("an ack");
+            assert_eq!((ack[0], &ack[2..]), (0x40, &id.to_be_bytes()[..]), "{ack:x?}");
+        }
     }
 
     /// Subscribes with QoS 1: the code of the SUBACK.

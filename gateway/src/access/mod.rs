@@ -359,6 +359,11 @@ impl Grant {
         self.user.as_ref()
     }
 
+    /// The user, if its certificate says so.
+    pub fn certified(&self) -> Option<&ByteString> {
+        self.user().filter(|_| self.standing == Standing::Certificate)
+    }
+
     /// When it ends by itself, with the token that it was given for.
     pub fn until(&self) -> Option<Instant> {
         self.until

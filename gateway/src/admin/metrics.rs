@@ -74,6 +74,8 @@ fn front(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     counter(out, "mqtt_logins_failed", help, mqtt.logins_failed_total)?;
     let help = "Publishes and subscriptions that the rules did not allow";
     counter(out, "mqtt_denied", help, mqtt.denied_total)?;
+    let help = "Times that a client was not read for a while: it was over its rate";
+    counter(out, "mqtt_paced", help, mqtt.paced_total)?;
     let help = "Connections closed for a breach of the protocol";
     counter(out, "mqtt_protocol_errors", help, mqtt.protocol_errors_total)?;
     counter(out, "mqtt_panics", "Connections that ended in a panic", mqtt.panics_total)?;

@@ -171,6 +171,7 @@ impl Parts {
             publishes_dropped_total: read(&stats.publishes_dropped),
             logins_failed_total: self.front.access.failures(),
             denied_total: read(&stats.denied),
+            paced_total: read(&stats.paced),
             protocol_errors_total: read(&stats.protocol_errors),
             panics_total: read(&stats.panics),
             deliveries_total: read(&stats.deliveries),

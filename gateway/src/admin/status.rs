@@ -62,6 +62,9 @@ pub struct MqttStatus {
     /// Publishes and subscriptions that the rules did not allow.
     #[serde(default)]
     pub denied_total: u64,
+    /// Times that a client was not read for a while because it was over its rate.
+    #[serde(default)]
+    pub paced_total: u64,
     /// Connections closed for a breach of the protocol.
     pub protocol_errors_total: u64,
     /// Connections that ended in a panic.

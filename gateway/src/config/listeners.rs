@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::reader::Section;
-use super::{KIB, MIB, SECOND, read_address};
+use super::{GIB, KIB, MIB, SECOND, read_address};
+use crate::mqtt::pace::Rate;
 
 /// What a Unix socket's name begins with.
 const UNIX: &str = "unix:";
@@ -34,6 +35,8 @@ pub struct ListenerConfig {
     /// QoS 1 publishes of one connection that wait for their ack, at most; v5 clients are told so
     /// as Receive Maximum.
     pub in_flight_max: u16,
+    /// How fast one client may publish.
+    pub client_rate: Rate,
 }
 
 /// Where a listener listens.
@@ -153,6 +156,10 @@ fn read_listener(section: &Section<'_, '_>, knows_users: bool) -> ListenerConfig
         connect_timeout: section.time("connect_timeout", SECOND..=600 * SECOND, 10 * SECOND),
         packet_bytes_max: section.size("packet_bytes_max", KIB..=64 * MIB, 256 * KIB) as usize,
         in_flight_max: section.integer("in_flight_max", 1..=65_535, 1_024) as u16,
+        client_rate: Rate {
+            events: section.integer("events_per_second_max", 0..=1_000_000, 0),
+            bytes: section.size("bytes_per_second_max", 0..=GIB, 0),
+        },
     }
 }
 

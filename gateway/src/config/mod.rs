@@ -22,7 +22,7 @@ use bridge::config::SinkConfig;
 use storage::{AtQuota, JournalMode, SinkRetention, StoreOptions};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use crate::ingest::device_key;
+use crate::ingest::device_key::{self, DeviceFrom};
 pub use auth::{AclConfig, AuthConfig, JwtConfig, JwtKeys};
 pub use listeners::{Bind, ClientIdentity, ListenerConfig, TlsConfig, Transport};
 pub use reader::{Env, Problem};
@@ -72,6 +72,8 @@ pub struct RouteConfig {
     pub filter: String,
     /// Media type of payloads that name none themselves.
     pub content_type: Option<String>,
+    /// Where the device key stands.
+    pub device: DeviceFrom,
 }
 
 /// `[ingest]`.
@@ -298,12 +300,36 @@ fn read_routes(root: &Section<'_, '_>) -> Vec<RouteConfig> {
     let mut routes = Vec::new();
     for section in root.sections("route") {
         let filter = section.required("filter", "a topic filter such as \"devices/{device}/#\"");
-        if let (false, Err(wrong)) = (filter.is_empty(), device_key::RouteFilter::parse(&filter)) {
+        let parsed = device_key::RouteFilter::parse(&filter);
+        if let (false, Err(wrong)) = (filter.is_empty(), &parsed) {
             section.problem("filter", wrong.to_string());
         }
-        routes.push(RouteConfig { filter, content_type: section.string("content_type") });
+        let in_topic = parsed.is_ok_and(|filter| filter.has_device());
+        let device = read_device(&section, in_topic);
+        routes.push(RouteConfig { filter, content_type: section.string("content_type"), device });
     }
     routes
+}
+
+/// `in_topic`: the filter has `{device}`.
+fn read_device(section: &Section<'_, '_>, in_topic: bool) -> DeviceFrom {
+    let Some(text) = section.string("device") else {
+        return if in_topic { DeviceFrom::Topic } else { DeviceFrom::ClientId };
+    };
+    match DeviceFrom::parse(&text) {
+        Ok(device) => {
+            if in_topic != (device == DeviceFrom::Topic) {
+                let why = "\"topic\" goes with {device} in the filter, and only with that: write \
+                           '+' there if the device key stands elsewhere";
+                section.problem("device", why);
+            }
+            device
+        }
+        Err(wrong) => {
+            section.problem("device", wrong);
+            DeviceFrom::default()
+        }
+    }
 }
 
 fn read_ingest(section: &Section<'_, '_>) -> IngestConfig {

@@ -290,3 +290,28 @@ subscribe = "t"
     assert_eq!(wrong.lines().count(), 6, "{wrong}");
     assert!(parse("[auth.jwt]").unwrap_err().contains("jwks_file: is missing"));
 }
+
+#[test]
+fn a_device_key_stands_in_one_place() {
+    let device = |filter: &str, device: &str| {
+        parse(&format!("[[route]]\nfilter = {filter:?}\n{device}"))
+            .map(|c| c.routes[0].device.clone())
+    };
+    for (filter, written, read) in [
+        ("a/{device}/#", "", DeviceFrom::Topic),
+        ("a/+/#", "", DeviceFrom::ClientId),
+        ("a/{device}/#", "device = \"topic\"", DeviceFrom::Topic),
+        ("a/#", "device = \"username\"", DeviceFrom::Username),
+        ("a/#", "device = \"certificate\"", DeviceFrom::Certificate),
+        ("a/#", "device = \"property:dev\"", DeviceFrom::Property("dev".to_owned())),
+    ] {
+        assert_eq!(device(filter, written).unwrap(), read, "{filter} {written}");
+    }
+    for (filter, wrong) in
+        [("a/#", "topic"), ("a/{device}", "username"), ("a/#", "property:"), ("a/#", "serial")]
+    {
+        let problems = device(filter, &format!("device = {wrong:?}")).unwrap_err();
+        assert!(problems.starts_with("t.toml:3: route.device: "), "{problems}");
+        assert_eq!(problems.lines().count(), 1, "{problems}");
+    }
+}

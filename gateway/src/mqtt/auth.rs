@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use bytestring::ByteString;
 use rmqtt_codec::v5;
 
+use super::pace::Rate;
 use super::reason::{self, Violation};
 use crate::access::{Access, Grant, Refusal, Request};
 
@@ -19,6 +20,8 @@ pub struct Peer {
     pub user: Option<ByteString>,
     /// Whether its listener lets in clients without credentials.
     pub allow_anonymous: bool,
+    /// How fast its listener lets it publish.
+    pub rate: Rate,
 }
 
 /// Decides on a CONNECT, and on its will, which is a publish to come.

@@ -31,12 +31,13 @@ use super::clients::{Clients, Seat};
 use super::codec::{self, Connect, Delivery};
 use super::downlink::{Downlink, Inbox, Interrupted, Options};
 use super::envelope::Envelope;
+use super::pace::{Pace, Paces};
 use super::reason::{self, Violation};
 use super::session::{Delivered, Effect, Limits, Publishing, Session};
 use super::stats::{FrontStats, LogLimit};
 use super::topic;
 use crate::access::{Access, Grant};
-use crate::ingest::device_key::Routes;
+use crate::ingest::device_key::{DeviceFrom, Routes};
 use crate::ingest::{AckMailbox, Admission, Ingest, Pending, Ticket, partition};
 
 /// Bytes that may wait for a client to read them. Past it neither its packets nor messages for it
@@ -74,6 +75,7 @@ pub struct Shared {
     /// See [`WRITE_STALL`].
     write_stall: Duration,
     clients: Clients,
+    paces: Paces,
     log_limit: LogLimit,
 }
 
@@ -98,6 +100,7 @@ impl Shared {
             shutdown_grace,
             write_stall: WRITE_STALL,
             clients: Clients::default(),
+            paces: Paces::default(),
             log_limit: LogLimit::default(),
         }
     }
@@ -247,6 +250,7 @@ pub async fn serve<R, W>(
         shared,
         limits,
         grant,
+        pace: shared.paces.enter(session.client_id(), from.rate, Instant::now()),
         session,
         buf,
         out,
@@ -319,6 +323,8 @@ struct Device {
     topic: ByteString,
     key: ByteString,
     partition: u16,
+    /// The user property of each publish that names another key.
+    property: Option<String>,
     content_type: Option<ByteString>,
     /// Attributes of a publish that says nothing beyond its QoS: 0 and 1.
     plain: [Attributes; 2],
@@ -329,6 +335,8 @@ struct Conn<'a> {
     limits: Limits,
     /// Who it is, and what it may do.
     grant: Grant,
+    /// How fast it may publish.
+    pace: Option<Pace>,
     session: Session,
     buf: BytesMut,
     out: BytesMut,
@@ -454,6 +462,12 @@ impl Conn<'_> {
         self.out.len() < OUT_BYTES_MAX
             && self.session.takes_publishes()
             && self.hold.has_room(usize::from(self.limits.in_flight_max.get()))
+            && self.paced_until().is_none()
+    }
+
+    /// Until when it is not read because it is over its rate.
+    fn paced_until(&self) -> Option<Instant> {
+        self.pace.as_ref().and_then(|pace| pace.opens_at(Instant::now()))
     }
 
     fn takes_delivery(&self) -> bool {
@@ -466,6 +480,9 @@ impl Conn<'_> {
         if reading && !self.reading {
             // It could not speak while it was not read.
             self.session.heard(Instant::now());
+        }
+        if !reading && self.reading && self.paced_until().is_some() {
+            FrontStats::add(&self.shared.stats.paced, 1);
         }
         self.reading = reading;
         if self.out.is_empty() {
@@ -480,7 +497,8 @@ impl Conn<'_> {
     fn deadline(&self) -> Option<Instant> {
         let silent = self.session.deadline().filter(|_| self.reading);
         let stalled = self.stalled_since.map(|since| since + self.shared.write_stall);
-        silent.into_iter().chain(stalled).chain(self.grant.until()).min()
+        let paced = self.paced_until();
+        silent.into_iter().chain(stalled).chain(self.grant.until()).chain(paced).min()
     }
 
     fn timeout(&mut self) -> Result<(), End> {
@@ -531,6 +549,9 @@ impl Conn<'_> {
     /// Stores a publish, or holds it, or refuses it.
     fn publish(&mut self, publishing: Publishing) -> Result<(), Violation> {
         let Publishing { publish, number } = publishing;
+        if let Some(pace) = &mut self.pace {
+            pace.take(publish.topic.len() + publish.payload.len(), Instant::now());
+        }
         if !self.may_publish(&publish.topic) {
             FrontStats::add(&self.shared.stats.denied, 1);
             let why = format!("topic {:?} is not allowed to this client", shorten(&publish.topic));
@@ -614,13 +635,24 @@ impl Conn<'_> {
         let topic = ByteString::from(&**name);
         let resolved = self.shared.routes.resolve(&topic, self.session.client_id())?;
         let content_type = resolved.content_type.map(ByteString::from);
+        let key = match resolved.device {
+            DeviceFrom::Topic | DeviceFrom::ClientId | DeviceFrom::Property(_) => None,
+            DeviceFrom::Username => self.grant.user(),
+            DeviceFrom::Certificate => self.grant.certified(),
+        };
+        let key = key.cloned().unwrap_or(resolved.device_key);
+        let property = match resolved.device {
+            DeviceFrom::Property(name) => Some(name.clone()),
+            _ => None,
+        };
         let plain = [QoS::AtMostOnce, QoS::AtLeastOnce].map(|qos| {
             let content_type = content_type.as_deref().map(Attribute::ContentType);
             Attributes::encode([Attribute::QoS(qos.value())].into_iter().chain(content_type))
         });
         Some(Device {
-            partition: partition::of(&resolved.device_key, self.shared.ingest.partitions()),
-            key: resolved.device_key,
+            partition: partition::of(&key, self.shared.ingest.partitions()),
+            key,
+            property,
             topic,
             content_type,
             plain,
@@ -644,10 +676,18 @@ impl Conn<'_> {
         } else {
             device.plain[usize::from(publish.qos.value() & 1)].clone()
         };
+        let (device_key, partition) = match &device.property {
+            Some(name) => device_of_property(&publish, name).map(|key| {
+                let partition = partition::of(&key, self.shared.ingest.partitions());
+                (key, partition)
+            }),
+            None => None,
+        }
+        .unwrap_or_else(|| (device.key.clone(), device.partition));
         Event {
-            partition: device.partition,
+            partition,
             received_us: self.received_us,
-            device_key: device.key.clone(),
+            device_key,
             topic: device.topic.clone(),
             attributes,
             payload: publish.payload,
@@ -822,6 +862,9 @@ impl Conn<'_> {
     /// Sends the last words, and stores what must outlive the connection: held publishes, the will.
     async fn end<W: AsyncWrite + Unpin>(mut self, end: End, writer: &mut W, peer: &str) {
         let client = self.session.client_id().clone();
+        if let Some(pace) = self.pace {
+            self.shared.paces.leave(&client, pace, Instant::now());
+        }
         match &end {
             End::Client => tracing::debug!(peer, %client, "disconnected"),
             End::Lost(why) => tracing::debug!(peer, %client, why, "lost"),
@@ -911,6 +954,14 @@ async fn read_some<R: AsyncRead + Unpin>(
         buf.reserve(read_bytes.max(buf.len()));
     }
     reader.read_buf(buf).await
+}
+
+/// The device key in a user property; the first of that name, if it is not empty.
+fn device_of_property(publish: &Publish, name: &str) -> Option<ByteString> {
+    let said = &publish.properties.as_ref()?.user_properties;
+    let (_, key) = said.iter().find(|(property, _)| *property == name)?;
+    // A copy: a slice of the read buffer would keep all of it.
+    (!key.is_empty()).then(|| ByteString::from(&**key))
 }
 
 fn says_nothing(properties: &v5::PublishProperties) -> bool {

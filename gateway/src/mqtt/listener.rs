@@ -27,6 +27,7 @@ use self::socket::{Accepted, Socket};
 use self::tls::Tls;
 use super::auth::Peer;
 use super::conn::{self, Shared};
+use super::pace::Rate;
 use super::session::Limits;
 use super::stats::FrontStats;
 use crate::config::{Bind, ListenerConfig, Transport};
@@ -48,6 +49,7 @@ struct Door {
     tls: Option<Arc<Tls>>,
     connect_timeout: Duration,
     allow_anonymous: bool,
+    rate: Rate,
     limits: Limits,
     shared: Arc<Shared>,
 }
@@ -80,6 +82,7 @@ impl Front {
                 tls,
                 connect_timeout: config.connect_timeout,
                 allow_anonymous: config.allow_anonymous,
+                rate: config.client_rate,
                 limits,
                 shared,
             }),
@@ -160,6 +163,7 @@ impl Door {
             address: accepted.address(),
             user: None,
             allow_anonymous: self.allow_anonymous,
+            rate: self.rate,
         };
         let deadline = Instant::now() + self.connect_timeout;
         let stream: Box<dyn Duplex> = match accepted {

@@ -11,6 +11,7 @@
 //! - [`session`]: the protocol as a pure state machine; [`auth`]: what [`crate::access`] decides, in
 //!   MQTT's words.
 //! - [`conn`]: one task per connection; [`clients`]: one connection per client id.
+//! - [`pace`]: how fast a client may publish (pure).
 //! - [`listener`]: accepting, TLS, WebSocket, limits, shutdown. [`Front`] is what the wiring holds.
 //! - [`subscriptions`], [`envelope`], [`downlink`]: from the log to the subscribers.
 //!
@@ -47,6 +48,7 @@ pub mod conn;
 pub mod downlink;
 pub mod envelope;
 pub mod listener;
+pub mod pace;
 pub mod reason;
 pub mod session;
 pub mod stats;

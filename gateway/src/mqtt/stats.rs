@@ -14,6 +14,8 @@ pub struct FrontStats {
     pub connections_refused: AtomicU64,
     /// Publishes and subscriptions that the rules do not allow.
     pub denied: AtomicU64,
+    /// Times that a client was not read for a while because it was over its rate.
+    pub paced: AtomicU64,
     /// Connections closed for a violation of the protocol.
     pub protocol_errors: AtomicU64,
     /// Connections that ended in a panic: a bug, which ended that connection only.

@@ -13,9 +13,11 @@ use tokio::task::JoinSet;
 
 use super::*;
 use crate::config::{AuthConfig, Bind, IngestConfig, ListenerConfig, RouteConfig, Transport};
+use crate::ingest::device_key::DeviceFrom;
 use crate::ingest::{Append, CommitterHandle};
 use crate::mqtt::Front;
 use crate::mqtt::codec::Version;
+use crate::mqtt::pace::Rate;
 use crate::mqtt::wire::{self, BOTH, ConnectPacket, V3, V5, field, packet};
 
 /// Nothing here takes long: this only ends a test that has gone wrong.
@@ -44,6 +46,7 @@ pub(crate) fn listener_config() -> ListenerConfig {
         connect_timeout: PATIENCE,
         packet_bytes_max: 64 * 1024,
         in_flight_max: 4,
+        client_rate: Rate::default(),
     }
 }
 
@@ -108,7 +111,11 @@ impl Rig {
             Ingest::start(log, 0, ingest_config, at_quota, Duration::from_mins(1)).unwrap();
         let routes: Vec<_> = routes
             .iter()
-            .map(|filter| RouteConfig { filter: (*filter).to_owned(), content_type: None })
+            .map(|filter| RouteConfig {
+                filter: (*filter).to_owned(),
+                content_type: None,
+                device: DeviceFrom::default(),
+            })
             .collect();
         let downlink = Downlink::new(ingest.watermark(), 16);
         let held_bytes_max = ingest_config.held_bytes_max;
