@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::{self, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,7 @@ pub(super) fn run(path: &Path) -> u8 {
         Err(code) => return code,
     };
     logging::start(&config.log);
+    allow_descriptors(&config);
     let runtime = runtime::Builder::new_multi_thread().enable_all().build();
     match runtime.map(|runtime| to_the_end(runtime, serve(path, config))) {
         Ok(Ok(())) => DONE,
@@ -36,6 +38,32 @@ pub(super) fn run(path: &Path) -> u8 {
             eprintln!("edge-gateway: cannot start the runtime: {source}");
             FAILED
         }
+    }
+}
+
+/// Beside the connections: the log's files, the sinks' sockets, the admin endpoint.
+const DESCRIPTORS_BESIDE: u64 = 256;
+
+/// Raises the limit of open files as far as the connections need and the system allows: shells and
+/// service managers give a process 1,024 and let it ask for more.
+fn allow_descriptors(config: &Config) {
+    let connections: usize = config.listeners.iter().map(|l| l.connections_max).sum();
+    let needed = connections as u64 + DESCRIPTORS_BESIDE;
+    let limit = getrlimit(Resource::Nofile);
+    let allowed = limit.maximum.unwrap_or(u64::MAX).min(needed);
+    if limit.current.is_some_and(|current| current < allowed) {
+        let raised = Rlimit { current: Some(allowed), ..limit };
+        if let Err(error) = setrlimit(Resource::Nofile, raised) {
+            warn!(%error, "cannot raise the limit of open files");
+        }
+    }
+    if allowed < needed {
+        warn!(
+            allowed,
+            needed,
+            "connections_max is more than the system allows open files: raise its limit \
+             (LimitNOFILE= of the service)"
+        );
     }
 }
 
