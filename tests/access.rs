@@ -7,11 +7,15 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use harness::pki::{Authority, Signed};
 use harness::raw::{Hello, Raw};
 use harness::tunnel::{Tunnel, Way, tls};
 use harness::{Bench, GatewayProcess, eventually, http_sink, stable_address};
+use ring::hmac;
 use rustix::process::Signal;
 use rustls::ClientConfig;
 use rustls::pki_types::CertificateDer;
@@ -205,15 +209,21 @@ async fn sighup_renews_the_certificate_and_drops_no_connection() {
 }
 
 #[tokio::test]
-async fn certificates_that_cannot_be_used_are_named_at_the_start() {
+async fn files_that_cannot_be_used_are_named_at_the_start() {
     let bench = Bench::new(68);
     let secured = Secured::new(&bench);
     std::fs::remove_file(&secured.key_file).unwrap();
-    let config = bench.configure(&secured.listener("mqtt", true, ""));
+    let more = with_users(&bench, &secured.listener("mqtt", true, ""));
+    let config = bench.configure(&more);
     let ended = harness::run_to_end("run", &config).await;
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.stderr.contains("listener.tls.key_file: "), "{ended:?}");
     assert!(!bench.path("data").exists(), "nothing was touched");
+    let ended = harness::run_to_end("check", &config).await;
+    assert_eq!(ended.code, Some(2), "{ended:?}");
+    for part in ["listener.tls.key_file: ", "auth.users_file: ", "edge-gateway passwd makes one"] {
+        assert!(ended.stderr.contains(part), "{part:?} is not in {ended:?}");
+    }
 }
 
 /// Half-open connections: nothing said, a handshake begun, a handshake and no CONNECT. The good
@@ -464,4 +474,38 @@ async fn a_route_says_where_the_device_key_stands() {
     ];
     let keys = keys_by_topic(&archive);
     assert!(keys.iter().map(|(topic, key)| (&**topic, &**key)).eq(expected), "{keys:?}");
+}
+
+/// A token of HS256 that ends so many seconds from now.
+fn token(key: &[u8], user: &str, seconds: u64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let claims = format!(r#"{{"sub":"{user}","exp":{}}}"#, now + seconds);
+    let parts = [r#"{"alg":"HS256"}"#, &claims].map(|part| URL_SAFE_NO_PAD.encode(part));
+    let key = hmac::Key::new(hmac::HMAC_SHA256, key);
+    let signature = hmac::sign(&key, parts.join(".").as_bytes());
+    format!("{}.{}", parts.join("."), URL_SAFE_NO_PAD.encode(signature))
+}
+
+/// A token lets in, and its end ends the connection, whatever the client does or leaves undone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_lets_in_until_its_end() {
+    let bench = Bench::new(75);
+    let (key, key_file) = ([7; 32], bench.path("jwt.key"));
+    std::fs::write(&key_file, key).unwrap();
+    let jwt = format!("[auth.jwt]\nhmac_key_file = \"{}\"\nleeway = 0\n", key_file.display());
+    let rule = "[[acl]]\nusers = [\"dev-7\"]\npublish = [\"devices/%u/#\"]\n";
+    bench.configure(&format!("{jwt}{rule}"));
+    let gateway = bench.start().await;
+    let forged = token(&[8; 32], "dev-7", 60);
+    assert_eq!(log_in(&bench, true, hello("c", "", &forged)).await.1, Some(0x86));
+    let good = token(&key, "dev-7", 3);
+    let (mut client, code) = log_in(&bench, true, hello("c", "", &good)).await;
+    assert_eq!(code, Some(0));
+    assert_eq!(client.publish("devices/dev-7/t", "1").await, Some(0));
+    assert_eq!(client.publish("devices/dev-8/t", "1").await, Some(0x87));
+    let goodbye = client.packet().await.expect("a DISCONNECT");
+    assert_eq!((goodbye[0], goodbye[2]), (0xE0, 0x87));
+    assert!(client.packet().await.is_none());
+    assert_eq!(log_in(&bench, true, hello("c", "", &good)).await.1, Some(0x86), "it has ended");
+    assert_eq!(gateway.terminate().await, Some(0));
 }

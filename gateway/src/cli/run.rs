@@ -117,7 +117,8 @@ async fn serve(path: &Path, config: Config) -> anyhow::Result<()> {
 
 /// SIGHUP. Whatever is wrong with the files, the gateway goes on with what it has.
 async fn read_again(path: &Path, reload: &Reload) {
-    info!("SIGHUP: reading {} again", path.display());
+    let file = path.display();
+    info!("SIGHUP: reading {file} again; what is not named below needs a restart");
     let (path, reload) = (path.to_owned(), reload.clone());
     let read = move || match Config::load(&path) {
         Ok(config) => reload.apply(&config),
