@@ -15,8 +15,9 @@
 //! A certificate that the listener has checked decides, and what else CONNECT says is not looked at.
 //! Else, where users or tokens are configured, a user name or a password is checked, and never taken
 //! for anonymous. Whoever has just been let in with the same password is let in at once. Others wait
-//! while their address has failed of late, then for a free thread; past [`WAITING_MAX`] they are told
-//! to come again.
+//! while their address has failed of late, then for a free thread, where an address has
+//! [`NEXT_MAX`] places: one that tries a thousand passwords at once does not keep others waiting.
+//! Past [`WAITING_MAX`] of one address they are told to come again.
 
 pub mod acl;
 pub mod jwt;
@@ -36,14 +37,21 @@ use tokio::sync::{Semaphore, watch};
 
 use self::acl::{Acl, Permissions};
 use self::jwt::{KeyPrint, TokenError, Verifier};
-use self::penalty::Penalties;
+use self::penalty::{Networks, Penalties};
 use self::recent::{Digest, Digester, Recent};
 use self::users::{NAME_BYTES_MAX, PASSWORD_BYTES_MAX, Users};
 use crate::config::{AclConfig, AuthConfig};
 use crate::ingest::clock;
 
-/// Log-ins that may wait for a thread; more are turned away.
+/// Log-ins of one address that may wait; more are turned away.
 pub const WAITING_MAX: usize = 1024;
+
+/// Log-ins of one address that may stand in the one queue for a thread; more wait until one of them
+/// is through.
+pub const NEXT_MAX: usize = 4;
+
+/// Addresses share so many queues of their own by chance.
+const QUEUES: usize = 256;
 
 /// Passwords that are remembered as right.
 const RIGHT_MAX: usize = 8192;
@@ -110,8 +118,22 @@ pub struct Access {
     digester: Digester,
     memory: Mutex<Memory>,
     checks: Arc<Semaphore>,
-    waiting: Semaphore,
+    networks: Networks,
+    /// The last one is for Unix sockets.
+    queues: Box<[Queue]>,
     failures: AtomicU64,
+}
+
+/// Where the log-ins of an address wait.
+struct Queue {
+    waiting: Semaphore,
+    next: Semaphore,
+}
+
+impl Queue {
+    fn new() -> Self {
+        Self { waiting: Semaphore::new(WAITING_MAX), next: Semaphore::new(NEXT_MAX) }
+    }
 }
 
 /// What a configuration says, read and checked.
@@ -191,7 +213,8 @@ impl Access {
             digester: Digester::new()?,
             memory: Mutex::new(Memory::new(auth.credential_cache)),
             checks: Arc::new(Semaphore::new(Self::checks_max())),
-            waiting: Semaphore::new(WAITING_MAX),
+            networks: Networks::default(),
+            queues: std::iter::repeat_with(Queue::new).take(QUEUES + 1).collect(),
             failures: AtomicU64::new(0),
         })
     }
@@ -290,7 +313,7 @@ impl Access {
                 self.wait(request.address).await;
                 match known {
                     Some(right) => right,
-                    None => self.verify(user, password, digest, policy).await?,
+                    None => self.verify(request.address, user, password, digest, policy).await?,
                 }
             }
         };
@@ -319,12 +342,16 @@ impl Access {
 
     async fn verify(
         &self,
+        address: Option<IpAddr>,
         user: &str,
         password: &Bytes,
         digest: Digest,
         policy: &Arc<Policy>,
     ) -> Result<bool, Refusal> {
-        let _waits = self.waiting.try_acquire().map_err(|_| Refusal::Busy)?;
+        let queue = address.map_or(QUEUES, |address| self.networks.slot_of(address, QUEUES));
+        let queue = &self.queues[queue];
+        let _waits = queue.waiting.try_acquire().map_err(|_| Refusal::Busy)?;
+        let _next = queue.next.acquire().await.map_err(|_| Refusal::Busy)?;
         let turn = self.checks.clone().acquire_owned().await.map_err(|_| Refusal::Busy)?;
         // Somebody before us may have had the same.
         if let Some(known) = self.recall(&digest) {

@@ -1,5 +1,5 @@
 //! How long an address waits before its next log-in is looked at, after some of its own have failed:
-//! a pure table of fixed size.
+//! a pure table of fixed size. Also which slot of such a table an address has ([`Networks`]).
 //!
 //! Invariant: the wait never exceeds [`DELAY_MAX`], and the table never grows. Addresses that share a
 //! slot share their wait, which costs a stranger's fleet some seconds at most.
@@ -19,11 +19,27 @@ const FORGIVEN: Duration = Duration::from_secs(20);
 
 const SLOTS: usize = 1024;
 
+/// Gives each address a slot that nobody outside can foresee.
+#[derive(Debug, Default)]
+pub(super) struct Networks(RandomState);
+
+impl Networks {
+    /// The slot of an address among so many. A network's worth of IPv6 addresses counts as one:
+    /// whoever has one has them all.
+    pub(super) fn slot_of(&self, address: IpAddr, slots: usize) -> usize {
+        let network = match address.to_canonical() {
+            IpAddr::V4(address) => u64::from(address.to_bits()),
+            IpAddr::V6(address) => (address.to_bits() >> 64) as u64,
+        };
+        (self.0.hash_one(network) % slots as u64) as usize
+    }
+}
+
 /// Failed log-ins of late, by address.
 #[derive(Debug)]
 pub(super) struct Penalties {
     slots: Box<[Option<Slot>]>,
-    hasher: RandomState,
+    networks: Networks,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -34,14 +50,16 @@ struct Slot {
 
 impl Default for Penalties {
     fn default() -> Self {
-        Self { slots: vec![None; SLOTS].into(), hasher: RandomState::new() }
+        Self { slots: vec![None; SLOTS].into(), networks: Networks::default() }
     }
 }
 
 impl Penalties {
     /// How long the address has to wait.
     pub(super) fn delay(&self, address: IpAddr, now: Instant) -> Duration {
-        match self.slots[self.slot_of(address)].map_or(0, |slot| slot.failures_left(now)) {
+        match self.slots[self.networks.slot_of(address, SLOTS)]
+            .map_or(0, |slot| slot.failures_left(now))
+        {
             0 => Duration::ZERO,
             failures => DELAY_MIN.saturating_mul(1 << (failures - 1).min(16)).min(DELAY_MAX),
         }
@@ -49,19 +67,10 @@ impl Penalties {
 
     /// A log-in from the address has failed.
     pub(super) fn failed(&mut self, address: IpAddr, now: Instant) {
-        let at = self.slot_of(address);
+        let at = self.networks.slot_of(address, SLOTS);
         let before = self.slots[at].map_or(0, |slot| slot.failures_left(now));
         // Beyond the longest wait there is nothing to add.
         self.slots[at] = Some(Slot { failures: (before + 1).min(6), last: now });
-    }
-
-    /// A network's worth of IPv6 addresses counts as one: whoever has one has them all.
-    fn slot_of(&self, address: IpAddr) -> usize {
-        let network = match address.to_canonical() {
-            IpAddr::V4(address) => u64::from(address.to_bits()),
-            IpAddr::V6(address) => (address.to_bits() >> 64) as u64,
-        };
-        (self.hasher.hash_one(network) % SLOTS as u64) as usize
     }
 }
 

@@ -144,9 +144,36 @@ async fn a_password_that_was_right_is_not_checked_again() {
     // With every thread taken, only what is remembered gets an answer.
     let _all = access.checks.acquire_many(Access::checks_max() as u32).await.unwrap();
     log_in(&access, "alice", PASSWORD).await.unwrap();
-    access.waiting.forget_permits(WAITING_MAX);
+    access.queues[QUEUES].waiting.forget_permits(WAITING_MAX);
     assert_eq!(log_in(&access, "alice", "wrong").await.err(), Some(Refusal::Busy));
     assert_eq!(access.failures(), 0, "busy is no failure of theirs");
+}
+
+/// Whoever tries many passwords at once waits for itself: somebody who comes behind is through before
+/// most of them.
+#[tokio::test]
+async fn one_address_does_not_fill_the_queue_of_all() {
+    const TRIES: usize = 24;
+    let rig = Rig::new();
+    let access = rig.access(&[]);
+    let hostile = IpAddr::from([192, 0, 2, 1]);
+    let queue_of = |address| access.networks.slot_of(address, QUEUES);
+    let other =
+        (2..=255).map(|n| IpAddr::from([192, 0, 2, n])).find(|a| queue_of(*a) != queue_of(hostile));
+    let wrong: Vec<_> = (0..TRIES).map(|n| format!("wrong {n}")).collect();
+    let through = std::cell::RefCell::new(Vec::new());
+    let tries = futures_util::future::join_all(wrong.iter().map(async |password| {
+        assert!(log_in_from(Some(hostile), &access, "alice", password).await.is_err());
+        through.borrow_mut().push(hostile);
+    }));
+    let behind = async {
+        log_in_from(other, &access, "alice", PASSWORD).await.unwrap();
+        through.borrow_mut().extend(other);
+    };
+    // In this order: all of the others were there first.
+    tokio::join!(biased; tries, behind);
+    let place = through.borrow().iter().position(|address| Some(*address) == other).unwrap();
+    assert!(place <= NEXT_MAX + Access::checks_max(), "{place} went before");
 }
 
 #[tokio::test]
