@@ -14,6 +14,9 @@ mod client;
 mod gateway_process;
 pub(crate) mod kafka;
 pub(crate) mod kafka_proxy;
+pub(crate) mod pki;
+pub(crate) mod raw;
+pub(crate) mod tunnel;
 
 use std::io::Write as _;
 use std::path::Path;

@@ -181,3 +181,137 @@ fn a_small_quota_gets_small_files() {
     let config = parse("[storage]\nquota_bytes = \"64MiB\"").unwrap();
     assert_eq!(config.storage.file_bytes_max, 16 << 20);
 }
+
+#[test]
+fn listeners_say_what_they_need() {
+    let right = r#"
+[[listener]]
+bind = "unix:/run/edge-gateway/mqtt.sock"
+unix_mode = "0600"
+[[listener]]
+type = "websocket"
+bind = "0.0.0.0:8883"
+[listener.tls]
+cert_file = "c"
+key_file = "k"
+client_ca_file = "a"
+client_identity = "san"
+"#;
+    let listeners = parse(right).unwrap().listeners;
+    assert_eq!(listeners[0].bind, Bind::Unix("/run/edge-gateway/mqtt.sock".into()));
+    assert_eq!((listeners[0].unix_mode, listeners[0].allow_anonymous), (0o600, true));
+    assert_eq!(
+        (listeners[1].transport, listeners[1].allow_anonymous),
+        (Transport::WebSocket, false)
+    );
+    let tls = listeners[1].tls.as_ref().unwrap();
+    assert_eq!(tls.client_identity, ClientIdentity::AltName);
+
+    let wrong = r#"
+[[listener]]
+bind = "unix:mqtt.sock"
+unix_mode = "rw"
+[listener.tls]
+key_file = "k"
+client_identity = "cn"
+[[listener]]
+bind = "unix:mqtt.sock"
+[[listener]]
+bind = "0.0.0.0:8883"
+unix_mode = "0600"
+[listener.tls]
+cert_file = "c"
+key_file = "k"
+client_ca_file = "a"
+client_identity = "none"
+"#;
+    let wrong = parse(wrong).unwrap_err();
+    for (line, key, what) in [
+        (3, "listener.bind", "from the root on"),
+        (4, "listener.unix_mode", "octal"),
+        (5, "listener.tls", "Unix socket"),
+        (5, "listener.tls.cert_file", "is missing"),
+        (5, "listener.tls.client_ca_file", "is missing"),
+        (9, "listener.bind", "taken by another listener"),
+        (9, "listener.bind", "from the root on"),
+        (11, "listener.bind", "nobody could connect"),
+        (12, "listener.unix_mode", "Unix sockets only"),
+    ] {
+        let place = format!("t.toml:{line}: {key}: ");
+        let told = wrong.lines().any(|l| l.starts_with(&place) && l.contains(what));
+        assert!(told, "no {place:?} with {what:?} in\n{wrong}");
+    }
+    assert_eq!(wrong.lines().count(), 9, "{wrong}");
+}
+
+#[test]
+fn log_ins_and_rules_say_what_they_need() {
+    let right = r##"
+[[listener]]
+bind = "0.0.0.0:1883"
+[auth]
+users_file = "/etc/edge-gateway/users"
+[auth.jwt]
+jwks_file = "keys"
+[[acl]]
+publish = ["devices/%c/#"]
+[[acl]]
+users = ["alice"]
+subscribe = ["plant/+/%u", "#"]
+"##;
+    let config = parse(right).unwrap();
+    assert!(!config.listeners[0].allow_anonymous);
+    assert_eq!(config.auth.jwt.unwrap().user_claim, "sub");
+    assert_eq!(config.acl[1].subscribe, ["plant/+/%u", "#"]);
+
+    let wrong = r#"
+[auth.jwt]
+hmac_key_file = "k"
+jwks_file = "keys"
+[[acl]]
+users = []
+[[acl]]
+publish = ["a/#/b", 7]
+subscribe = "t"
+"#;
+    let wrong = parse(wrong).unwrap_err();
+    for (line, key, what) in [
+        (4, "auth.jwt.jwks_file", "only one of"),
+        (5, "acl.publish", "is missing"),
+        (6, "acl.users", "nobody"),
+        (8, "acl.publish", "must be topic filters"),
+        (8, "acl.publish", "texts in quotes"),
+        (9, "acl.subscribe", "a list of texts"),
+    ] {
+        let place = format!("t.toml:{line}: {key}: ");
+        let told = wrong.lines().any(|l| l.starts_with(&place) && l.contains(what));
+        assert!(told, "no {place:?} with {what:?} in\n{wrong}");
+    }
+    assert_eq!(wrong.lines().count(), 6, "{wrong}");
+    assert!(parse("[auth.jwt]").unwrap_err().contains("jwks_file: is missing"));
+}
+
+#[test]
+fn a_device_key_stands_in_one_place() {
+    let device = |filter: &str, device: &str| {
+        parse(&format!("[[route]]\nfilter = {filter:?}\n{device}"))
+            .map(|c| c.routes[0].device.clone())
+    };
+    for (filter, written, read) in [
+        ("a/{device}/#", "", DeviceFrom::Topic),
+        ("a/+/#", "", DeviceFrom::ClientId),
+        ("a/{device}/#", "device = \"topic\"", DeviceFrom::Topic),
+        ("a/#", "device = \"username\"", DeviceFrom::Username),
+        ("a/#", "device = \"certificate\"", DeviceFrom::Certificate),
+        ("a/#", "device = \"property:dev\"", DeviceFrom::Property("dev".to_owned())),
+    ] {
+        assert_eq!(device(filter, written).unwrap(), read, "{filter} {written}");
+    }
+    for (filter, wrong) in
+        [("a/#", "topic"), ("a/{device}", "username"), ("a/#", "property:"), ("a/#", "serial")]
+    {
+        let problems = device(filter, &format!("device = {wrong:?}")).unwrap_err();
+        assert!(problems.starts_with("t.toml:3: route.device: "), "{problems}");
+        assert_eq!(problems.lines().count(), 1, "{problems}");
+    }
+}
