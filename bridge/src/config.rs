@@ -209,18 +209,38 @@ pub struct KafkaConfig {
     pub topic: String,
     /// What a retry may do.
     pub delivery: KafkaDelivery,
+    /// Exactly once: topic under whose partition 0 the cursor is kept. `None`: [`Self::topic`].
+    pub cursor_topic: Option<String>,
+    /// Exactly once: how long a transaction stays open for more events at most. It closes earlier
+    /// when none are at hand.
+    pub transaction_time_max: Duration,
+    /// Exactly once: event bytes in a transaction, give or take a request.
+    pub transaction_bytes_max: usize,
     /// Compression of record batches: `none`, `gzip`, `snappy`, `lz4` or `zstd`.
     pub compression: KafkaCompression,
 }
 
 #[cfg(feature = "kafka")]
 impl KafkaConfig {
+    /// Default of [`KafkaConfig::transaction_time_max`].
+    pub const TRANSACTION_TIME_MAX: Duration = Duration::from_millis(250);
+    /// Range of [`KafkaConfig::transaction_time_max`].
+    pub const TRANSACTION_TIME_RANGE: RangeInclusive<Duration> =
+        Duration::from_millis(1)..=Duration::from_secs(30);
+    /// Default of [`KafkaConfig::transaction_bytes_max`].
+    pub const TRANSACTION_BYTES_MAX: usize = 8 * 1024 * 1024;
+    /// Range of [`KafkaConfig::transaction_bytes_max`].
+    pub const TRANSACTION_BYTES_RANGE: RangeInclusive<usize> = 64 * 1024..=64 * 1024 * 1024;
+
     /// A Kafka sink with every default: idempotent, LZ4.
     pub fn new(brokers: impl Into<String>, topic: impl Into<String>) -> Self {
         Self {
             brokers: brokers.into(),
             topic: topic.into(),
             delivery: KafkaDelivery::default(),
+            cursor_topic: None,
+            transaction_time_max: Self::TRANSACTION_TIME_MAX,
+            transaction_bytes_max: Self::TRANSACTION_BYTES_MAX,
             compression: KafkaCompression::default(),
         }
     }
@@ -230,6 +250,9 @@ impl KafkaConfig {
 #[cfg(feature = "kafka")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KafkaDelivery {
+    /// Transactions that carry the events and the cursor together: a consumer that reads what is
+    /// committed sees each event once, whatever dies in between.
+    ExactlyOnce,
     /// Idempotent producer: no duplicate and no reorder while the producer lives.
     #[default]
     Idempotent,

@@ -374,7 +374,7 @@ impl Delivery {
             .iter()
             .position(|part| part.in_flight == Some(id))
             .expect("an answer belongs to a request in flight");
-        let part = self.parts.remove(place).expect("the place was just found");
+        let mut part = self.parts.remove(place).expect("the place was just found");
         if answer.failed.is_empty() {
             self.counts.delivered_events += part.events.len() as u64;
             self.counts.delivered_bytes += part.size_bytes as u64;
@@ -383,14 +383,14 @@ impl Delivery {
                 self.request_events = doubled.min(self.limits.request_events_max);
             }
         } else {
-            self.take_apart(place, &part, answer);
+            self.take_apart(place, &mut part, answer);
         }
         self.settle(id, answer, now, random);
     }
 
     /// Sorts the events of a request that was not delivered as a whole; what is still open waits at
     /// its place again.
-    fn take_apart(&mut self, place: usize, part: &Part, answer: &Answer) {
+    fn take_apart(&mut self, place: usize, part: &mut Part, answer: &Answer) {
         let fates = Fates::sort(part.events.len(), answer);
         for (index, stored) in part.events.iter().enumerate() {
             match fates.of[index] {
@@ -408,6 +408,10 @@ impl Delivery {
                 }),
                 Fate::Open | Fate::Suspect => {}
             }
+        }
+        if answer.was_taken_back() {
+            // For these it was no attempt.
+            part.attempts -= 1;
         }
         let open = |range: Range<usize>| -> Vec<StoredEvent> {
             range.filter(|&i| fates.is_open(i)).map(|i| part.events[i].clone()).collect()
@@ -430,10 +434,11 @@ impl Delivery {
         let mut failures = answer.failed.iter().filter_map(|failed| match failed.failure {
             Failure::Retry { after } => Some((Trouble::Upstream(failed.reason.clone()), after)),
             Failure::Hold => Some((Trouble::Held(failed.reason.clone()), None)),
-            Failure::Suspect | Failure::Reject => None,
+            Failure::Again | Failure::Suspect | Failure::Reject => None,
         });
         let Some((mut trouble, mut after)) = failures.next() else {
-            if fresh {
+            // What was taken back says nothing of the upstream.
+            if fresh && !answer.was_taken_back() {
                 self.recover();
             }
             return;
@@ -524,7 +529,7 @@ impl Fates {
                 Which::These(indexes) => indexes.len(),
             };
             let fate = match failed.failure {
-                Failure::Retry { .. } | Failure::Hold => Fate::Open,
+                Failure::Again | Failure::Retry { .. } | Failure::Hold => Fate::Open,
                 Failure::Suspect if count > 1 => Fate::Suspect,
                 // Suspected alone is guilty.
                 Failure::Suspect | Failure::Reject => Fate::Bad(group),

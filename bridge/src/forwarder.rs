@@ -19,12 +19,14 @@ use tokio_util::sync::CancellationToken;
 use self::report::Report;
 use crate::breaker::Circuit;
 use crate::cloudevents::Envelope;
+#[cfg(feature = "kafka")]
+use crate::config::KafkaDelivery;
 use crate::config::{SinkConfig, Target};
 use crate::delivery::{Delivery, Limits, Moment, Trouble};
 use crate::file::FileSink;
 use crate::http::HttpSink;
 #[cfg(feature = "kafka")]
-use crate::kafka::KafkaSink;
+use crate::kafka::{KafkaSink, Place, TransactionalSink};
 use crate::origin::Origin;
 use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
@@ -141,6 +143,13 @@ impl Forwarder {
                 self.drive(sink, shutdown).await;
             }
             #[cfg(feature = "kafka")]
+            Target::Kafka(config) if config.delivery == KafkaDelivery::ExactlyOnce => {
+                let place = Place::new(&self.origin, &self.config.name, &config);
+                let log_end = *self.watermark.borrow();
+                let sink = TransactionalSink::new(config, envelope, place, log_end, timeout);
+                self.drive(sink, shutdown).await;
+            }
+            #[cfg(feature = "kafka")]
             Target::Kafka(config) => {
                 self.drive(KafkaSink::new(config, envelope, timeout), shutdown).await;
             }
@@ -224,6 +233,10 @@ impl<S: Sink> Task<S> {
                     self.read_on(now);
                 }
             }
+            let all_begun = self.reading.is_none() && self.delivery.in_flight() > 0;
+            if all_begun || self.requeue.is_in_flight() {
+                self.sink.close();
+            }
             self.report.update(&self.delivery, &self.requeue, caught_up, now);
             if stopping && self.is_quiet() {
                 break;
@@ -236,7 +249,10 @@ impl<S: Sink> Task<S> {
                 "what is owed is under way, or waits for a time"
             );
             tokio::select! {
-                () = shutdown.cancelled(), if !stopping => stopping = true,
+                () = shutdown.cancelled(), if !stopping => {
+                    stopping = true;
+                    self.sink.stop();
+                }
                 (id, answer) = self.sink.answer() => self.answered(id, &answer),
                 read = finished(&mut self.reading) => self.has_read(read),
                 (count, result) = finished(&mut self.writing) => self.has_written(count, result),

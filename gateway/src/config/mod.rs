@@ -6,6 +6,8 @@
 //! Invariant: `configs/gateway.toml` shows every key with the default that this code has; a test
 //! holds the two together.
 
+#[cfg(feature = "kafka")]
+mod kafka;
 mod reader;
 mod sinks;
 pub(crate) mod units;

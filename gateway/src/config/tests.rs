@@ -120,7 +120,7 @@ username = "u"
 name = "a"
 type = "kafka"
 brokers = "nowhere"
-delivery = "exactly_once"
+cursor_topic = "cursors"
 topic = "t"
 [[sink]]
 type = "htp"
@@ -138,7 +138,7 @@ whatever = 1
         (13, "sink.password_file"),
         (19, "sink.name"),
         (21, "sink.brokers"),
-        (22, "sink.delivery"),
+        (22, "sink.cursor_topic"),
         (24, "sink.name"),
         (25, "sink.type"),
         (27, "storge"),
