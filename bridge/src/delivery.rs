@@ -12,6 +12,11 @@
 //!   the contract of [`Sink`](crate::sink::Sink), no event overtakes an older one of its device.
 //! - What is held is at most the window, two requests' worth read ahead, and one read.
 //!
+//! A refusal of a whole request is dear: what was good in it is sent again with every halving. So
+//! requests get smaller where refusals are frequent: each refusal halves the next ones, and each
+//! request that comes through whole doubles them again. Where one event in a hundred is bad that ends
+//! near seventy events, and an event is sent less than three times instead of six.
+//!
 //! Deliberately absent: how an upstream's answers are sorted (each sink), when to read (forwarder).
 
 use std::collections::VecDeque;
@@ -158,6 +163,8 @@ impl Part {
 pub(crate) struct Delivery {
     sink: String,
     limits: Limits,
+    /// Events that the next request takes: fewer than the limit after refusals.
+    request_events: usize,
     backoff: Backoff,
     /// In offset order; none is empty.
     parts: VecDeque<Part>,
@@ -175,6 +182,7 @@ impl Delivery {
         Self {
             sink,
             limits,
+            request_events: limits.request_events_max,
             backoff,
             parts: VecDeque::new(),
             letters: Vec::new(),
@@ -303,6 +311,7 @@ impl Delivery {
         if self.parts.iter().skip(place).any(|part| part.in_flight.is_some()) {
             return None;
         }
+        self.shorten(place);
         let part = &self.parts[place];
         if !self.may_begin(place, part.events.len(), part.size_bytes, now) {
             return None;
@@ -317,6 +326,18 @@ impl Delivery {
             part.first_us = now.unix_us;
         }
         Some(Request { id, events: Arc::clone(&part.events) })
+    }
+
+    /// Leaves no more of a part than the next request takes; the rest waits behind it.
+    fn shorten(&mut self, place: usize) {
+        let part = &self.parts[place];
+        if part.suspect || part.events.len() <= self.request_events {
+            return;
+        }
+        let (first, rest) = part.events.split_at(self.request_events);
+        let (first, rest) = (part.rest(first.to_vec(), false), part.rest(rest.to_vec(), false));
+        self.parts[place] = first;
+        self.parts.insert(place + 1, rest);
     }
 
     /// Whether a request of this size may begin while the parts before `place` are in flight.
@@ -357,6 +378,10 @@ impl Delivery {
         if answer.failed.is_empty() {
             self.counts.delivered_events += part.events.len() as u64;
             self.counts.delivered_bytes += part.size_bytes as u64;
+            if !part.suspect {
+                let doubled = self.request_events.saturating_mul(2);
+                self.request_events = doubled.min(self.limits.request_events_max);
+            }
         } else {
             self.take_apart(place, &mut part, answer);
         }
@@ -391,6 +416,9 @@ impl Delivery {
         let open = |range: Range<usize>| -> Vec<StoredEvent> {
             range.filter(|&i| fates.is_open(i)).map(|i| part.events[i].clone()).collect()
         };
+        if fates.halfway.is_some() && !part.suspect {
+            self.request_events = (self.request_events.min(part.events.len()) / 2).max(1);
+        }
         let suspect = part.suspect || fates.halfway.is_some();
         let halfway = fates.halfway.unwrap_or(0);
         for events in [open(halfway..part.events.len()), open(0..halfway)] {
