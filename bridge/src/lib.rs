@@ -26,8 +26,11 @@ mod http;
 mod kafka;
 mod origin;
 mod retry;
+mod secret;
 mod sink;
+mod template;
 
 pub use export::Export;
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;
+pub use template::Template;
