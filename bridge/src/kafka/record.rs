@@ -118,7 +118,7 @@ fn headers(envelope: &Envelope, stored: &StoredEvent, scratch: &mut Vec<u8>) -> 
     }
     let (rest, time) = scratch.split_at(source_end);
     let (id, source) = rest.split_at(id_end);
-    let mut headers = OwnedHeaders::new_with_capacity(8);
+    let mut headers = OwnedHeaders::new_with_capacity(9);
     for (key, value) in [
         ("ce_specversion", &b"1.0"[..]),
         ("ce_id", id),
@@ -132,6 +132,9 @@ fn headers(envelope: &Envelope, stored: &StoredEvent, scratch: &mut Vec<u8>) -> 
     }
     if let Some(traceparent) = context.traceparent {
         headers = headers.insert(Header { key: "ce_traceparent", value: Some(traceparent) });
+    }
+    if context.requeued {
+        headers = headers.insert(Header { key: "ce_requeued", value: Some("true") });
     }
     headers
 }

@@ -34,7 +34,9 @@ use super::record::{Recorder, TOO_LARGE};
 use super::session::{Claim, Patience, Session, Setback, Start};
 use crate::cloudevents::Envelope;
 use crate::config::KafkaConfig;
-use crate::sink::{Answer, Failed, Failure, Request, RequestId, Sink, Which, Window};
+use crate::sink::{
+    Answer, Failed, Failure, OUTSIDE_ORDER, Request, RequestId, Sink, Which, Window,
+};
 
 const REQUESTS_MAX: usize = 512;
 const EVENTS_MAX: usize = 65_536;
@@ -232,8 +234,11 @@ impl TransactionalSink {
     fn hand_over(&mut self, now: Instant) {
         while self.takes_more(now) && self.shared.ledger().pending() < PENDING_MAX {
             let Some(request) = self.waiting.pop_front() else { return };
+            // One outside the order stands below the cursor, is sent all the same, and moves nothing.
+            let in_order = request.id < OUTSIDE_ORDER;
             let end = request.events.last().expect("never empty").offset + 1;
-            if end <= self.done_to {
+            let end = if in_order { end } else { self.done_to };
+            if in_order && end <= self.done_to {
                 self.answers.push_back((request.id, Answer::delivered()));
                 continue;
             }
@@ -264,7 +269,7 @@ impl TransactionalSink {
         let first = self.shared.ledger().admit(request.id, request.events.len());
         for (stored, place) in request.events.iter().zip(0..) {
             let ticket = first.wrapping_add(place);
-            if stored.offset < self.done_to {
+            if request.id < OUTSIDE_ORDER && stored.offset < self.done_to {
                 self.shared.ledger().report(ticket, Ok(()));
                 continue;
             }
