@@ -3,9 +3,18 @@
 //!
 //! Owns: the settings, and beside each its default and its range, so that both have one home.
 
+#[cfg(feature = "kafka")]
+mod kafka;
+
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
+
+#[cfg(feature = "kafka")]
+pub use self::kafka::{
+    KafkaCompression, KafkaConfig, KafkaDelivery, KafkaHeaders, KafkaSasl, KafkaTls, KafkaTopic,
+    OAuthToken, ScramHash,
+};
 
 /// A value that must not reach a log: `Debug` hides it.
 #[derive(Clone, PartialEq, Eq)]
@@ -197,84 +206,6 @@ pub enum HttpAuth {
         /// Password.
         password: SecretSource,
     },
-}
-
-/// Settings of a Kafka sink.
-#[cfg(feature = "kafka")]
-#[derive(Clone, Debug)]
-pub struct KafkaConfig {
-    /// Bootstrap brokers, `host:port[,host:port]`.
-    pub brokers: String,
-    /// Topic; it must exist, or the broker must create it on first use.
-    pub topic: String,
-    /// What a retry may do.
-    pub delivery: KafkaDelivery,
-    /// Exactly once: topic under whose partition 0 the cursor is kept. `None`: [`Self::topic`].
-    pub cursor_topic: Option<String>,
-    /// Exactly once: how long a transaction stays open for more events at most. It closes earlier
-    /// when none are at hand.
-    pub transaction_time_max: Duration,
-    /// Exactly once: event bytes in a transaction, give or take a request.
-    pub transaction_bytes_max: usize,
-    /// Compression of record batches: `none`, `gzip`, `snappy`, `lz4` or `zstd`.
-    pub compression: KafkaCompression,
-}
-
-#[cfg(feature = "kafka")]
-impl KafkaConfig {
-    /// Default of [`KafkaConfig::transaction_time_max`].
-    pub const TRANSACTION_TIME_MAX: Duration = Duration::from_millis(250);
-    /// Range of [`KafkaConfig::transaction_time_max`].
-    pub const TRANSACTION_TIME_RANGE: RangeInclusive<Duration> =
-        Duration::from_millis(1)..=Duration::from_secs(30);
-    /// Default of [`KafkaConfig::transaction_bytes_max`].
-    pub const TRANSACTION_BYTES_MAX: usize = 8 * 1024 * 1024;
-    /// Range of [`KafkaConfig::transaction_bytes_max`].
-    pub const TRANSACTION_BYTES_RANGE: RangeInclusive<usize> = 64 * 1024..=64 * 1024 * 1024;
-
-    /// A Kafka sink with every default: idempotent, LZ4.
-    pub fn new(brokers: impl Into<String>, topic: impl Into<String>) -> Self {
-        Self {
-            brokers: brokers.into(),
-            topic: topic.into(),
-            delivery: KafkaDelivery::default(),
-            cursor_topic: None,
-            transaction_time_max: Self::TRANSACTION_TIME_MAX,
-            transaction_bytes_max: Self::TRANSACTION_BYTES_MAX,
-            compression: KafkaCompression::default(),
-        }
-    }
-}
-
-/// What a retry into Kafka may do.
-#[cfg(feature = "kafka")]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KafkaDelivery {
-    /// Transactions that carry the events and the cursor together: a consumer that reads what is
-    /// committed sees each event once, whatever dies in between.
-    ExactlyOnce,
-    /// Idempotent producer: no duplicate and no reorder while the producer lives.
-    #[default]
-    Idempotent,
-    /// Plain producer with acks from all replicas: a lost answer gives a duplicate.
-    AtLeastOnce,
-}
-
-/// Compression of record batches.
-#[cfg(feature = "kafka")]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KafkaCompression {
-    /// None.
-    None,
-    /// gzip.
-    Gzip,
-    /// Snappy.
-    Snappy,
-    /// LZ4.
-    #[default]
-    Lz4,
-    /// Zstandard.
-    Zstd,
 }
 
 /// Settings of a file sink.

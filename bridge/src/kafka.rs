@@ -19,6 +19,7 @@
 mod client;
 mod cursor;
 mod ledger;
+mod login;
 mod record;
 mod session;
 mod transactional;
@@ -29,7 +30,7 @@ use std::time::{Duration, Instant};
 use rdkafka::error::KafkaError;
 use tokio::task::JoinHandle;
 
-use self::client::{Producer, Reports, Shared, producer_config};
+use self::client::{Producer, Reports, Shared, Tokens, producer_config};
 pub(crate) use self::cursor::Place;
 use self::record::Recorder;
 pub(crate) use self::transactional::TransactionalSink;
@@ -65,8 +66,8 @@ impl KafkaSink {
         }
     }
 
-    fn connect(&self) -> Result<Producer, KafkaError> {
-        let mut client = producer_config(&self.config, WINDOW.events_max, WINDOW.bytes_max);
+    fn connect(&self) -> Result<Producer, String> {
+        let mut client = producer_config(&self.config, WINDOW.events_max, WINDOW.bytes_max)?;
         client.set("message.timeout.ms", "0");
         match self.config.delivery {
             KafkaDelivery::AtLeastOnce => client.set("max.in.flight.requests.per.connection", "1"),
@@ -74,7 +75,8 @@ impl KafkaSink {
                 client.set("enable.idempotence", "true").set("enable.gapless.guarantee", "true")
             }
         };
-        client.create_with_context(Reports::to(&self.shared))
+        let reports = Reports::to(&self.shared, Tokens::of(&self.config));
+        client.create_with_context(reports).map_err(|error| cannot_start(&error))
     }
 
     /// Drops the producer; what it has not delivered is answered for once that is done.
@@ -92,6 +94,10 @@ impl KafkaSink {
         }
         (!ledger.is_empty()).then(|| self.alive.0 + self.request_timeout)
     }
+}
+
+fn cannot_start(error: &KafkaError) -> String {
+    format!("the producer cannot start: {error}; check the settings")
 }
 
 impl Sink for KafkaSink {
@@ -115,8 +121,7 @@ impl Sink for KafkaSink {
         if self.producer.is_none() {
             match self.connect() {
                 Ok(producer) => self.producer = Some(producer),
-                Err(error) => {
-                    let reason = format!("the producer cannot start: {error}; check the settings");
+                Err(reason) => {
                     self.shared.ledger().hold(reason);
                     self.shared.changed.notify_one();
                     return;

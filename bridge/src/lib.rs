@@ -29,9 +29,12 @@ mod kafka;
 mod origin;
 mod requeue;
 mod retry;
+mod secret;
 mod sink;
+mod template;
 
 pub use breaker::Circuit;
 pub use export::{Export, letters as export_letters};
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;
+pub use template::Template;

@@ -8,7 +8,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::config::KafkaConfig;
+use crate::config::{KafkaConfig, KafkaTopic};
 use crate::origin::Origin;
 
 /// Where the cursor of a sink is kept, and who keeps it.
@@ -27,7 +27,10 @@ impl Place {
     pub(crate) fn new(origin: &Origin, sink: &str, config: &KafkaConfig) -> Self {
         Self {
             name: format!("gw-{}-{sink}", origin.gateway),
-            topic: config.cursor_topic.clone().unwrap_or_else(|| config.topic.clone()),
+            topic: match (&config.cursor_topic, &config.topic) {
+                (Some(topic), _) | (None, KafkaTopic::Fixed(topic)) => topic.clone(),
+                (None, KafkaTopic::Made(_)) => unreachable!("a template comes with a cursor_topic"),
+            },
             epoch: origin.epoch,
             instance: fastrand::u64(..),
         }

@@ -11,20 +11,27 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerGroupMetadata};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::Producer as _;
 use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Offset, TopicPartitionList};
 
-use super::client::{Producer, Reports, Shared, code};
+use super::cannot_start;
+use super::client::{
+    Producer, Quiet, Reports, Shared, Tokens, client_config, code, producer_config,
+};
 use super::cursor::{Mark, Place};
 use super::ledger::{FENCED, describe, is_fenced, sort};
-use crate::sink::Failure;
+use crate::config::KafkaConfig;
+use crate::sink::{Failure, Window};
 
 /// How long one call may block before it is looked whether anybody still waits for it.
 const SLICE: Duration = Duration::from_millis(500);
+/// After this the brokers end an open transaction, if the gateway is gone for good.
+const TRANSACTION_TIMEOUT_MIN: Duration = Duration::from_mins(1);
+/// Brokers take no more by default (`transaction.max.timeout.ms`).
+const TRANSACTION_TIMEOUT_MAX: Duration = Duration::from_mins(15);
 /// The partition that stands for the cursor.
 const CURSOR_PARTITION: i32 = 0;
 
@@ -63,8 +70,9 @@ impl Setback {
 
 /// Everything that it takes to begin a session.
 pub(super) struct Start {
-    pub(super) producer: ClientConfig,
-    pub(super) consumer: ClientConfig,
+    pub(super) config: KafkaConfig,
+    /// What the producer may be given at once.
+    pub(super) window: Window,
     pub(super) place: Arc<Place>,
     pub(super) patience: Patience,
     pub(super) claim: Claim,
@@ -95,12 +103,7 @@ pub(super) struct Session {
 impl Start {
     /// Connects, fences whoever wrote under this name before, and reads the mark. Blocks.
     pub(super) fn run(self) -> Result<(Session, Option<Mark>), Setback> {
-        let wrong = |error: KafkaError| {
-            Setback::hold(format!("the producer cannot start: {error}; check the settings"))
-        };
-        let reports = Reports::to(&self.patience.shared);
-        let producer: Producer = self.producer.create_with_context(reports).map_err(wrong)?;
-        let consumer: BaseConsumer = self.consumer.create().map_err(wrong)?;
+        let (producer, consumer) = self.clients().map_err(Setback::hold)?;
         if let Claim::FencedAfter(known) = self.claim {
             let found = self.read_mark(&consumer)?;
             let is_known = |mark: Mark| known.is_some_and(|known| mark.has_the_writer_of(&known));
@@ -114,8 +117,27 @@ impl Start {
         Ok((Session { producer, group }, mark))
     }
 
-    fn read_mark(&self, consumer: &BaseConsumer) -> Result<Option<Mark>, Setback> {
+    fn clients(&self) -> Result<(Producer, BaseConsumer<Quiet>), String> {
+        let Start { config, place, patience, window, .. } = self;
+        let mut producer = producer_config(config, window.events_max, window.bytes_max)?;
+        let timeout =
+            (2 * patience.timeout).clamp(TRANSACTION_TIMEOUT_MIN, TRANSACTION_TIMEOUT_MAX);
+        producer
+            .set("transactional.id", &place.name)
+            .set("transaction.timeout.ms", timeout.as_millis().to_string());
+        let mut consumer = client_config(config)?;
+        consumer.set("group.id", &place.name).set("enable.auto.commit", "false");
+        let tokens = Tokens::of(config);
+        let reports = Reports::to(&patience.shared, tokens.clone());
+        let producer = producer.create_with_context(reports).map_err(|e| cannot_start(&e))?;
+        let consumer = consumer.create_with_context(Quiet(tokens)).map_err(|e| cannot_start(&e))?;
+        Ok((producer, consumer))
+    }
+
+    fn read_mark(&self, consumer: &BaseConsumer<Quiet>) -> Result<Option<Mark>, Setback> {
         let found = self.patience.wait(|slice| {
+            // It asks for its token here.
+            consumer.poll(Duration::ZERO);
             let mut list = TopicPartitionList::new();
             list.add_partition(&self.place.topic, CURSOR_PARTITION);
             let list = consumer.committed_offsets(list, slice)?;

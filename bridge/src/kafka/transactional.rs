@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::client::{Shared, client_config, producer_config};
+use super::client::Shared;
 use super::cursor::{Mark, Place};
 use super::ledger::FENCED;
 use super::record::{Recorder, TOO_LARGE};
@@ -43,8 +43,6 @@ const EVENTS_MAX: usize = 65_536;
 /// Events that librdkafka has at once, give or take a request: what it has delivered leaves it while
 /// the transaction stays open.
 const PENDING_MAX: usize = 10_000;
-/// The brokers end an open transaction after this, if the gateway is gone for good.
-const TRANSACTION_TIMEOUT_MIN: Duration = Duration::from_mins(1);
 
 /// Sends requests to Kafka, exactly once.
 pub(crate) struct TransactionalSink {
@@ -150,17 +148,9 @@ impl TransactionalSink {
     }
 
     fn start(&mut self) {
-        let window = self.window();
-        let mut producer = producer_config(&self.config, window.events_max, window.bytes_max);
-        let timeout = (2 * self.request_timeout).max(TRANSACTION_TIMEOUT_MIN);
-        producer
-            .set("transactional.id", &self.place.name)
-            .set("transaction.timeout.ms", timeout.as_millis().to_string());
-        let mut consumer = client_config(&self.config);
-        consumer.set("group.id", &self.place.name).set("enable.auto.commit", "false");
         let start = Start {
-            producer,
-            consumer,
+            config: self.config.clone(),
+            window: self.window(),
             place: Arc::clone(&self.place),
             patience: self.patience(),
             claim: if self.fenced { Claim::FencedAfter(self.mark) } else { Claim::Ours },

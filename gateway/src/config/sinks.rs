@@ -156,7 +156,10 @@ fn read_auth(section: &Section<'_, '_>) -> HttpAuth {
 }
 
 /// A secret may stand in the configuration, in a file or in the environment: in one of them.
-fn read_secret(section: &Section<'_, '_>, keys: [&'static str; 3]) -> Option<SecretSource> {
+pub(super) fn read_secret(
+    section: &Section<'_, '_>,
+    keys: [&'static str; 3],
+) -> Option<SecretSource> {
     let [inline, file, env] = keys;
     let sources = [
         section.string(inline).map(|text| SecretSource::Inline(Secret::new(text))),

@@ -65,7 +65,8 @@ fn the_annotated_defaults_are_the_defaults() {
 fn the_annotated_file_shows_every_key() {
     let (_, asked) = Config::parse_asking("t.toml", &annotated(true), &env);
     // The alternatives of a secret are named in prose.
-    let in_prose = ["bearer_token", "bearer_token_env", "password", "password_env"];
+    let in_prose =
+        ["bearer_token", "bearer_token_env", "password", "password_env", "token", "token_env"];
     for path in asked {
         let key = path.rsplit('.').next().unwrap();
         let shown = ANNOTATED.lines().any(|line| {
@@ -95,6 +96,70 @@ fn every_shipped_configuration_is_right() {
     }
     seen.sort();
     assert_eq!(seen, ["gateway.toml", "http.toml", "kafka.toml", "quickstart.toml"]);
+}
+
+/// The services in configs/kafka.toml, each in the place of the sink above them. A build without TLS
+/// says so, and finds nothing else wrong.
+#[cfg(feature = "kafka")]
+#[test]
+fn every_kafka_service_that_is_shown_is_right() {
+    let text = include_str!("../../../configs/kafka.toml");
+    let mut blocks = text.split("\n# == ");
+    let (before, _) = blocks.next().unwrap().split_once("[[sink]]").unwrap();
+    let mut services = 0;
+    for block in blocks {
+        let lines: Vec<&str> = block.lines().filter_map(|line| line.strip_prefix("##")).collect();
+        let name = block.lines().next().unwrap();
+        match parse(&format!("{before}{}", lines.join("\n"))) {
+            Ok(config) => assert_eq!(config.sinks.len(), 1, "{name}"),
+            Err(wrong) => {
+                let built_in = bridge::config::KafkaConfig::TLS_BUILT_IN;
+                let expected = |line: &str| !built_in && line.contains("the feature kafka-tls");
+                assert!(wrong.lines().all(expected), "{name}: {wrong}");
+            }
+        }
+        services += 1;
+    }
+    assert_eq!(services, 5);
+}
+
+#[cfg(feature = "kafka")]
+#[test]
+fn what_kafka_would_refuse_is_refused_here() {
+    let sink = |more: &str| {
+        parse(&format!("[[sink]]\nname = \"a\"\ntype = \"kafka\"\nbrokers = \"b:9092\"\n{more}"))
+    };
+    for right in [
+        "topic = \"plant.{2}.{device}\"",
+        "topic = \"{type}\"\ndelivery = \"exactly_once\"\ncursor_topic = \"cursors\"",
+        "topic = \"t\"\nheaders = \"id\"\n[sink.librdkafka]\n\"linger.ms\" = \"20\"",
+        "topic = \"t\"\n[sink.sasl]\nmechanism = \"plain\"\nusername = \"u\"\npassword_env = \"P\"",
+    ] {
+        sink(right).unwrap();
+    }
+    for (wrong, place, told) in [
+        ("topic = \"a b\"", "5: sink.topic", "letters, digits"),
+        ("topic = \"a/{device}\"", "5: sink.topic", "between what is in braces"),
+        ("topic = \"{devcie}\"", "5: sink.topic", "{device}"),
+        ("topic = \"{1}\"\ndelivery = \"exactly_once\"", "1: sink.cursor_topic", "template"),
+        ("topic = \"t\"\n[sink.librdkafka]\nacks = \"1\"", "7: sink.librdkafka.acks", "replicas"),
+        (
+            "topic = \"t\"\n[sink.librdkafka]\n\"linger.sm\" = \"1\"",
+            "7: sink.librdkafka.linger.sm",
+            "not taken",
+        ),
+        ("topic = \"t\"\n[sink.sasl]", "6: sink.sasl.mechanism", "is missing"),
+        (
+            "topic = \"t\"\n[sink.sasl]\nmechanism = \"plain\"\nusername = \"u\"",
+            "6: sink.sasl.password_file",
+            "is missing",
+        ),
+        ("topic = \"t\"\n[sink.tls]\ncert_file = \"c.pem\"", "6: sink.tls.key_file", "private key"),
+    ] {
+        let problems = sink(wrong).unwrap_err();
+        let line = problems.lines().find(|line| line.starts_with(&format!("t.toml:{place}: ")));
+        assert!(line.is_some_and(|line| line.contains(told)), "{wrong:?}: {problems}");
+    }
 }
 
 #[test]
