@@ -80,7 +80,25 @@ impl HttpCollector {
     /// # Errors
     /// The address cannot be listened on, or the ledger cannot be opened.
     pub fn start(addr: SocketAddr, ledger: &Path) -> io::Result<Self> {
-        let recorder = Recorder::append_to(ledger).map_err(|error| {
+        Self::start_with(Recorder::append_to(ledger), addr, ledger)
+    }
+
+    /// As [`HttpCollector::start`], with the sequence rule: per gateway, epoch and partition it
+    /// keeps the last sequence number, and passes over what is not above it. So the ledger has each
+    /// event of a gateway once, also over restarts of this collector.
+    ///
+    /// # Errors
+    /// As [`HttpCollector::start`], and when a ledger that is there cannot be read.
+    pub fn start_exactly_once(addr: SocketAddr, ledger: &Path) -> io::Result<Self> {
+        Self::start_with(Recorder::append_once_to(ledger), addr, ledger)
+    }
+
+    fn start_with(
+        recorder: io::Result<Recorder>,
+        addr: SocketAddr,
+        ledger: &Path,
+    ) -> io::Result<Self> {
+        let recorder = recorder.map_err(|error| {
             io::Error::new(error.kind(), format!("ledger {}: {error}", ledger.display()))
         })?;
         let mut collector = Self { recorder: Arc::new(recorder), addr, server: None };
@@ -392,6 +410,31 @@ mod tests {
         let rows = bench.rows();
         assert!(rows.iter().map(|(arrival, _)| *arrival).eq(0..9));
         assert_eq!(bench.collector.counters().received, 9);
+    }
+
+    #[tokio::test]
+    async fn with_the_sequence_rule_each_event_has_one_row_also_over_a_restart() {
+        let bench = bench();
+        let ledger = bench.folder.path().join("once.csv");
+        let addr = "127.0.0.1:0".parse().unwrap();
+        let batch_type = format!("content-type: {BATCH}");
+        let batch = |seqs: std::ops::Range<u64>| {
+            let events: Vec<_> = seqs.map(|seq| event(&format!("edge/00/0/{seq}"))).collect();
+            format!("[{}]", events.join(","))
+        };
+        let collector = HttpCollector::start_exactly_once(addr, &ledger).unwrap();
+        let mut stream = TcpStream::connect(collector.addr()).await.unwrap();
+        for seqs in [0..5, 3..8] {
+            assert_eq!(post(&mut stream, &batch_type, batch(seqs).as_bytes()).await, 204);
+        }
+        assert_eq!(collector.finish().await.skipped, 2);
+        let collector = HttpCollector::start_exactly_once(addr, &ledger).unwrap();
+        let mut stream = TcpStream::connect(collector.addr()).await.unwrap();
+        assert_eq!(post(&mut stream, &batch_type, batch(0..10).as_bytes()).await, 204);
+        assert_eq!((collector.counters().received, collector.counters().skipped), (2, 8));
+        let mut ids = Vec::new();
+        read_received(&ledger, |row| ids.push(row.id.into_owned())).unwrap();
+        assert!(ids.iter().eq(&(0..10).map(|seq| format!("edge/00/0/{seq}")).collect::<Vec<_>>()));
     }
 
     #[tokio::test]
