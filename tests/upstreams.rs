@@ -13,6 +13,8 @@ use harness::{Bench, Fault, FaultProxy, eventually, number_from_env, stable_addr
 const FAULTS: u64 = 2;
 /// Share of the requests that something happens to.
 const SHARE: f64 = 0.4;
+/// The same where a request is many POSTs.
+const SINGLES_SHARE: f64 = 0.05;
 
 /// An HTTP sink through a proxy, its requests small, so that there are many.
 fn faulty_sink(name: &str, proxy: &FaultProxy, more: &str) -> String {
@@ -72,7 +74,10 @@ async fn http_through_every_fault_is_whole_in_order_and_once_with_the_sequence_r
         HttpCollector::start_exactly_once(stable_address(), &bench.received("once")).unwrap();
     let to_plain = FaultProxy::start(plain.addr(), bench.seed, SHARE).await;
     let to_once = FaultProxy::start(once.addr(), bench.seed + 1, SHARE).await;
-    bench.configure(&(faulty_sink("plain", &to_plain, "") + &faulty_sink("once", &to_once, "")));
+    let once_more = "in_flight_max = 4\ncompression = \"zstd\"";
+    bench.configure(
+        &(faulty_sink("plain", &to_plain, "") + &faulty_sink("once", &to_once, once_more)),
+    );
     let gateway = bench.start().await;
     let fleet = bench.fleet(30, 2_000.0);
     until_everything_happened(&to_plain, times).await;
@@ -97,4 +102,25 @@ async fn http_through_every_fault_is_whole_in_order_and_once_with_the_sequence_r
     let report = bench.assert_balanced("once");
     assert_eq!((report.duplicates, report.gateway_gaps), (0, 0), "{report}");
     assert!(counters.skipped > 0, "the rule had nothing to do: {counters:?}");
+}
+
+/// One event a POST, several POSTs in flight: every device's order holds, through the same faults.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn single_events_in_flight_together_keep_the_order_of_each_device_through_every_fault() {
+    let times = number_from_env("EDGE_GATEWAY_FAULTS").unwrap_or(FAULTS);
+    let bench = Bench::new(62);
+    let collector = bench.collector("upstream");
+    // A request of these is many POSTs: with as many faults it would never get through.
+    let proxy = FaultProxy::start(collector.addr(), bench.seed, SINGLES_SHARE).await;
+    bench.configure(&faulty_sink("upstream", &proxy, "format = \"cloudevent_binary\""));
+    let gateway = bench.start().await;
+    let fleet = bench.fleet(30, 200.0);
+    until_everything_happened(&proxy, times).await;
+    bench.drain(fleet).await;
+    proxy.calm_down();
+    gateway.until_delivered("upstream").await;
+    assert_eq!(gateway.terminate().await, Some(0));
+    collector.finish().await;
+    let report = bench.assert_balanced("upstream");
+    assert_eq!(report.gateway_gaps, 0, "{report}");
 }

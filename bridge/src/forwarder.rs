@@ -112,12 +112,14 @@ impl Forwarder {
     ///
     /// # Panics
     /// Only on a bug of this package. Give it a task of its own, so that it ends nothing else.
-    pub async fn run(self, shutdown: CancellationToken) {
+    pub async fn run(mut self, shutdown: CancellationToken) {
         let timeout = self.config.request_timeout;
         let envelope = Envelope::new(&self.origin, &self.config.event_type);
         match self.config.target.clone() {
             Target::Http(config) => {
-                let sink = HttpSink::new(config, envelope, &self.origin, timeout);
+                let sink = HttpSink::new(config, envelope, &self.origin, &self.config);
+                // It cuts what it is given into POSTs of the configured size itself.
+                (self.config.request_events_max, self.config.request_bytes_max) = sink.at_once();
                 self.drive(sink, shutdown).await;
             }
             #[cfg(feature = "kafka")]

@@ -12,6 +12,7 @@
 //! - [`forwarder`]: the shell around it; `retry`: backoff.
 //! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
+//! - `secret`: reading what must not reach a log.
 
 mod cloudevents;
 pub mod config;
@@ -26,8 +27,10 @@ mod http;
 mod kafka;
 mod origin;
 mod retry;
+mod secret;
 mod sink;
 
+pub use cloudevents::Framing;
 pub use export::Export;
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;

@@ -1,4 +1,4 @@
-//! Reads CloudEvents 1.0 in JSON, as far as the ledger wants them.
+//! Reads CloudEvents 1.0 in JSON, or an event beside its payload, as far as the ledger wants them.
 //!
 //! Invariant: a body is taken whole or refused with the reason and the position of the first bad
 //! event. Text with control characters is refused, as CloudEvents 1.0 section 3.1 does
@@ -55,6 +55,23 @@ pub(super) fn read_lines(body: &[u8]) -> Result<Vec<Arrived>, String> {
 /// A body of `application/cloudevents+json`.
 pub(super) fn read_one(body: &[u8]) -> Result<Arrived, String> {
     read(serde_json::from_slice(body).map_err(|error| error.to_string())?)
+}
+
+/// A payload whose event's id, and source if it is said, stand beside it (binary mode, or bare).
+pub(super) fn read_payload(id: &str, source: &str, payload: &[u8]) -> Result<Arrived, String> {
+    for (name, value) in [("id", id), ("source", source)] {
+        if value.contains(char::is_control) || value.is_empty() && name == "id" {
+            return Err(format!("{name} is empty or has control characters"));
+        }
+    }
+    let (device, origin) = match payload::identify(payload) {
+        Some((device, _)) if device.contains(char::is_control) => {
+            return Err("device has control characters".to_owned());
+        }
+        Some((device, origin)) => (device, Some(origin)),
+        None => (source.to_owned(), None),
+    };
+    Ok(Arrived { device, origin, place: place(id), id: id.to_owned() })
 }
 
 fn read(event: CloudEvent) -> Result<Arrived, String> {

@@ -1,8 +1,8 @@
 //! An HTTP receiver of CloudEvents that can be taken away and brought back.
 //!
 //! Takes POSTs on any path: `application/cloudevents-batch+json`, `application/cloudevents+json`
-//! and `application/x-ndjson` (one structured event a line), plain or with `Content-Encoding`
-//! gzip or zstd. Answers 204 once every row is recorded, 400 for a malformed body, 413 for one
+//! and `application/x-ndjson` (one structured event a line), a payload with `ce-` headers, and one
+//! with its event's id in `Edge-Gateway-Event`; plain or with `Content-Encoding` gzip or zstd. Answers 204 once every row is recorded, 400 for a malformed body, 413 for one
 //! that is too large, 415 for another type or encoding, 503 when the ledger cannot be written; in
 //! those cases nothing of the request is recorded.
 //!
@@ -42,6 +42,11 @@ use super::{Arrived, CollectCounters, Recorder, cloudevents};
 pub const BODY_BYTES_MAX: usize = 16 << 20;
 /// Longest body that is taken, decoded, in bytes.
 pub const DECODED_BYTES_MAX: usize = 64 << 20;
+
+const CE_SPECVERSION: HeaderName = HeaderName::from_static("ce-specversion");
+const CE_ID: HeaderName = HeaderName::from_static("ce-id");
+const CE_SOURCE: HeaderName = HeaderName::from_static("ce-source");
+const EVENT: HeaderName = HeaderName::from_static("edge-gateway-event");
 
 /// Connections waiting to be accepted, at most.
 const BACKLOG: u32 = 1024;
@@ -205,6 +210,17 @@ fn read(headers: &HeaderMap, body: &[u8]) -> Result<Vec<Arrived>, Refusal> {
             &decoded
         }
     };
+    let beside = |id, source| {
+        cloudevents::read_payload(id, source, body)
+            .map(|event| vec![event])
+            .map_err(|reason| refusal(StatusCode::BAD_REQUEST, &reason))
+    };
+    if headers.contains_key(CE_SPECVERSION) {
+        return beside(text(CE_ID), text(CE_SOURCE));
+    }
+    if headers.contains_key(EVENT) {
+        return beside(text(EVENT), "");
+    }
     let content_type = text(header::CONTENT_TYPE);
     let media_type = content_type.split(';').next().unwrap_or("").trim();
     match media_type.to_ascii_lowercase().as_str() {
@@ -403,13 +419,15 @@ mod tests {
             (format!("{batch_type}\r\ncontent-encoding: gzip"), &gzip, 6),
             (format!("{lines_type}\r\ncontent-encoding: zstd"), &zstd, 8),
             ("content-type: application/cloudevents+json".to_owned(), event("e").as_bytes(), 9),
+            ("ce-specversion: 1.0\r\nce-id: f\r\nce-source: /s".to_owned(), b"21.5", 10),
+            ("edge-gateway-event: g".to_owned(), b"21.5", 11),
         ] {
             assert_eq!(post(&mut stream, &headers, body).await, 204);
             assert_eq!(bench.rows().len(), rows);
         }
         let rows = bench.rows();
-        assert!(rows.iter().map(|(arrival, _)| *arrival).eq(0..9));
-        assert_eq!(bench.collector.counters().received, 9);
+        assert!(rows.iter().map(|(arrival, _)| *arrival).eq(0..11));
+        assert_eq!(bench.collector.counters().received, 11);
     }
 
     #[tokio::test]

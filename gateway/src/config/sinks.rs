@@ -1,10 +1,11 @@
 //! `[[sink]]`: reads every kind of sink.
 
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 
 use bridge::config::{
-    Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, Secret, SecretSource, SinkConfig,
-    Target,
+    Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, HttpProxy, HttpVersion,
+    OAuth2Config, Secret, SecretSource, SinkConfig, Target, TlsConfig, TlsIdentity,
 };
 
 use super::reader::Section;
@@ -91,30 +92,95 @@ fn wide(range: RangeInclusive<usize>) -> RangeInclusive<u64> {
 }
 
 fn read_http(section: &Section<'_, '_>) -> HttpConfig {
-    let url = section.required("url", "an address such as \"https://bus.example.com/events\"");
+    let url = read_url(section, "url", "\"https://bus.example.com/events\"", "username");
+    let formats = [
+        ("cloudevents_batch", HttpFormat::CloudEventsBatch),
+        ("ndjson", HttpFormat::NdJson),
+        ("json_array", HttpFormat::JsonArray),
+        ("cloudevent", HttpFormat::CloudEvent),
+        ("cloudevent_binary", HttpFormat::CloudEventBinary),
+        ("raw", HttpFormat::Raw),
+    ];
+    let codings =
+        [("none", Compression::None), ("gzip", Compression::Gzip), ("zstd", Compression::Zstd)];
+    let versions =
+        [("auto", HttpVersion::Auto), ("1.1", HttpVersion::Http1), ("2", HttpVersion::Http2)];
+    let format = section.choice("format", &formats, HttpFormat::default());
+    let in_flight = wide(HttpConfig::IN_FLIGHT_RANGE);
+    HttpConfig {
+        url,
+        format,
+        compression: section.choice("compression", &codings, Compression::default()),
+        in_flight_max: section.integer(
+            "in_flight_max",
+            in_flight,
+            format.in_flight_default() as u64,
+        ) as usize,
+        version: section.choice("http_version", &versions, HttpVersion::default()),
+        auth: read_auth(section),
+        signing_key: read_secret(section, ["signing_key", "signing_key_file", "signing_key_env"]),
+        tls: read_tls(section),
+        proxy: read_proxy(section),
+        headers: read_headers(&section.section("headers")),
+    }
+}
+
+/// An `http` or `https` address. Credentials have keys of their own, `instead` is one of them.
+fn read_url(section: &Section<'_, '_>, key: &'static str, such: &str, instead: &str) -> String {
+    let url = section.required(key, &format!("an address such as {such}"));
     if !url.is_empty() {
         match reqwest::Url::parse(&url) {
             Ok(parsed) if !["http", "https"].contains(&parsed.scheme()) || !parsed.has_host() => {
-                section.problem("url", format!("must begin with http:// or https://, not {url:?}"));
+                section.problem(key, format!("must begin with http:// or https://, not {url:?}"));
             }
             Ok(parsed) if !parsed.username().is_empty() || parsed.password().is_some() => {
-                section.problem("url", "must not hold credentials; use username and password_file");
+                section.problem(
+                    key,
+                    format!("must not hold credentials; use {instead} and the key for its secret"),
+                );
             }
             Ok(_) => {}
-            Err(wrong) => section.problem("url", format!("is no address: {wrong}")),
+            Err(wrong) => section.problem(key, format!("is no address: {wrong}")),
         }
     }
-    let formats =
-        [("cloudevents_batch", HttpFormat::CloudEventsBatch), ("ndjson", HttpFormat::NdJson)];
-    let codings =
-        [("none", Compression::None), ("gzip", Compression::Gzip), ("zstd", Compression::Zstd)];
-    HttpConfig {
-        url,
-        format: section.choice("format", &formats, HttpFormat::default()),
-        compression: section.choice("compression", &codings, Compression::default()),
-        auth: read_auth(section),
-        headers: read_headers(&section.section("headers")),
+    url
+}
+
+fn read_proxy(section: &Section<'_, '_>) -> Option<HttpProxy> {
+    let username = section.string("proxy_username");
+    let password =
+        read_secret(section, ["proxy_password", "proxy_password_file", "proxy_password_env"]);
+    if !section.has("proxy") {
+        if username.is_some() || password.is_some() {
+            section.missing("proxy", "the proxy's address, such as \"http://proxy:3128\"");
+        }
+        return None;
     }
+    let url = read_url(section, "proxy", "\"http://proxy:3128\"", "proxy_username");
+    if username.is_some() != password.is_some() {
+        let key = if username.is_some() { "proxy_password_file" } else { "proxy_username" };
+        section.missing(key, "the other half of the proxy's credentials");
+    }
+    Some(HttpProxy { url, credentials: username.zip(password) })
+}
+
+fn read_tls(section: &Section<'_, '_>) -> TlsConfig {
+    let section = section.section("tls");
+    let path = |key| section.string(key).map(PathBuf::from);
+    let ca_file = path("ca_file");
+    let identity = match (path("cert_file"), path("key_file")) {
+        (Some(cert_file), Some(key_file)) => Some(TlsIdentity { cert_file, key_file }),
+        (None, None) => None,
+        (Some(_), None) => {
+            section.missing("key_file", "the PEM file of the certificate's private key");
+            None
+        }
+        (None, Some(_)) => {
+            section.missing("cert_file", "the PEM file of the key's certificate chain");
+            None
+        }
+    };
+    TlsConfig { ca_file, identity }
 }
 
 fn read_headers(section: &Section<'_, '_>) -> Vec<(String, String)> {
@@ -133,22 +199,45 @@ fn read_auth(section: &Section<'_, '_>) -> HttpAuth {
     let bearer = read_secret(section, ["bearer_token", "bearer_token_file", "bearer_token_env"]);
     let password = read_secret(section, ["password", "password_file", "password_env"]);
     let username = section.string("username");
-    match (bearer, username, password) {
-        (Some(_), Some(_), _) => {
+    let oauth2 = section.has("oauth2").then(|| read_oauth2(&section.section("oauth2")));
+    if oauth2.is_some() && (bearer.is_some() || username.is_some()) {
+        section.problem("oauth2", "cannot stand beside a bearer token or a username; keep one");
+    }
+    match (oauth2, bearer, username, password) {
+        (Some(oauth2), ..) => HttpAuth::OAuth2(oauth2),
+        (None, Some(_), Some(_), _) => {
             section.problem("username", "cannot stand beside a bearer token; keep one of them");
             HttpAuth::None
         }
-        (Some(token), None, None) => HttpAuth::Bearer(token),
-        (None, Some(username), Some(password)) => HttpAuth::Basic { username, password },
-        (None, Some(_), None) => {
+        (None, Some(token), None, None) => HttpAuth::Bearer(token),
+        (None, None, Some(username), Some(password)) => HttpAuth::Basic { username, password },
+        (None, None, Some(_), None) => {
             section.missing("password_file", "the file that holds the password of username");
             HttpAuth::None
         }
-        (_, None, Some(_)) => {
+        (None, _, None, Some(_)) => {
             section.missing("username", "the user whose password is given");
             HttpAuth::None
         }
-        (None, None, None) => HttpAuth::None,
+        (None, None, None, None) => HttpAuth::None,
+    }
+}
+
+fn read_oauth2(section: &Section<'_, '_>) -> OAuth2Config {
+    let such = "\"https://login.example.com/oauth2/token\"";
+    let token_url = read_url(section, "token_url", such, "client_id");
+    let client_id = section.required("client_id", "the id of this client");
+    let keys = ["client_secret", "client_secret_file", "client_secret_env"];
+    let client_secret = read_secret(section, keys).unwrap_or_else(|| {
+        section.missing("client_secret_file", "the file that holds the client's secret");
+        SecretSource::Inline(Secret::new(""))
+    });
+    OAuth2Config {
+        token_url,
+        client_id,
+        client_secret,
+        scope: section.string("scope"),
+        audience: section.string("audience"),
     }
 }
 

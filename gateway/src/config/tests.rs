@@ -65,14 +65,15 @@ fn the_annotated_defaults_are_the_defaults() {
 fn the_annotated_file_shows_every_key() {
     let (_, asked) = Config::parse_asking("t.toml", &annotated(true), &env);
     // The alternatives of a secret are named in prose.
-    let in_prose = ["bearer_token", "bearer_token_env", "password", "password_env"];
+    let secrets = ["bearer_token", "password", "proxy_password", "signing_key", "client_secret"];
     for path in asked {
         let key = path.rsplit('.').next().unwrap();
         let shown = ANNOTATED.lines().any(|line| {
             let line = line.trim_start_matches('#');
             line.starts_with(&format!("{key} =")) || line.trim_matches(['[', ']']) == path
         });
-        assert!(shown || in_prose.contains(&key), "configs/gateway.toml does not show {path}");
+        let in_prose = secrets.contains(&key.trim_end_matches("_env"));
+        assert!(shown || in_prose, "configs/gateway.toml does not show {path}");
     }
 }
 
@@ -163,6 +164,54 @@ bearer_token = "hunter2"
     assert!(!format!("{config:?}").contains("hunter2"));
     let twice = format!("{text}bearer_token_env = \"TOKEN\"\n");
     assert!(parse(&twice).unwrap_err().contains("only one of"));
+}
+
+/// An HTTP sink with these keys.
+fn http_sink(keys: &str) -> Result<Config, String> {
+    parse(&format!(
+        "[[sink]]\nname = \"a\"\ntype = \"http\"\nurl = \"https://example.com/\"\n{keys}"
+    ))
+}
+
+#[test]
+fn a_format_of_single_events_has_more_of_them_in_flight() {
+    for (keys, expected) in [
+        ("", "in_flight_max: 1,"),
+        ("format = \"raw\"", "in_flight_max: 8,"),
+        ("format = \"raw\"\nin_flight_max = 2", "in_flight_max: 2,"),
+    ] {
+        let config = http_sink(keys).unwrap();
+        assert!(format!("{:?}", config.sinks).contains(expected), "{keys}: {:?}", config.sinks);
+    }
+}
+
+#[test]
+fn half_of_what_belongs_together_is_told() {
+    for (keys, told) in [
+        ("proxy_username = \"u\"", "sink.proxy: is missing"),
+        ("proxy = \"http://p:1\"\nproxy_password = \"s3cret\"", "sink.proxy_username: is missing"),
+        ("proxy = \"http://u:s3cret@p:1\"", "sink.proxy: must not hold credentials"),
+        ("proxy = \"socks5://p:1\"", "sink.proxy: must begin with http"),
+        ("[sink.tls]\ncert_file = \"c\"", "sink.tls.key_file: is missing"),
+        ("[sink.tls]\nkey_file = \"k\"", "sink.tls.cert_file: is missing"),
+        (
+            "bearer_token = \"s3cret\"\n[sink.oauth2]\ntoken_url = \"https://x/\"\nclient_id = \"c\"\nclient_secret = \"s3cret\"",
+            "sink.oauth2: cannot stand beside",
+        ),
+        (
+            "[sink.oauth2]\ntoken_url = \"https://x/\"\nclient_id = \"c\"",
+            "sink.oauth2.client_secret_file: is missing",
+        ),
+        (
+            "[sink.oauth2]\nclient_id = \"c\"\nclient_secret = \"s3cret\"",
+            "sink.oauth2.token_url: is missing",
+        ),
+        ("in_flight_max = 65", "sink.in_flight_max: must be a whole number from 1 to 64"),
+    ] {
+        let problems = http_sink(keys).unwrap_err();
+        assert!(problems.contains(told), "{keys}: {problems}");
+        assert_eq!(problems.lines().count(), 1, "{keys}: {problems}");
+    }
 }
 
 #[test]
