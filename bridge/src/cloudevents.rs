@@ -192,7 +192,10 @@ impl Envelope {
         percent_encode(out, &event.device_key);
     }
 
-    #[cfg(feature = "kafka")]
+    pub(crate) fn gateway(&self) -> &str {
+        &self.gateway
+    }
+
     pub(crate) fn event_type(&self) -> &str {
         &self.event_type
     }

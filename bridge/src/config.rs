@@ -7,6 +7,8 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::template::Template;
+
 /// A value that must not reach a log: `Debug` hides it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
@@ -105,17 +107,20 @@ pub enum Target {
     /// Kafka.
     #[cfg(feature = "kafka")]
     Kafka(KafkaConfig),
+    /// An MQTT broker.
+    Mqtt(MqttConfig),
     /// NDJSON in a rotated local file.
     File(FileConfig),
 }
 
 impl Target {
-    /// `http`, `kafka` or `file`.
+    /// `http`, `kafka`, `mqtt` or `file`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Http(_) => "http",
             #[cfg(feature = "kafka")]
             Self::Kafka(_) => "kafka",
+            Self::Mqtt(_) => "mqtt",
             Self::File(_) => "file",
         }
     }
@@ -355,6 +360,69 @@ pub enum KafkaCompression {
     Lz4,
     /// Zstandard.
     Zstd,
+}
+
+/// Settings of an MQTT sink.
+#[derive(Clone, Debug)]
+pub struct MqttConfig {
+    /// Host name or address of the broker.
+    pub host: String,
+    /// Port of it.
+    pub port: u16,
+    /// TLS and its certificates; `None`: plain TCP.
+    pub tls: Option<TlsConfig>,
+    /// Topic that an event is published to.
+    pub topic: Template,
+    /// What goes as MQTT 5 user properties.
+    pub user_properties: UserProperties,
+    /// Client id; `None`: the gateway's id and the sink's name, with a hyphen between.
+    pub client_id: Option<String>,
+    /// User name, and password if there is one.
+    pub credentials: Option<(String, Option<SecretSource>)>,
+    /// Publishes on the wire that wait for their ack; a broker's Receive Maximum makes it less.
+    pub in_flight_max: u16,
+}
+
+impl MqttConfig {
+    /// Default of [`MqttConfig::topic`].
+    pub const TOPIC: &str = "{topic}";
+    /// Default of [`MqttConfig::in_flight_max`].
+    pub const IN_FLIGHT_MAX: u16 = 100;
+    /// Range of [`MqttConfig::in_flight_max`].
+    pub const IN_FLIGHT_RANGE: RangeInclusive<u16> = 1..=1_000;
+    /// Port without TLS, where none is given.
+    pub const PORT: u16 = 1883;
+    /// Port with TLS, where none is given.
+    pub const TLS_PORT: u16 = 8883;
+
+    /// An MQTT sink with every default: plain TCP, the topics as they are, nobody's credentials.
+    ///
+    /// # Panics
+    /// Never: the default topic is one.
+    pub fn new(host: impl Into<String>, port: u16) -> Self {
+        Self {
+            host: host.into(),
+            port,
+            tls: None,
+            topic: Template::parse(Self::TOPIC).expect("a template"),
+            user_properties: UserProperties::default(),
+            client_id: None,
+            credentials: None,
+            in_flight_max: Self::IN_FLIGHT_MAX,
+        }
+    }
+}
+
+/// What an MQTT sink says of an event beside its payload.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UserProperties {
+    /// CloudEvents attributes, and the content type (CloudEvents MQTT binding 1.0, binary mode).
+    #[default]
+    CloudEvents,
+    /// The id alone.
+    Id,
+    /// Nothing.
+    None,
 }
 
 /// Settings of a file sink.

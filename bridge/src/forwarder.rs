@@ -23,6 +23,7 @@ use crate::file::FileSink;
 use crate::http::HttpSink;
 #[cfg(feature = "kafka")]
 use crate::kafka::KafkaSink;
+use crate::mqtt::MqttSink;
 use crate::origin::Origin;
 use crate::retry::Backoff;
 use crate::sink::{Answer, RequestId, Sink};
@@ -56,7 +57,7 @@ pub enum SinkState {
 pub struct SinkStatus {
     /// Name.
     pub name: String,
-    /// `http`, `kafka` or `file`.
+    /// `http`, `kafka`, `mqtt` or `file`.
     pub kind: &'static str,
     /// What it is doing.
     pub state: SinkState,
@@ -125,6 +126,10 @@ impl Forwarder {
             #[cfg(feature = "kafka")]
             Target::Kafka(config) => {
                 self.drive(KafkaSink::new(config, envelope, timeout), shutdown).await;
+            }
+            Target::Mqtt(config) => {
+                let sink = MqttSink::new(config, envelope, &self.config);
+                self.drive(sink, shutdown).await;
             }
             Target::File(config) => self.drive(FileSink::new(config, envelope), shutdown).await,
         }

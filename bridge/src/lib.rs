@@ -10,9 +10,10 @@
 //! - `sink`: the trait, and how an upstream's answers are sorted.
 //! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
 //! - [`forwarder`]: the shell around it; `retry`: backoff.
-//! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
+//! - `http`, `kafka`, `mqtt`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
-//! - `secret`: reading what must not reach a log.
+//! - [`Template`]: topics made from events; `secret`: reading what must not reach a log; `tls`:
+//!   certificates for what is not HTTP.
 
 mod cloudevents;
 pub mod config;
@@ -25,12 +26,16 @@ pub mod forwarder;
 mod http;
 #[cfg(feature = "kafka")]
 mod kafka;
+mod mqtt;
 mod origin;
 mod retry;
 mod secret;
 mod sink;
+mod template;
+mod tls;
 
 pub use cloudevents::Framing;
 pub use export::Export;
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;
+pub use template::Template;

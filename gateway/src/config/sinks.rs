@@ -3,12 +3,16 @@
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use bridge::Template;
 use bridge::config::{
-    Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, HttpProxy, HttpVersion,
-    OAuth2Config, Secret, SecretSource, SinkConfig, Target, TlsConfig, TlsIdentity,
+    Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, HttpProxy, HttpVersion, MqttConfig,
+    OAuth2Config, Secret, SecretSource, SinkConfig, Target, TlsConfig, TlsIdentity, UserProperties,
 };
 
 use super::reader::Section;
+
+/// Longest MQTT client id that is taken; brokers need not take more than 23 [MQTT-3.1.3-5].
+const CLIENT_ID_BYTES_MAX: usize = 256;
 
 /// Range of `lag_bytes_max`, where there is a limit.
 const LAG_BYTES_MIN: u64 = 1 << 20;
@@ -18,6 +22,7 @@ const LAG_BYTES_MAX: u64 = 64 << 40;
 enum Kind {
     Kafka,
     Http,
+    Mqtt,
     File,
 }
 
@@ -44,15 +49,20 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
             format!("must be 1 to 64 letters, digits, '-', '_' or '.', not {name:?}"),
         );
     }
-    let kinds =
-        [("kafka", Some(Kind::Kafka)), ("http", Some(Kind::Http)), ("file", Some(Kind::File))];
+    let kinds = [
+        ("kafka", Some(Kind::Kafka)),
+        ("http", Some(Kind::Http)),
+        ("mqtt", Some(Kind::Mqtt)),
+        ("file", Some(Kind::File)),
+    ];
     if !section.has("type") {
-        section.missing("type", "\"kafka\", \"http\" or \"file\"");
+        section.missing("type", "\"kafka\", \"http\", \"mqtt\" or \"file\"");
     }
     let kind = section.choice("type", &kinds, None);
     let target = match kind {
         Some(Kind::Kafka) => read_kafka(section),
         Some(Kind::Http) => Some(Target::Http(read_http(section))),
+        Some(Kind::Mqtt) => Some(Target::Mqtt(read_mqtt(section))),
         Some(Kind::File) => Some(Target::File(read_file(section))),
         None => {
             // What its other keys mean depends on the type: say nothing of them.
@@ -312,6 +322,89 @@ fn read_kafka(section: &Section<'_, '_>) -> Option<Target> {
     section.ignore_rest();
     section.problem("type", "this edge-gateway was built without Kafka; use the one that has it");
     None
+}
+
+fn read_mqtt(section: &Section<'_, '_>) -> MqttConfig {
+    let (host, port, is_tls) = read_broker(section);
+    let tls = read_tls(section);
+    if !is_tls && tls != TlsConfig::default() {
+        section.problem("tls", "is for a url that begins with mqtts://");
+    }
+    let topic = section.string("topic").unwrap_or_else(|| MqttConfig::TOPIC.to_owned());
+    let topic = Template::parse(&topic).and_then(|template| {
+        if template.literals().any(|text| text.contains(['+', '#', '\0'])) {
+            return Err("must be a topic to publish to, without + and #".to_owned());
+        }
+        Ok(template)
+    });
+    let defaults = MqttConfig::new(host, port);
+    let topic = topic.unwrap_or_else(|wrong| {
+        section.problem("topic", wrong);
+        defaults.topic.clone()
+    });
+    let properties = [
+        ("cloudevents", UserProperties::CloudEvents),
+        ("id", UserProperties::Id),
+        ("none", UserProperties::None),
+    ];
+    let client_id = section.string("client_id");
+    if client_id.as_ref().is_some_and(|id| id.is_empty() || id.len() > CLIENT_ID_BYTES_MAX) {
+        section.problem("client_id", format!("must be 1 to {CLIENT_ID_BYTES_MAX} bytes long"));
+    }
+    let username = section.string("username");
+    let password = read_secret(section, ["password", "password_file", "password_env"]);
+    if username.is_none() && password.is_some() {
+        section.missing("username", "the user whose password is given");
+    }
+    let in_flight = MqttConfig::IN_FLIGHT_RANGE;
+    let in_flight = u64::from(*in_flight.start())..=u64::from(*in_flight.end());
+    let in_flight_max =
+        section.integer("in_flight_max", in_flight, defaults.in_flight_max.into()) as u16;
+    MqttConfig {
+        tls: is_tls.then_some(tls),
+        topic,
+        user_properties: section.choice("user_properties", &properties, UserProperties::default()),
+        client_id,
+        credentials: username.map(|username| (username, password)),
+        in_flight_max,
+        ..defaults
+    }
+}
+
+/// Host and port of an MQTT broker, and whether it is spoken to over TLS.
+fn read_broker(section: &Section<'_, '_>) -> (String, u16, bool) {
+    let url = section.required("url", "an address such as \"mqtts://broker.example.com:8883\"");
+    let nowhere = (String::new(), MqttConfig::PORT, url.starts_with("mqtts:"));
+    if url.is_empty() {
+        return nowhere;
+    }
+    let parsed = match reqwest::Url::parse(&url) {
+        Ok(parsed) => parsed,
+        Err(wrong) => {
+            section.problem("url", format!("is no address: {wrong}"));
+            return nowhere;
+        }
+    };
+    let default = match parsed.scheme() {
+        "mqtt" => MqttConfig::PORT,
+        "mqtts" => MqttConfig::TLS_PORT,
+        _ => {
+            section.problem("url", format!("must begin with mqtt:// or mqtts://, not {url:?}"));
+            return nowhere;
+        }
+    };
+    if !parsed.username().is_empty() || parsed.password().is_some() {
+        section.problem("url", "must not hold credentials; use username and password_file");
+    } else if !matches!(parsed.path(), "" | "/") || parsed.query().is_some() {
+        section.problem("url", "must be host and port only; the topic has a key of its own");
+    }
+    match parsed.host_str() {
+        Some(host) => (host.to_owned(), parsed.port().unwrap_or(default), nowhere.2),
+        None => {
+            section.problem("url", "names no host");
+            nowhere
+        }
+    }
 }
 
 fn read_file(section: &Section<'_, '_>) -> FileConfig {

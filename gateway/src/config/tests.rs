@@ -45,6 +45,10 @@ name = "cloud"
 type = "http"
 url = "http://127.0.0.1:8080/events"
 [[sink]]
+name = "north"
+type = "mqtt"
+url = "mqtt://127.0.0.1:1884"
+[[sink]]
 name = "archive"
 type = "file"
 path = "/var/lib/edge-gateway/archive.ndjson"
@@ -182,6 +186,34 @@ fn a_format_of_single_events_has_more_of_them_in_flight() {
     ] {
         let config = http_sink(keys).unwrap();
         assert!(format!("{:?}", config.sinks).contains(expected), "{keys}: {:?}", config.sinks);
+    }
+}
+
+#[test]
+fn an_mqtt_sink_is_host_port_and_a_topic_to_publish_to() {
+    let sink = |keys: &str| parse(&format!("[[sink]]\nname = \"n\"\ntype = \"mqtt\"\n{keys}"));
+    for (url, expected) in [
+        ("mqtt://broker", "host: \"broker\", port: 1883, tls: None"),
+        ("mqtts://broker:9000", "host: \"broker\", port: 9000, tls: Some("),
+        ("mqtts://10.0.0.5/", "host: \"10.0.0.5\", port: 8883, tls: Some("),
+    ] {
+        let config = sink(&format!("url = {url:?}\nusername = \"u\"")).unwrap();
+        assert!(format!("{:?}", config.sinks).contains(expected), "{url}: {:?}", config.sinks);
+    }
+    for (keys, told) in [
+        ("", "sink.url: is missing"),
+        ("url = \"tcp://x\"", "sink.url: must begin with mqtt://"),
+        ("url = \"mqtt://u:s3cret@x\"", "sink.url: must not hold credentials"),
+        ("url = \"mqtt://x/topic\"", "sink.url: must be host and port only"),
+        ("url = \"mqtt://x\"\n[sink.tls]\nca_file = \"c\"", "sink.tls: is for a url"),
+        ("url = \"mqtt://x\"\ntopic = \"up/#\"", "sink.topic: must be a topic to publish to"),
+        ("url = \"mqtt://x\"\ntopic = \"up/{devcie}\"", "sink.topic: has {devcie}"),
+        ("url = \"mqtt://x\"\npassword = \"s3cret\"", "sink.username: is missing"),
+        ("url = \"mqtt://x\"\nin_flight_max = 0", "sink.in_flight_max: must be"),
+    ] {
+        let problems = sink(keys).unwrap_err();
+        assert!(problems.contains(told), "{keys}: {problems}");
+        assert_eq!(problems.lines().count(), 1, "{keys}: {problems}");
     }
 }
 
