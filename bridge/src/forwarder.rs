@@ -114,6 +114,7 @@ impl Forwarder {
     /// # Panics
     /// Only on a bug of this package. Give it a task of its own, so that it ends nothing else.
     pub async fn run(mut self, shutdown: CancellationToken) {
+        #[cfg(feature = "kafka")]
         let timeout = self.config.request_timeout;
         let envelope = Envelope::new(&self.origin, &self.config.event_type);
         match self.config.target.clone() {

@@ -27,7 +27,7 @@ use serde::Serialize;
 
 pub use http::{BODY_BYTES_MAX, DECODED_BYTES_MAX, HttpCollector};
 
-use self::sequence::SequenceRule;
+use self::sequence::{Row, SequenceRule};
 use crate::{
     fleet::unix_us,
     ledger::{self, Origin, Place, RECEIVED_HEADER, ReceivedRow},
@@ -40,6 +40,8 @@ struct Arrived {
     origin: Option<Origin>,
     place: Option<Place>,
     id: String,
+    /// For the sequence rule.
+    row: Row,
 }
 
 /// What a collector has taken so far.
@@ -108,7 +110,8 @@ impl Recorder {
         let recorder = Self::append_to(path)?;
         let mut rule = SequenceRule::default();
         ledger::read_received(path, |row| {
-            rule.admit(&row.id, row.place);
+            // A ledger does not say which rows there were: see `start_exactly_once`.
+            rule.admit(&row.id, row.place, &Row::Plain);
         })
         .map_err(io::Error::other)?;
         recorder.file.lock().unwrap_or_else(PoisonError::into_inner).rule = Some(rule);
@@ -130,8 +133,8 @@ impl Recorder {
         let mut moved = rule.clone();
         let mut recorded = 0;
         for event in events {
-            let Arrived { device, origin, place, id } = event;
-            if moved.as_mut().is_some_and(|rule| !rule.admit(id, *place)) {
+            let Arrived { device, origin, place, id, row } = event;
+            if moved.as_mut().is_some_and(|rule| !rule.admit(id, *place, row)) {
                 continue;
             }
             let (device, id) = (Cow::Borrowed(&**device), Cow::Borrowed(&**id));

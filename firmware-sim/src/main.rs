@@ -151,7 +151,8 @@ struct CollectArgs {
     #[arg(long, value_name = "FILE")]
     ledger: PathBuf,
     /// Record each event once: keep the last sequence number per gateway, epoch and partition, and
-    /// pass over what is not above it
+    /// pass over what is not above it. Lanes and streams of a sink have numbers of their own; with
+    /// them, begin with a new ledger
     #[arg(long, requires = "http")]
     exactly_once: bool,
     /// End after this time without an event; 0 is never [default: 0 for HTTP, 10 for Kafka]

@@ -36,7 +36,7 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use super::{Arrived, CollectCounters, Recorder, cloudevents};
+use super::{Arrived, CollectCounters, Recorder, cloudevents, sequence::Row};
 
 /// Longest body that is taken, as sent, in bytes.
 pub const BODY_BYTES_MAX: usize = 16 << 20;
@@ -46,6 +46,9 @@ pub const DECODED_BYTES_MAX: usize = 64 << 20;
 const CE_SPECVERSION: HeaderName = HeaderName::from_static("ce-specversion");
 const CE_ID: HeaderName = HeaderName::from_static("ce-id");
 const CE_SOURCE: HeaderName = HeaderName::from_static("ce-source");
+const CE_LANE: HeaderName = HeaderName::from_static("ce-lane");
+const CE_STREAM: HeaderName = HeaderName::from_static("ce-stream");
+const CE_REQUEUED: HeaderName = HeaderName::from_static("ce-requeued");
 const EVENT: HeaderName = HeaderName::from_static("edge-gateway-event");
 
 /// Connections waiting to be accepted, at most.
@@ -90,7 +93,8 @@ impl HttpCollector {
 
     /// As [`HttpCollector::start`], with the sequence rule: per gateway, epoch and partition it
     /// keeps the last sequence number, and passes over what is not above it. So the ledger has each
-    /// event of a gateway once, also over restarts of this collector.
+    /// event of a gateway once, also over restarts of this collector, as long as its sink has neither
+    /// lanes nor streams: a ledger does not say which event came in which.
     ///
     /// # Errors
     /// As [`HttpCollector::start`], and when a ledger that is there cannot be read.
@@ -210,8 +214,9 @@ fn read(headers: &HeaderMap, body: &[u8]) -> Result<Vec<Arrived>, Refusal> {
             &decoded
         }
     };
+    let row = || Row::of(text(CE_LANE), text(CE_STREAM), text(CE_REQUEUED) == "true");
     let beside = |id, source| {
-        cloudevents::read_payload(id, source, body)
+        cloudevents::read_payload(id, source, body, row())
             .map(|event| vec![event])
             .map_err(|reason| refusal(StatusCode::BAD_REQUEST, &reason))
     };
