@@ -30,7 +30,7 @@ const KILLS: usize = 2;
 /// An HTTP sink through a proxy, its requests small, so that there are many.
 fn faulty_sink(name: &str, proxy: &FaultProxy, more: &str) -> String {
     harness::http_sink(name, proxy.address())
-        + &format!("request_events_max = 100\nrequest_timeout = \"500ms\"\n{more}\n")
+        + &format!("request_events_max = 100\nrequest_timeout = \"1s\"\n{more}\n")
 }
 
 /// Waits until every fault has happened often enough.

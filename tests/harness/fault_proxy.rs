@@ -162,8 +162,14 @@ impl Exchange {
         let (mut client, mut upstream) = (BufReader::new(client), BufReader::new(upstream));
         loop {
             let (head, body) = read_message(&mut client).await?;
-            // The client sends again on the same connection: it has read the last answer.
-            self.in_doubt = None;
+            // The client goes on with the same connection: it has read the last answer. Unless it is
+            // the same request again: a starved client may find its patience at an end beside an
+            // answer that has come.
+            if let Some(last) = self.in_doubt.take()
+                && last == body
+            {
+                self.shared.state().in_doubt.push(last);
+            }
             let (fault, pause) = self.choose();
             match fault {
                 Some(Fault::Cut) => return client.get_ref().set_zero_linger(),
