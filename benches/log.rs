@@ -117,6 +117,7 @@ impl Place {
             retain_age_us: 0,
             journal,
             journal_bytes: 32 << 20,
+            compression: storage::Compression::None,
             commits_ahead_max: 2,
         }
     }

@@ -98,6 +98,7 @@ impl Plan {
             retain_age_us: 0,
             journal: JournalMode::Auto,
             journal_bytes: 32 << 20,
+            compression: storage::Compression::None,
             commits_ahead_max: 2,
         }
     }

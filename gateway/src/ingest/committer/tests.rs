@@ -579,6 +579,7 @@ mod over_the_real_log {
             retain_age_us: 0,
             journal: storage::JournalMode::Auto,
             journal_bytes: 32 << 20,
+            compression: storage::Compression::None,
             commits_ahead_max: 2,
         }
     }

@@ -58,6 +58,7 @@ fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
         retain_age_us: u64::MAX,
         journal: storage::JournalMode::Auto,
         journal_bytes: 32 << 20,
+        compression: storage::Compression::None,
         commits_ahead_max: 2,
     };
     Store::open(options, 0).unwrap()
