@@ -281,13 +281,17 @@ impl World {
         let (store, mut writer) = opened.unwrap_or_else(|e| panic!("{damage}: {e}"));
         let watermark = store.mark().watermark;
         assert!(watermark >= self.watermark(), "{damage}: the end is lost");
-        let (mut from, mut missing) = (0, Vec::new());
+        let (mut from, mut missing, mut tries) = (0, Vec::new(), 0);
         while from < watermark {
-            let Ok(read) = store.read(from, 64, 32 << 10) else {
-                // It is the file that is appended to, which the writer gives up first.
-                writer.check().unwrap();
-                assert!(!writer.shared.log.has_active(), "{damage}");
-                continue;
+            let read = match store.read(from, 64, 32 << 10) {
+                Ok(read) => read,
+                Err(error) => {
+                    // It is the file that is appended to, which the writer gives up first.
+                    writer.check().unwrap();
+                    tries += 1;
+                    assert!(!writer.shared.log.has_active() && tries < 3, "{damage}: {error}");
+                    continue;
+                }
             };
             for event in &read.events {
                 let expected = self.model.events.get(event.offset as usize);
