@@ -74,11 +74,17 @@ impl LogError {
     /// Whether the file itself is damaged, so that trying again would not help.
     pub(crate) fn is_damage(&self) -> bool {
         use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
-        use redb::Error::{Corrupted, TableDoesNotExist, TableTypeMismatch, UpgradeRequired};
+        use redb::Error::{
+            Corrupted, TableDoesNotExist, TableIsMultimap, TableTypeMismatch,
+            TypeDefinitionChanged, UpgradeRequired,
+        };
         match &self.error {
-            Corrupted(_) | UpgradeRequired(_) | TableDoesNotExist(_) | TableTypeMismatch { .. } => {
-                true
-            }
+            Corrupted(_)
+            | UpgradeRequired(_)
+            | TableDoesNotExist(_)
+            | TableIsMultimap(_)
+            | TableTypeMismatch { .. }
+            | TypeDefinitionChanged { .. } => true,
             redb::Error::Io(e) => {
                 matches!(e.kind(), NotFound | UnexpectedEof | InvalidData) || is_bad_sector(e)
             }
