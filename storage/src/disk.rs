@@ -20,7 +20,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::{Bound, Range};
 use std::os::unix::fs::MetadataExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
@@ -301,6 +301,9 @@ impl Drop for OpenFile {
     /// Closes the file cleanly, unless something failed before.
     fn drop(&mut self) {
         let database = self.database.take();
+        if self.home.is_none() {
+            give_up(database.as_ref());
+        }
         let close = || {
             drop(database);
             Ok(())
@@ -309,6 +312,17 @@ impl Drop for OpenFile {
             tracing::warn!(%error, "a file could not be closed");
         }
     }
+}
+
+/// Sees to it that closing writes nothing, where there is nothing to keep. redb would walk trees for
+/// it that may be damaged, and a panic there, in the middle of its own closing, ends the process. What
+/// it leaves alone is a database in which a panic has ended a transaction.
+fn give_up(database: Option<&Database>) {
+    let ended = catch_unwind(AssertUnwindSafe(|| {
+        let _transaction = database.map(Database::begin_write);
+        resume_unwind(Box::new(()));
+    }));
+    debug_assert!(ended.is_err(), "it always ends in a panic");
 }
 
 /// Also says whether the file had to be repaired.
