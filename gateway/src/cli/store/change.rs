@@ -126,7 +126,12 @@ pub(super) fn repair(args: &RepairArgs) -> u8 {
         Ok(opened) => opened,
         Err(code) => return code,
     };
-    let found = match walk(&store) {
+    // Where it is the last file that is damaged, the first walk finds out and the writer gives it up.
+    let found = walk(&store).or_else(|error| match writer.check() {
+        Ok(()) => walk(&store),
+        Err(_) => Err(error),
+    });
+    let found = match found {
         Ok(found) => found,
         Err(error) => return fail(&error),
     };
