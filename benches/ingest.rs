@@ -373,6 +373,8 @@ async fn serve_front(config: Config, log: impl Append) -> anyhow::Result<()> {
         ingest,
         Routes::new(&config.routes)?,
         downlink,
+        mqtt::Retained::new(config.retained.messages_max, config.retained.bytes_max, |_, _| None),
+        &config.sessions,
         config.ingest.held_bytes_max,
         config.gateway.shutdown_grace,
     );

@@ -26,6 +26,9 @@ pub enum StartError {
     /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] storage::OpenError),
+    /// The state of the front cannot be read.
+    #[error("{0}; move the data folder away to begin anew")]
+    State(#[from] storage::StateError),
     /// An address cannot be bound.
     #[error("cannot listen on {address} ({key}): {source}; {}", bind_remedy(source))]
     Bind {
@@ -57,6 +60,8 @@ pub struct Gateway {
     addresses: Addresses,
     fronts: Vec<Front>,
     forwarders: Vec<Forwarder>,
+    front: Arc<mqtt::Shared>,
+    ingest: Ingest,
     downlink: Downlink,
     store: Store,
     committer: CommitterHandle,
@@ -84,13 +89,26 @@ impl Gateway {
         };
         let links_max = config.listeners.iter().map(|l| l.connections_max).sum();
         let downlink = Downlink::new(ingest.watermark(), links_max);
+        let rows = store.clone();
+        let retained = mqtt::Retained::new(
+            config.retained.messages_max,
+            config.retained.bytes_max,
+            // A message that cannot be read now is missed by one subscriber.
+            move |namespace, key| rows.state(namespace, key).ok().flatten(),
+        );
         let front = Arc::new(mqtt::Shared::new(
             ingest.clone(),
             routes,
             downlink.clone(),
+            retained,
+            &config.sessions,
             config.ingest.held_bytes_max,
             config.gateway.shutdown_grace,
         ));
+        if let Err(error) = load(&front, &store).await {
+            committer.stop().await.ok();
+            return Err(error);
+        }
         let mut fronts = Vec::new();
         for listener in &config.listeners {
             match Front::bind(listener, Arc::clone(&front)).await {
@@ -118,14 +136,25 @@ impl Gateway {
         let parts = admin::Parts {
             gateway_id: config.gateway.id,
             started,
-            front,
+            front: Arc::clone(&front),
             ingest: ingest.clone(),
             store: store.clone(),
             sinks: forwarders.iter().map(Forwarder::status).collect(),
         };
         let grace = config.gateway.shutdown_grace;
         let admin = (admin, Arc::new(parts));
-        Ok(Self { addresses, fronts, forwarders, downlink, store, committer, admin, grace })
+        Ok(Self {
+            addresses,
+            fronts,
+            forwarders,
+            front,
+            ingest,
+            downlink,
+            store,
+            committer,
+            admin,
+            grace,
+        })
     }
 
     /// Where it listens.
@@ -148,7 +177,9 @@ impl Gateway {
         for front in self.fronts {
             fronts.spawn(front.run(front_stop.clone()));
         }
-        fronts.spawn(self.downlink.follow(self.store, front_stop.clone()));
+        let follow = self.downlink.follow(self.store, self.ingest, front_stop.clone());
+        fronts.spawn(follow);
+        fronts.spawn(self.front.sessions.clone().keep(front_stop.clone()));
         let mut sinks = JoinSet::new();
         for forwarder in self.forwarders {
             sinks.spawn(forwarder.run(sinks_stop.clone()));
@@ -204,6 +235,16 @@ fn bind_remedy(source: &std::io::Error) -> &'static str {
 
 fn bind_error(key: &'static str, address: SocketAddr, source: std::io::Error) -> StartError {
     StartError::Bind { key, address, source }
+}
+
+/// Reading the state of the front reads the disk, too.
+async fn load(front: &Arc<mqtt::Shared>, store: &Store) -> Result<(), StartError> {
+    let (front, store) = (Arc::clone(front), store.clone());
+    let loaded = tokio::task::spawn_blocking(move || {
+        front.retained.load(&store)?;
+        front.sessions.load(&store, Instant::now(), clock::now_us())
+    });
+    Ok(loaded.await.map_err(std::io::Error::other)??)
 }
 
 /// Opening reads the disk, and repairs after a kill: off the async workers.

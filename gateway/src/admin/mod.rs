@@ -174,6 +174,11 @@ impl Parts {
             deliveries_total: read(&stats.deliveries),
             deliveries_missed_total: read(&stats.deliveries_dropped)
                 + read(&self.front.downlink.stats().missed),
+            sessions: self.front.sessions.len() as u64,
+            queued_bytes: self.front.sessions.stats().queued_bytes.load(Ordering::Relaxed) as u64,
+            queued_dropped_total: read(&self.front.sessions.stats().dropped),
+            retained: self.front.retained.len() as u64,
+            retained_refused_total: self.front.retained.refused(),
         }
     }
 

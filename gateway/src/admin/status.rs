@@ -65,6 +65,16 @@ pub struct MqttStatus {
     /// Messages that a subscriber did not get: it did not keep up, they had expired, or they were
     /// larger than it takes.
     pub deliveries_missed_total: u64,
+    /// Sessions that are kept, with a connection or without.
+    pub sessions: u64,
+    /// Bytes of messages that wait for their clients.
+    pub queued_bytes: u64,
+    /// Messages that were not kept for a client, or made room for others, at a bound of its queue.
+    pub queued_dropped_total: u64,
+    /// Topics with a retained message.
+    pub retained: u64,
+    /// Messages that were not retained, at a bound.
+    pub retained_refused_total: u64,
 }
 
 /// From publish to ack. Counters are since the start of the process.

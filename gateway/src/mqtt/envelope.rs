@@ -6,6 +6,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use bytestring::ByteString;
 use storage::{Attributes, Event};
 
+use super::rows::Message;
 use super::subscriptions::Turn;
 
 const HEAD_BYTES: usize = 4 * 8 + 2 + 4;
@@ -19,14 +20,8 @@ pub struct Envelope {
     pub seq: u64,
     /// Position after it, in bytes.
     pub end: u64,
-    /// When the gateway received the event, in microseconds since the Unix epoch.
-    pub received_us: u64,
-    /// Topic.
-    pub topic: ByteString,
-    /// What else the publisher said.
-    pub attributes: Attributes,
-    /// Payload.
-    pub payload: Bytes,
+    /// The event.
+    pub message: Message,
 }
 
 /// Bytes that an event takes in an envelope.
@@ -65,7 +60,8 @@ impl Envelope {
         }
         let topic = ByteString::try_from(bytes.split_to(topic_len)).ok()?;
         let attributes = Attributes::from_bytes(bytes.split_to(attributes_len));
-        Some(Self { number, seq, end, received_us, topic, attributes, payload: bytes })
+        let message = Message { received_us, topic, attributes, payload: bytes };
+        Some(Self { number, seq, end, message })
     }
 }
 
@@ -95,10 +91,7 @@ mod tests {
                 number: 11,
                 seq: 5,
                 end: 100 + bytes.len() as u64,
-                received_us: 7,
-                topic: event.topic.clone(),
-                attributes: event.attributes.clone(),
-                payload: event.payload.clone(),
+                message: Message::of(&event),
             }
         );
         assert_eq!(Envelope::decode(bytes.slice(..HEAD_BYTES)), None);

@@ -48,6 +48,7 @@ impl Front {
                 packet_bytes_max: config.packet_bytes_max,
                 in_flight_max: NonZeroU16::new(config.in_flight_max).unwrap_or(NonZeroU16::MIN),
                 allow_anonymous: config.allow_anonymous,
+                keep_alive_s_max: shared.keep_alive_s_max,
             },
             shared,
         })
@@ -124,7 +125,7 @@ mod tests {
     use super::*;
     use crate::ingest::{Ingest, Routes};
     use crate::mqtt::Downlink;
-    use crate::mqtt::conn::tests::{Gate, ingest_config, listener_config};
+    use crate::mqtt::conn::tests::{Gate, ingest_config, listener_config, sessions_config};
 
     #[tokio::test]
     async fn a_connection_that_panicked_is_counted_and_gone() {
@@ -133,7 +134,9 @@ mod tests {
             Ingest::start(Gate::default(), 0, &ingest_config(), at_quota, Duration::from_mins(1))
                 .unwrap();
         let downlink = Downlink::new(ingest.watermark(), 1);
-        let shared = Shared::new(ingest, Routes::default(), downlink, 0, Duration::ZERO);
+        let retained = crate::mqtt::Retained::new(0, 0, |_, _| None);
+        let (routes, sessions) = (Routes::default(), sessions_config());
+        let shared = Shared::new(ingest, routes, downlink, retained, &sessions, 0, Duration::ZERO);
         let front = Front::bind(&listener_config(), Arc::new(shared)).await.unwrap();
         let stats = &front.shared.stats;
         FrontStats::add(&stats.connections, 1);

@@ -16,8 +16,8 @@ pub struct FrontStats {
     pub protocol_errors: AtomicU64,
     /// Connections that ended in a panic: a bug, which ended that connection only.
     pub panics: AtomicU64,
-    /// PUBLISH packets read, by QoS 0 and 1.
-    pub publishes: [AtomicU64; 2],
+    /// PUBLISH packets read, by QoS.
+    pub publishes: [AtomicU64; 3],
     /// Publishes refused: no route, reserved topic, or the store stands still.
     pub publishes_refused: AtomicU64,
     /// QoS 0 publishes and wills that were dropped at the end of a connection for want of room.

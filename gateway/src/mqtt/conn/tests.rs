@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::*;
-use crate::config::{IngestConfig, ListenerConfig, RouteConfig};
+use crate::config::{IngestConfig, ListenerConfig, RouteConfig, SessionsConfig};
 use crate::ingest::{Append, CommitterHandle};
 use crate::mqtt::Front;
 use crate::mqtt::codec::Version;
@@ -41,6 +41,18 @@ pub(crate) fn listener_config() -> ListenerConfig {
         connect_timeout: PATIENCE,
         packet_bytes_max: 64 * 1024,
         in_flight_max: 4,
+    }
+}
+
+pub(crate) fn sessions_config() -> SessionsConfig {
+    SessionsConfig {
+        sessions_max: 8,
+        expiry_max: Duration::from_hours(1),
+        queue_messages_max: 8,
+        queue_bytes_max: 1 << 20,
+        queued_bytes_max: 1 << 20,
+        queue_drops_oldest: true,
+        keep_alive_max: Duration::ZERO,
     }
 }
 
@@ -79,13 +91,33 @@ impl Rig {
     }
 
     async fn with(listener: ListenerConfig, ingest: IngestConfig, routes: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::at(tempfile::tempdir().unwrap(), listener, ingest, routes).await
+    }
+
+    /// Over the store that is in a folder.
+    async fn at(
+        dir: tempfile::TempDir,
+        listener: ListenerConfig,
+        ingest: IngestConfig,
+        routes: &[&str],
+    ) -> Self {
         let (store, writer) = open_store(&dir);
-        let mut rig = Self::over(writer, listener, &ingest, AtQuota::Hold, routes).await;
-        let follow = rig.shared.downlink.clone().follow(store.clone(), rig.stop.clone());
-        rig.tasks.spawn(follow);
+        let (watermark, rows) = (store.mark().watermark, store.clone());
+        let rows = move |namespace, key: &[u8]| rows.state(namespace, key).unwrap();
+        let retained = Retained::new(8, 1 << 20, rows);
+        let front = (watermark, retained, Some(&store));
+        let mut rig = Self::wired(writer, listener, &ingest, AtQuota::Hold, routes, front).await;
+        let (downlink, ingest) = (rig.shared.downlink.clone(), rig.shared.ingest.clone());
+        rig.tasks.spawn(downlink.follow(store, ingest, rig.stop.clone()));
+        rig.tasks.spawn(rig.shared.sessions.clone().keep(rig.stop.clone()));
         rig.dir = Some(dir);
         rig
+    }
+
+    /// Ends everything in order, and begins again over the same store.
+    async fn restarted(self) -> Self {
+        let dir = self.end().await.unwrap();
+        Self::at(dir, listener_config(), ingest_config(), &[]).await
     }
 
     async fn over<A: Append>(
@@ -95,8 +127,20 @@ impl Rig {
         at_quota: AtQuota,
         routes: &[&str],
     ) -> Self {
+        let front = (0, Retained::new(8, 1 << 20, |_, _| None), None);
+        Self::wired(log, listener, ingest_config, at_quota, routes, front).await
+    }
+
+    async fn wired<A: Append>(
+        log: A,
+        listener: ListenerConfig,
+        ingest_config: &IngestConfig,
+        at_quota: AtQuota,
+        routes: &[&str],
+        (watermark, retained, store): (u64, Retained, Option<&Store>),
+    ) -> Self {
         let (ingest, committer) =
-            Ingest::start(log, 0, ingest_config, at_quota, Duration::from_mins(1)).unwrap();
+            Ingest::start(log, watermark, ingest_config, at_quota, Duration::from_mins(1)).unwrap();
         let routes: Vec<_> = routes
             .iter()
             .map(|filter| RouteConfig { filter: (*filter).to_owned(), content_type: None })
@@ -104,8 +148,14 @@ impl Rig {
         let downlink = Downlink::new(ingest.watermark(), 16);
         let held_bytes_max = ingest_config.held_bytes_max;
         let routes = Routes::new(&routes).unwrap();
-        let mut shared = Shared::new(ingest, routes, downlink, held_bytes_max, PATIENCE);
+        let sessions = sessions_config();
+        let mut shared =
+            Shared::new(ingest, routes, downlink, retained, &sessions, held_bytes_max, PATIENCE);
         shared.write_stall = Duration::from_secs(1);
+        if let Some(store) = store {
+            shared.retained.load(store).unwrap();
+            shared.sessions.load(store, Instant::now(), shared.ingest.now_us()).unwrap();
+        }
         let shared = Arc::new(shared);
         let front = Front::bind(&listener, shared.clone()).await.unwrap();
         let (address, stop) = (front.local_addr(), CancellationToken::new());
@@ -333,13 +383,13 @@ async fn a_violation_is_answered_and_ends_that_connection_only() {
     let other = ConnectPacket { client_id: "other", ..ConnectPacket::new(V3) };
     let mut other = rig.client_with(&other).await;
     let mut client = rig.client(V5).await;
-    client.send(&wire::publish_with(V5, 0x34, "t", Some(1), &[], "")).await;
+    client.send(&wire::publish(V5, "a/+", Some(1), "")).await;
     let disconnect = client.packet().await;
-    assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::QOS_NOT_SUPPORTED));
+    assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::TOPIC_INVALID));
     client.expect_closed().await;
 
     let mut client = rig.client(V3).await;
-    client.send(&wire::publish_with(V3, 0x34, "t", Some(1), &[], "")).await;
+    client.send(&wire::publish(V3, "a/+", Some(1), "")).await;
     client.expect_closed().await;
     other.ping().await;
     assert_eq!(rig.count(|s| &s.protocol_errors), 2);
@@ -456,7 +506,7 @@ async fn subscribers_get_what_was_stored_with_their_qos() {
         let mut publisher = rig.client_with(&named("pub")).await;
         subscriber.send(&wire::subscribe(version, 1, &[("a/+", 2), ("b", 0)])).await;
         let suback = subscriber.packet().await;
-        assert_eq!(suback[suback.len() - 2..], [1, 0], "QoS 2 is granted as 1");
+        assert_eq!(suback[suback.len() - 2..], [2, 0]);
         publisher.send(&wire::publish(version, "a/é", Some(1), "one")).await;
         publisher.send(&wire::publish(version, "b", Some(2), "two")).await;
         publisher.send(&wire::publish(version, "a/x", None, "three")).await;
@@ -736,3 +786,5 @@ async fn a_client_that_does_not_read_is_closed_and_its_keep_alive_rests() {
     }
     assert_eq!(rig.count(|s| &s.protocol_errors), 0);
 }
+
+mod kept;
