@@ -13,6 +13,7 @@ mod bench;
 mod client;
 mod gateway_process;
 pub(crate) mod kafka;
+pub(crate) mod wire;
 
 use std::io::Write as _;
 use std::path::Path;
