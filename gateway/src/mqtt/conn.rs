@@ -258,6 +258,7 @@ pub async fn serve<R, W>(
         read_bytes: *READ_BYTES.start(),
         chatter_bytes: 0,
     };
+    conn.settle_kept();
     conn.leave_will();
     let mut end = conn.run(&mut reader, &mut writer, &seat, stop).await;
     if let End::Shutdown = end {

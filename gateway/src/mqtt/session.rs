@@ -584,10 +584,11 @@ impl Session {
         Delivered::Sent
     }
 
-    /// Appends the PUBREL of a message that reached the client over an earlier connection.
-    pub fn release_again(&mut self, packet_id: u16, out: &mut BytesMut) {
+    /// A QoS 2 message reached the client over an earlier connection, which may have ended before that
+    /// was durable: make it so, then [`Session::complete`] the number, and its PUBREL leaves.
+    pub fn release_again(&mut self, packet_id: u16) -> u64 {
         self.window.sent(packet_id, Stage::Comp);
-        codec::put_pubrel(out, self.version, packet_id, reason::SUCCESS);
+        self.inbound.our_pubrel(packet_id)
     }
 
     /// A publish was given up before it entered a ring: there will be no event of it.

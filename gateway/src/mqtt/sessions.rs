@@ -165,6 +165,15 @@ impl Kept {
         result
     }
 
+    /// Messages of which nobody has said yet that they are durable: their places and rows.
+    pub fn unsettled(&self) -> (Vec<u64>, Vec<Control>) {
+        let inner = self.lock();
+        let row = |(place, queued): (u64, &Queued)| {
+            (place, rows::put(rows::QUEUES, self.queue_key(place), queued.encode()))
+        };
+        inner.queue.unsettled().map(row).unzip()
+    }
+
     /// The message at this place is durable.
     pub fn settled(&self, place: u64) {
         self.lock().queue.durable(place);

@@ -224,6 +224,17 @@ impl Conn<'_> {
         room.min(RETAINED_AT_ONCE)
     }
 
+    /// Messages that an earlier connection took for the client, and whose end it has not seen, are made
+    /// durable by this one.
+    pub(super) fn settle_kept(&mut self) {
+        let Some(kept) = &self.kept else { return };
+        let (places, controls) = kept.unsettled();
+        if !places.is_empty() {
+            let number = self.session.await_settled(places);
+            self.submit_for(number, controls);
+        }
+    }
+
     /// Delivers what waits for a session that is kept, as far as bounds allow.
     pub(super) fn deliver_kept(&mut self) {
         let Some(kept) = self.kept.clone() else { return };
@@ -239,7 +250,8 @@ impl Conn<'_> {
             let Some(next) = next else { return };
             let Queued { packet_id, qos, retain, subscription_id, message } = next.queued;
             let Some(message) = message else {
-                self.session.release_again(packet_id, &mut self.out);
+                let number = self.session.release_again(packet_id);
+                self.keep(number, |kept| kept.received(packet_id));
                 kept.sent(next.place);
                 continue;
             };

@@ -595,6 +595,11 @@ fn a_kept_message_is_released_only_when_that_is_durable() {
     assert_eq!(client.said(), NOTHING);
     assert_eq!(client.complete(&[number]), [0x62, 2, 0, 77, 0x62, 2, 0, 77]);
     assert_eq!(client.send(&packet(0x70, [0, 77])), Ok(Effect::Acked(77)));
+    // Over a later connection it is released again, and again not before that is durable.
+    let number = client.session.release_again(79);
+    assert_eq!(client.said(), NOTHING);
+    assert_eq!(client.complete(&[number]), [0x62, 2, 0, 79]);
+    assert_eq!(client.send(&packet(0x70, [0, 79])), Ok(Effect::Acked(79)));
     // One that the client refuses is over at once.
     let message = Delivery { qos: 2, packet_id: Some(78), ..delivery(b"", &none) };
     client.session.deliver(message, &mut client.out);

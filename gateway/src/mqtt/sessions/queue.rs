@@ -148,6 +148,11 @@ impl Queue {
         self.entries.iter().position(|entry| entry.queued.packet_id == packet_id)
     }
 
+    /// Messages that are not known to be durable.
+    pub fn unsettled(&self) -> impl Iterator<Item = (u64, &Queued)> {
+        self.entries.iter().filter(|entry| !entry.durable).map(|entry| (entry.place, &entry.queued))
+    }
+
     /// The message at this place is durable.
     pub fn durable(&mut self, place: u64) {
         if let Some(at) = self.at(place) {
