@@ -52,6 +52,7 @@ pub use loss_ledger::{Loss, LossReason};
 pub use store::balance::{Balance, Balancer, SinkBalance};
 pub use store::compact::Compacted;
 pub use store::inspect::FileStats;
+pub use store::repair::RebuiltState;
 pub use store::seek::Place;
 pub use store::verify::{Damage, Finding, Progress, Verification, Verifier};
 pub use store::{

@@ -251,6 +251,21 @@ fn delivered_files_go_and_the_numbers_go_on() {
     assert_eq!(store.losses().unwrap(), []);
 }
 
+/// Commits wait while it runs: it does a little at a time and says that there is more.
+#[test]
+fn delivered_files_go_a_few_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, mut writer) = Store::open(small(dir.path()), NOW_US).unwrap();
+    fill(&store, &mut writer, 6);
+    writer.commit(&[], &[cursor("cloud", store.mark().watermark)], NOW_US).unwrap();
+    for _ in 0..2 {
+        let report = writer.retain(NOW_US).unwrap();
+        assert_eq!((report.files, report.more), (2, true));
+    }
+    while writer.retain(NOW_US).unwrap().more {}
+    assert_eq!(store.stats().files, 1);
+}
+
 #[test]
 fn delivered_files_stay_as_long_as_they_are_wanted() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,9 +4,8 @@ use std::fmt::Write as _;
 
 use clap::Args;
 
-use super::super::{ConfigFile, DONE, FAILED, UNBALANCED};
-use super::progress::Bar;
-use super::{Look, fail, look, print};
+use super::super::ConfigFile;
+use super::Walk;
 use crate::inspection::{self, report::BalanceReport};
 use crate::text::{count, table};
 
@@ -34,36 +33,14 @@ pub(in crate::cli) struct BalanceArgs {
 }
 
 pub(in crate::cli) fn balance(args: &BalanceArgs) -> u8 {
-    let (config, look) = match look(&args.config.path) {
-        Ok(found) => found,
-        Err(code) => return code,
+    let walk = Walk {
+        what: "balance",
+        path: "balance",
+        here: inspection::balance,
+        render,
+        is_sound: |report| report.balanced,
     };
-    let report = match look {
-        Look::Folder(store) => {
-            let mut bar = Bar::new("balance");
-            let mut tell = |progress| {
-                bar.show(progress);
-                true
-            };
-            match inspection::balance(&store, &config.gateway.id, &mut tell) {
-                Ok(report) => report,
-                Err(error) => return fail(&error),
-            }
-        }
-        Look::Gateway(remote) => match remote.walk("balance", "balance") {
-            Ok(report) => report,
-            Err(why) => {
-                eprintln!("edge-gateway: {why}");
-                return FAILED;
-            }
-        },
-    };
-    if args.json {
-        print(&(serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"));
-    } else {
-        print(&render(&report));
-    }
-    if report.balanced { DONE } else { UNBALANCED }
+    walk.run(&args.config.path, args.json)
 }
 
 fn render(report: &BalanceReport) -> String {

@@ -15,12 +15,15 @@ mod verify;
 use std::path::Path;
 
 use clap::Subcommand;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use storage::{OpenError, Store};
 
-use super::{FAILED, UNBALANCED, WRONG_INPUT, load};
+use super::{DONE, FAILED, UNBALANCED, WRONG_INPUT, load};
 use crate::config::Config;
 use crate::ingest::clock;
-use crate::inspection::InspectError;
+use crate::inspection::{InspectError, Tell};
+use progress::Bar;
 use remote::Remote;
 
 pub(super) use balance::{BalanceArgs, balance};
@@ -78,13 +81,60 @@ fn look(path: &Path) -> Result<(Config, Look), u8> {
     }
 }
 
+/// A walk over the whole store that comes to a report.
+struct Walk<T> {
+    /// What the bar calls it.
+    what: &'static str,
+    /// Where the admin endpoint has it.
+    path: &'static str,
+    here: fn(&Store, &str, Tell<'_>) -> Result<T, InspectError>,
+    render: fn(&T) -> String,
+    is_sound: fn(&T) -> bool,
+}
+
+impl<T: Serialize + DeserializeOwned> Walk<T> {
+    /// Walks where the store is and prints the report; the exit code.
+    fn run(&self, config: &Path, json: bool) -> u8 {
+        let (config, look) = match look(config) {
+            Ok(found) => found,
+            Err(code) => return code,
+        };
+        let report = match look {
+            Look::Folder(store) => {
+                let mut bar = Bar::new(self.what);
+                let mut tell = |progress| {
+                    bar.show(progress);
+                    true
+                };
+                match (self.here)(&store, &config.gateway.id, &mut tell) {
+                    Ok(report) => report,
+                    Err(error) => return fail(&error),
+                }
+            }
+            Look::Gateway(remote) => match remote.walk(self.path, self.what) {
+                Ok(report) => report,
+                Err(why) => {
+                    eprintln!("edge-gateway: {why}");
+                    return FAILED;
+                }
+            },
+        };
+        if json {
+            print(&(serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"));
+        } else {
+            print(&(self.render)(&report));
+        }
+        if (self.is_sound)(&report) { DONE } else { UNBALANCED }
+    }
+}
+
 /// Tells the user why there is nothing to look at; the exit code.
 fn cannot_open(error: &OpenError) -> u8 {
     eprintln!("edge-gateway: {error}");
     match error {
         OpenError::Partitions { .. } => WRONG_INPUT,
         // It is there, and what it says of itself cannot be read.
-        OpenError::Database { .. } => UNBALANCED,
+        OpenError::Database { .. } | OpenError::DamagedState { .. } => UNBALANCED,
         _ => FAILED,
     }
 }
