@@ -1,11 +1,13 @@
 //! Changes of state that ride in the next commit, whether it carries events or not.
 //!
 //! Invariant: changes are committed in the order in which they were submitted; a ticket is completed
-//! only once the change that it came with is durable.
+//! only once the change that it came with is durable. When commits that ran ahead are void, who waits
+//! for a change is told, and the others' changes are committed again, in their order.
 //! Bound: none of its own. Whoever submits waits: a connection for its acks, of which it may owe so
 //! many only; the downlink's follower for each of its submissions; the keeper of the sessions does
 //! one round at a time.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -27,6 +29,11 @@ pub(super) struct Changes {
 struct Queue {
     changes: Vec<Change>,
     waiting_since: Option<Instant>,
+    /// Changes for which nobody waits, by the number of a commit that is not durable yet. Bounded as
+    /// those commits are.
+    ahead: VecDeque<(u64, Change)>,
+    /// Highest durable commit.
+    durable: u64,
 }
 
 /// What belongs together, and whom to tell.
@@ -76,6 +83,45 @@ impl Changes {
         changes
     }
 
+    /// They were handed to the log in this commit: gives the tickets.
+    pub(super) fn committed(&self, commit: u64, changes: Vec<Change>, tickets: &mut Vec<Waiting>) {
+        if changes.is_empty() {
+            return;
+        }
+        let mut queue = self.lock();
+        for mut change in changes {
+            match change.ticket.take() {
+                Some(ticket) => tickets.push(ticket),
+                // The mark may have risen before the commit returned.
+                None if commit > queue.durable => queue.ahead.push_back((commit, change)),
+                None => {}
+            }
+        }
+    }
+
+    /// Commits up to this one are durable.
+    pub(super) fn durable(&self, commit: u64) {
+        let mut queue = self.lock();
+        queue.durable = queue.durable.max(commit);
+        let durable = queue.durable;
+        while queue.ahead.pop_front_if(|(commit, _)| *commit <= durable).is_some() {}
+    }
+
+    /// A commit failed, and with it what ran ahead: these were in it. Those that nobody waits for come
+    /// first in the next commit.
+    pub(super) fn failed(&self, changes: Vec<Change>, now: Instant) {
+        let ahead = std::mem::take(&mut self.lock().ahead);
+        let void = ahead.into_iter().map(|(_, change)| change).chain(changes);
+        let again = void.filter(|change| match &change.ticket {
+            Some(waiting) => {
+                waiting.ticket.mailbox.fail();
+                false
+            }
+            None => true,
+        });
+        self.put_back(again.collect(), now);
+    }
+
     /// They were not committed: they come first in the next commit.
     pub(super) fn put_back(&self, mut changes: Vec<Change>, now: Instant) {
         if changes.is_empty() {
@@ -92,21 +138,4 @@ impl Changes {
         // Every change is a single step, so a panic elsewhere leaves nothing half done.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// The tickets of changes that were handed to the log.
-pub(super) fn tickets(changes: Vec<Change>) -> impl Iterator<Item = Waiting> {
-    changes.into_iter().filter_map(|change| change.ticket)
-}
-
-/// Fails those who wait for their changes, and gives the changes of all others.
-pub(super) fn fail_tickets(changes: Vec<Change>) -> Vec<Change> {
-    let fails = |change: &Change| match &change.ticket {
-        Some(waiting) => {
-            waiting.ticket.mailbox.fail();
-            true
-        }
-        None => false,
-    };
-    changes.into_iter().filter(|change| !fails(change)).collect()
 }

@@ -23,7 +23,6 @@ use storage::{
     AtQuota, CommitError, Committed, Control, Event, Mark, RetentionReport, StateError, Writer,
 };
 
-use super::changes;
 use super::in_flight::{Commit, Waiting};
 use super::{Admission, Pending, Rings, Shared};
 use crate::config::IngestConfig;
@@ -253,7 +252,10 @@ impl<A: Append> Committer<A> {
         pace: Pace,
     ) -> Self {
         let seen = Arc::clone(&shared);
-        log.on_durable(move |mark| seen.in_flight.durable(mark, Instant::now()));
+        log.on_durable(move |mark| {
+            seen.changes.durable(mark.commit);
+            seen.in_flight.durable(mark, Instant::now());
+        });
         let woken = Arc::clone(&shared);
         log.on_failure(move || woken.rings.wake_committer());
         Self {
@@ -440,6 +442,7 @@ impl<A: Append> Committer<A> {
             failed_events = self.batch.events.len() as u64;
             self.batch.fail();
             self.shared.in_flight.fail();
+            self.shared.changes.failed(Vec::new(), now);
         }
         self.shared.count(|counters| {
             counters.failed_commits += 1;
@@ -548,7 +551,7 @@ fn hand_over<A: Append>(
                 size_bytes: batch.size_bytes as u64,
                 began,
             };
-            batch.waiting.extend(changes::tickets(changes));
+            shared.changes.committed(committed.commit, changes, &mut batch.waiting);
             shared.in_flight.committed(commit, &mut batch.waiting, Instant::now());
             batch.clear();
             Ok(())
@@ -559,9 +562,11 @@ fn hand_over<A: Append>(
             if moves > 0 || matches!(error, CommitError::Io { .. }) {
                 shared.cursors.carry_again(began);
             }
-            let lost = matches!(error, CommitError::Io { .. });
-            let changes = if lost { changes::fail_tickets(changes) } else { changes };
-            shared.changes.put_back(changes, began);
+            if matches!(error, CommitError::Io { .. }) {
+                shared.changes.failed(changes, began);
+            } else {
+                shared.changes.put_back(changes, began);
+            }
             Err(error)
         }
     }

@@ -463,6 +463,26 @@ fn a_failed_commit_fails_those_who_wait_for_a_change_and_keeps_the_others() {
 }
 
 #[test]
+fn changes_that_ran_ahead_of_a_failed_sync_are_committed_again_in_their_order() {
+    let script = [Answer::Ok, Answer::RunAhead, Answer::Io];
+    let mut bench = Bench::new(&script, AtQuota::Hold, &config());
+    let client = Client::default();
+    for key in 1..=2 {
+        bench.ingest.submit(vec![put(key)], None);
+        bench.turn();
+    }
+    bench.ingest.submit(vec![put(3)], None);
+    let ticket = Ticket { mailbox: Arc::clone(&client.mailbox), number: 0 };
+    bench.ingest.submit(vec![put(4)], Some(ticket));
+    bench.turn();
+    assert!(client.mailbox.is_failed());
+    bench.turn_awake();
+    // The first was durable.
+    let again = Seen { changes: vec![2, 3], ..Seen::default() };
+    assert_eq!(bench.commits().last(), Some(&again));
+}
+
+#[test]
 fn a_stop_stores_what_lies_in_the_rings_and_closes() {
     let mut bench =
         Bench::new(&[], AtQuota::Hold, &IngestConfig { commit_events_max: 3, ..config() });
