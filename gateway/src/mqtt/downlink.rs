@@ -362,8 +362,9 @@ struct Keeping {
 }
 
 impl Keeping {
-    /// Offers an event to a session.
-    fn offer(&mut self, watcher: &Watcher, stored: &StoredEvent) {
+    /// Offers an event to a session. `copy` is the event's copy, made for the first that takes it and
+    /// shared by all.
+    fn offer(&mut self, watcher: &Watcher, stored: &StoredEvent, copy: &mut Option<Message>) {
         if stored.offset < watcher.from {
             return;
         }
@@ -381,12 +382,16 @@ impl Keeping {
                 _ => {}
             }
         }
+        if qos == 0 && !kept.is_online() {
+            return;
+        }
+        let message = copy.get_or_insert_with(|| Message::of(event)).clone();
         let queued = Queued {
             packet_id: 0,
             qos,
             retain,
             subscription_id: options.id,
-            message: Some(Message::of(event)),
+            message: Some(message),
         };
         let place = kept.offer(queued, &mut self.controls);
         self.places.extend(place.map(|place| (kept.clone(), place)));
@@ -401,16 +406,19 @@ impl Downlink {
         let (mut matched, mut addressed) = (Matched::default(), Addressed::default());
         for stored in events {
             let event = &stored.event;
+            let mut copy = None;
             subscriptions.matches(&event.topic, &mut matched);
             for &slot in &matched.slots {
                 for watcher in subscriptions.watchers(slot) {
-                    addressed.kept.offer(watcher, stored);
+                    addressed.kept.offer(watcher, stored, &mut copy);
                 }
             }
             for &group in &matched.groups {
                 match subscriptions.choose(group) {
                     Some(Choice::Slot(slot)) => matched.slots.push(slot),
-                    Some(Choice::Kept(watcher)) => addressed.kept.offer(&watcher, stored),
+                    Some(Choice::Kept(watcher)) => {
+                        addressed.kept.offer(&watcher, stored, &mut copy)
+                    }
                     None => {}
                 }
             }
