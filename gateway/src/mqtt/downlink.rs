@@ -417,7 +417,7 @@ impl Downlink {
                 match subscriptions.choose(group) {
                     Some(Choice::Slot(slot)) => matched.slots.push(slot),
                     Some(Choice::Kept(watcher)) => {
-                        addressed.kept.offer(&watcher, stored, &mut copy)
+                        addressed.kept.offer(&watcher, stored, &mut copy);
                     }
                     None => {}
                 }
