@@ -15,13 +15,14 @@
 //! | `sequence` | sequence number in 20 digits, so that it sorts as text |
 //! | `recordedtime` | time of receipt, only where `time` is the device's |
 //! | `traceparent` | the publish's user property, if it is one (W3C Trace Context) |
+//! | `requeued` | `true` on an event that was a dead letter: it stands outside the order of its device |
 //!
 //! Deliberately absent: Kafka headers (binary mode), which reuse [`Envelope`] from `kafka`.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::de::IgnoredAny;
-use storage::{Attribute, Event, EventId, StoredEvent};
+use storage::{Attribute, DeadLetter, Event, EventId, StoredEvent};
 
 use crate::origin::Origin;
 
@@ -86,6 +87,28 @@ impl Envelope {
         }
     }
 
+    /// Writes a dead letter: its event as it would have gone upstream, and as extensions of it what
+    /// became of it. One a line.
+    pub(crate) fn write_letter(&self, out: &mut Vec<u8>, letter: &DeadLetter) {
+        self.write(out, &letter.event, Framing::Lines);
+        out.pop();
+        for (name, value) in
+            [("deadlettersink", &letter.sink), ("deadletterreason", &letter.reason)]
+        {
+            out.extend_from_slice(format!(",\"{name}\":").as_bytes());
+            write_string(out, value);
+        }
+        out.extend_from_slice(format!(",\"deadletterattempts\":{}", letter.attempts).as_bytes());
+        for (name, us) in
+            [("deadletterfirsttime", letter.first_us), ("deadletterlasttime", letter.last_us)]
+        {
+            out.extend_from_slice(format!(",\"{name}\":\"").as_bytes());
+            write_time(out, us);
+            out.push(b'"');
+        }
+        out.extend_from_slice(b"}\n");
+    }
+
     fn write(&self, out: &mut Vec<u8>, stored: &StoredEvent, framing: Framing) {
         let event = &stored.event;
         let context = Context::of(event);
@@ -122,6 +145,9 @@ impl Envelope {
             out.extend_from_slice(br#","traceparent":"#);
             write_string(out, traceparent);
         }
+        if context.requeued {
+            out.extend_from_slice(br#","requeued":true"#);
+        }
         out.extend_from_slice(br#","datacontenttype":"#);
         write_string(out, context.content_type);
         let breaks = || event.payload.iter().any(|b| matches!(b, b'\n' | b'\r'));
@@ -150,7 +176,10 @@ impl Envelope {
         percent_encode(out, &event.device_key);
     }
 
-    #[cfg(feature = "kafka")]
+    pub(crate) fn gateway(&self) -> &str {
+        &self.gateway
+    }
+
     pub(crate) fn event_type(&self) -> &str {
         &self.event_type
     }
@@ -161,6 +190,8 @@ pub(crate) struct Context<'a> {
     /// The device's time: RFC 3339.
     pub(crate) time: Option<&'a str>,
     pub(crate) traceparent: Option<&'a str>,
+    /// It was a dead letter.
+    pub(crate) requeued: bool,
     pub(crate) content_type: &'a str,
     /// The payload is JSON, and may be called so.
     pub(crate) is_json: bool,
@@ -169,6 +200,7 @@ pub(crate) struct Context<'a> {
 impl<'a> Context<'a> {
     pub(crate) fn of(event: &'a Event) -> Self {
         let (mut time, mut traceparent, mut content_type) = (None, None, None);
+        let mut requeued = false;
         for attribute in event.attributes.iter() {
             match attribute {
                 Attribute::ContentType(v) => content_type = content_type.or(Some(v)),
@@ -176,12 +208,13 @@ impl<'a> Context<'a> {
                 Attribute::UserProperty("traceparent", v) if is_traceparent(v) => {
                     traceparent = Some(v);
                 }
+                Attribute::Requeued => requeued = true,
                 _ => {}
             }
         }
         let is_json = content_type.is_none_or(is_json_type) && is_json(&event.payload);
         let content_type = content_type.unwrap_or(if is_json { JSON } else { OCTET_STREAM });
-        Self { time, traceparent, content_type, is_json }
+        Self { time, traceparent, requeued, content_type, is_json }
     }
 }
 

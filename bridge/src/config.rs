@@ -3,9 +3,18 @@
 //!
 //! Owns: the settings, and beside each its default and its range, so that both have one home.
 
+#[cfg(feature = "kafka")]
+mod kafka;
+
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
+
+#[cfg(feature = "kafka")]
+pub use self::kafka::{
+    KafkaCompression, KafkaConfig, KafkaDelivery, KafkaHeaders, KafkaSasl, KafkaTls, KafkaTopic,
+    OAuthToken, ScramHash,
+};
 
 /// A value that must not reach a log: `Debug` hides it.
 #[derive(Clone, PartialEq, Eq)]
@@ -197,61 +206,6 @@ pub enum HttpAuth {
         /// Password.
         password: SecretSource,
     },
-}
-
-/// Settings of a Kafka sink.
-#[cfg(feature = "kafka")]
-#[derive(Clone, Debug)]
-pub struct KafkaConfig {
-    /// Bootstrap brokers, `host:port[,host:port]`.
-    pub brokers: String,
-    /// Topic; it must exist, or the broker must create it on first use.
-    pub topic: String,
-    /// What a retry may do.
-    pub delivery: KafkaDelivery,
-    /// Compression of record batches: `none`, `gzip`, `snappy`, `lz4` or `zstd`.
-    pub compression: KafkaCompression,
-}
-
-#[cfg(feature = "kafka")]
-impl KafkaConfig {
-    /// A Kafka sink with every default: idempotent, LZ4.
-    pub fn new(brokers: impl Into<String>, topic: impl Into<String>) -> Self {
-        Self {
-            brokers: brokers.into(),
-            topic: topic.into(),
-            delivery: KafkaDelivery::default(),
-            compression: KafkaCompression::default(),
-        }
-    }
-}
-
-/// What a retry into Kafka may do.
-#[cfg(feature = "kafka")]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KafkaDelivery {
-    /// Idempotent producer: no duplicate and no reorder while the producer lives.
-    #[default]
-    Idempotent,
-    /// Plain producer with acks from all replicas: a lost answer gives a duplicate.
-    AtLeastOnce,
-}
-
-/// Compression of record batches.
-#[cfg(feature = "kafka")]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KafkaCompression {
-    /// None.
-    None,
-    /// gzip.
-    Gzip,
-    /// Snappy.
-    Snappy,
-    /// LZ4.
-    #[default]
-    Lz4,
-    /// Zstandard.
-    Zstd,
 }
 
 /// Settings of a file sink.

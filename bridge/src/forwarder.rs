@@ -1,7 +1,8 @@
 //! The shell around delivery: one task per sink that reads the log, sends, and moves the cursor.
 //!
 //! Owns: when to read, and the order of effects: a dead letter is durable before the cursor passes
-//! it, and the cursor moves only over what `delivery` calls done. A range that is missing from the
+//! it, and is one until its upstream has taken it; the cursor moves only over what `delivery` calls
+//! done. A range that is missing from the
 //! log is passed over with a warning; it stands in the loss ledger.
 //! Deliberately absent: decisions about requests (`delivery`), and shared state between sinks.
 
@@ -10,22 +11,26 @@ mod report;
 use std::sync::Arc;
 use std::time::Instant;
 
-use storage::{Read, ReadError, StateError, Store};
-use tokio::sync::watch;
+use storage::{KeptLetter, Loss, Read, ReadError, StateError, Store};
+use tokio::sync::{Notify, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use self::report::Report;
+use crate::breaker::Circuit;
 use crate::cloudevents::Envelope;
+#[cfg(feature = "kafka")]
+use crate::config::KafkaDelivery;
 use crate::config::{SinkConfig, Target};
 use crate::delivery::{Delivery, Limits, Moment, Trouble};
 use crate::file::FileSink;
 use crate::http::HttpSink;
 #[cfg(feature = "kafka")]
-use crate::kafka::KafkaSink;
+use crate::kafka::{KafkaSink, Place, TransactionalSink};
 use crate::origin::Origin;
+use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
-use crate::sink::{Answer, RequestId, Sink};
+use crate::sink::{Answer, OUTSIDE_ORDER, RequestId, Sink};
 
 /// What a sink is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,8 +73,14 @@ pub struct SinkStatus {
     pub delivered_bytes: u64,
     /// Events sent to the dead letters.
     pub dead_lettered_events: u64,
+    /// Dead letters that were requeued and delivered after all.
+    pub requeued_events: u64,
     /// Requests that failed and were tried again.
     pub retries: u64,
+    /// Whether requests go to the upstream.
+    pub circuit: Circuit,
+    /// How often the circuit has opened.
+    pub circuit_opened: u64,
     /// Last acknowledgement, microseconds since the Unix epoch.
     pub last_delivered_us: Option<u64>,
 }
@@ -78,6 +89,9 @@ pub struct SinkStatus {
 /// coalesces moves and writes them with its next batch.
 pub type MoveCursor = Arc<dyn Fn(&str, u64) + Send + Sync>;
 
+/// Tells a forwarder that dead letters of its sink were requeued. Does not block.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
 /// One sink's task.
 pub struct Forwarder {
     config: SinkConfig,
@@ -85,6 +99,7 @@ pub struct Forwarder {
     store: Store,
     watermark: watch::Receiver<u64>,
     report: Report,
+    requeued: Arc<Notify>,
     cursor: u64,
 }
 
@@ -100,7 +115,14 @@ impl Forwarder {
     ) -> Self {
         let cursor = store.cursor(&config.name).unwrap_or_else(|| store.stats().first_offset);
         let report = Report::new(&config.name, config.target.kind(), cursor, move_cursor);
-        Self { config, origin, store, watermark, report, cursor }
+        Self { config, origin, store, watermark, report, requeued: Arc::default(), cursor }
+    }
+
+    /// What to call once dead letters of this sink were requeued in the store. Those that a restart
+    /// left behind it finds by itself.
+    pub fn wake(&self) -> Wake {
+        let requeued = Arc::clone(&self.requeued);
+        Arc::new(move || requeued.notify_one())
     }
 
     /// A view of the status that stays valid while the task runs, and after it.
@@ -121,6 +143,13 @@ impl Forwarder {
                 self.drive(sink, shutdown).await;
             }
             #[cfg(feature = "kafka")]
+            Target::Kafka(config) if config.delivery == KafkaDelivery::ExactlyOnce => {
+                let place = Place::new(&self.origin, &self.config.name, &config);
+                let log_end = *self.watermark.borrow();
+                let sink = TransactionalSink::new(config, envelope, place, log_end, timeout);
+                self.drive(sink, shutdown).await;
+            }
+            #[cfg(feature = "kafka")]
             Target::Kafka(config) => {
                 self.drive(KafkaSink::new(config, envelope, timeout), shutdown).await;
             }
@@ -136,18 +165,25 @@ impl Forwarder {
         let task = Task {
             sink,
             name: config.name.clone(),
+            requeue: Requeue::new(config.name.clone(), limits, backoff.clone()),
             delivery: Delivery::new(config.name, limits, backoff, self.cursor),
             limits,
             store: self.store,
             watermark: self.watermark,
             report: self.report,
+            requeued: self.requeued,
             reading: None,
             writing: None,
+            looking: None,
+            settling: None,
             backlog: false,
         };
         task.run(shutdown).await;
     }
 }
+
+/// What became of dead letters that were to be written: what their bound has dropped for them.
+type Written = Result<Vec<Loss>, StateError>;
 
 /// A forwarder at work: one owner of everything, one `select!`, then plain functions that change
 /// state.
@@ -155,14 +191,21 @@ struct Task<S> {
     sink: S,
     name: String,
     delivery: Delivery,
+    requeue: Requeue,
     limits: Limits,
     store: Store,
     watermark: watch::Receiver<u64>,
     report: Report,
+    /// Dead letters were marked.
+    requeued: Arc<Notify>,
     /// A read of the log, on the blocking pool.
     reading: Option<JoinHandle<Result<Read, ReadError>>>,
     /// Dead letters being made durable, on the blocking pool, and how many.
-    writing: Option<JoinHandle<(usize, Result<(), StateError>)>>,
+    writing: Option<JoinHandle<(usize, Written)>>,
+    /// A look for marked dead letters, on the blocking pool.
+    looking: Option<JoinHandle<Result<Vec<KeptLetter>, StateError>>>,
+    /// What came of them being made durable, on the blocking pool.
+    settling: Option<JoinHandle<(Settlement, Result<(), StateError>)>>,
     /// The last read left something behind.
     backlog: bool,
 }
@@ -174,6 +217,7 @@ impl<S: Sink> Task<S> {
         loop {
             let now = Moment::now();
             self.write_letters(now);
+            self.settle_requeued(now);
             if let Some(passed) = self.store.cursor(&self.name).and_then(|c| self.delivery.pass(c))
             {
                 self.report.missing(&[passed]);
@@ -183,25 +227,40 @@ impl<S: Sink> Task<S> {
             let watermark = *self.watermark.borrow_and_update();
             let caught_up = self.delivery.read_to() >= watermark;
             if !stopping {
+                self.look_for_requeued(now);
                 self.begin_requests(now);
                 if !caught_up {
                     self.read_on(now);
                 }
             }
-            self.report.update(&self.delivery, caught_up, now);
+            let all_begun = self.reading.is_none() && self.delivery.in_flight() > 0;
+            if all_begun || self.requeue.is_in_flight() {
+                self.sink.close();
+            }
+            self.report.update(&self.delivery, &self.requeue, caught_up, now);
             if stopping && self.is_quiet() {
                 break;
             }
-            let resumes_at = self.delivery.resumes_at().filter(|&at| at > now.at && !stopping);
+            let resumes = [self.delivery.resumes_at(), self.requeue.resumes_at()];
+            let resumes = resumes.into_iter().flatten().filter(|&at| at > now.at && !stopping);
+            let resumes_at = resumes.min();
             debug_assert!(
                 caught_up || resumes_at.is_some() || !self.is_quiet(),
                 "what is owed is under way, or waits for a time"
             );
             tokio::select! {
-                () = shutdown.cancelled(), if !stopping => stopping = true,
+                () = shutdown.cancelled(), if !stopping => {
+                    stopping = true;
+                    self.sink.stop();
+                }
                 (id, answer) = self.sink.answer() => self.answered(id, &answer),
                 read = finished(&mut self.reading) => self.has_read(read),
                 (count, result) = finished(&mut self.writing) => self.has_written(count, result),
+                letters = finished(&mut self.looking) => self.has_looked(letters),
+                (settlement, result) = finished(&mut self.settling) => {
+                    self.has_settled(&settlement, result);
+                }
+                () = self.requeued.notified() => self.requeue.wake(),
                 // Only once all is read: a busy log is not to wake us with every commit.
                 changed = self.watermark.changed(), if watched && caught_up => {
                     watched = changed.is_ok();
@@ -218,10 +277,28 @@ impl<S: Sink> Task<S> {
     /// Whether nothing is under way any more. Dead letters that the store does not take now are
     /// found again from the cursor.
     fn is_quiet(&self) -> bool {
-        self.delivery.in_flight() == 0 && self.reading.is_none() && self.writing.is_none()
+        self.delivery.in_flight() == 0
+            && !self.requeue.is_in_flight()
+            && self.reading.is_none()
+            && self.writing.is_none()
+            && self.looking.is_none()
+            && self.settling.is_none()
     }
 
     fn begin_requests(&mut self, now: Moment) {
+        if self.requeue.is_in_flight() {
+            return;
+        }
+        // An upstream that fails is tried with the events whose order matters.
+        if self.delivery.trouble().is_none() && self.requeue.is_waiting(now) {
+            if self.delivery.in_flight() > 0 {
+                return;
+            }
+            if let Some(request) = self.requeue.next_request(now) {
+                self.sink.begin(request);
+                return;
+            }
+        }
         while let Some(request) = self.delivery.next_request(now) {
             self.sink.begin(request);
         }
@@ -252,7 +329,59 @@ impl<S: Sink> Task<S> {
     }
 
     fn answered(&mut self, id: RequestId, answer: &Answer) {
-        self.delivery.answer(id, answer, Moment::now(), fastrand::f64());
+        let (now, random) = (Moment::now(), fastrand::f64());
+        if id >= OUTSIDE_ORDER {
+            self.requeue.answer(id, answer, !self.delivery.is_idle(), now, random);
+        } else {
+            self.delivery.answer(id, answer, now, random);
+        }
+    }
+
+    fn look_for_requeued(&mut self, now: Moment) {
+        if self.looking.is_some() || self.settling.is_some() || !self.requeue.wants_letters(now) {
+            return;
+        }
+        let (store, sink) = (self.store.clone(), self.name.clone());
+        let (events_max, bytes_max) = (self.limits.read_events_max(), self.limits.read_bytes_max());
+        self.requeue.looking();
+        self.looking =
+            Some(tokio::task::spawn_blocking(move || store.requeued(&sink, events_max, bytes_max)));
+    }
+
+    fn has_looked(&mut self, letters: Result<Vec<KeptLetter>, StateError>) {
+        match letters {
+            Ok(letters) => self.requeue.push(letters),
+            Err(error) => self.requeue_failed(error.to_string()),
+        }
+    }
+
+    fn settle_requeued(&mut self, now: Moment) {
+        if self.settling.is_some() {
+            return;
+        }
+        let Some(settlement) = self.requeue.settlement(now) else { return };
+        let (store, sink) = (self.store.clone(), self.name.clone());
+        self.settling = Some(tokio::task::spawn_blocking(move || {
+            let Settlement { delivered, refused } = &settlement;
+            let result = store.settle_requeued(&sink, delivered, refused);
+            (settlement, result)
+        }));
+    }
+
+    fn has_settled(&mut self, settlement: &Settlement, result: Result<(), StateError>) {
+        match result {
+            Ok(()) => {
+                self.report.settled(settlement, Moment::now());
+                self.requeue.settled(settlement);
+            }
+            Err(error) => self.requeue_failed(error.to_string()),
+        }
+    }
+
+    fn requeue_failed(&mut self, reason: String) {
+        let now = Moment::now();
+        self.report.complain(&Trouble::Store(reason.clone()), now);
+        self.requeue.store_failed(reason, now, fastrand::f64());
     }
 
     fn write_letters(&mut self, now: Moment) {
@@ -267,9 +396,12 @@ impl<S: Sink> Task<S> {
         }));
     }
 
-    fn has_written(&mut self, count: usize, result: Result<(), StateError>) {
+    fn has_written(&mut self, count: usize, result: Written) {
         match result {
-            Ok(()) => self.delivery.letters_written(count),
+            Ok(dropped) => {
+                self.report.dropped_letters(&dropped, Moment::now());
+                self.delivery.letters_written(count);
+            }
             Err(error) => self.store_failed(error.to_string()),
         }
     }

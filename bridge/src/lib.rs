@@ -9,10 +9,12 @@
 //! - [`config`]: validated settings of a sink.
 //! - `sink`: the trait, and how an upstream's answers are sorted.
 //! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
-//! - [`forwarder`]: the shell around it; `retry`: backoff.
+//! - `requeue` (pure): dead letters on their way to their sink again.
+//! - [`forwarder`]: the shell around both; `retry`: backoff; `breaker`: what shows of it.
 //! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
 
+mod breaker;
 mod cloudevents;
 pub mod config;
 mod delivery;
@@ -25,9 +27,14 @@ mod http;
 #[cfg(feature = "kafka")]
 mod kafka;
 mod origin;
+mod requeue;
 mod retry;
+mod secret;
 mod sink;
+mod template;
 
-pub use export::Export;
+pub use breaker::Circuit;
+pub use export::{Export, letters as export_letters};
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;
+pub use template::Template;

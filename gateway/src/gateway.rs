@@ -1,7 +1,7 @@
 //! A gateway as a whole: started, run, and stopped in the order in which data flows.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::fmt::Display;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bridge::Forwarder;
@@ -13,12 +13,13 @@ use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::access::{Access, AccessError};
 use crate::addresses::Addresses;
 use crate::admin;
-use crate::config::Config;
+use crate::config::{Bind, Config};
 use crate::ingest::device_key::RouteFilterError;
 use crate::ingest::{CommitterError, CommitterHandle, Ingest, Routes, clock};
-use crate::mqtt::{self, Downlink, Front};
+use crate::mqtt::{self, Downlink, Front, Tls, TlsError};
 
 /// Why a gateway did not start. Each text is one line that says what and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -35,10 +36,16 @@ pub enum StartError {
         /// Key of the configuration.
         key: &'static str,
         /// The address.
-        address: SocketAddr,
+        address: String,
         /// What the system said.
         source: std::io::Error,
     },
+    /// A listener's certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Users or tokens' keys cannot be used.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// A route's filter is none; a configuration that was read from TOML has no such route.
     #[error("route.filter {0}")]
     Route(#[from] RouteFilterError),
@@ -53,11 +60,51 @@ pub enum RunError {
     /// Events cannot be made durable any more.
     #[error(transparent)]
     Committer(#[from] CommitterError),
+    /// A listener, or what serves subscribers, is gone: devices would wait for ever.
+    #[error("the MQTT front ended by itself: {why}; what was acked is safe, restart the gateway")]
+    Front {
+        /// What the panic said, if it was one.
+        why: String,
+    },
+}
+
+/// What of a running gateway follows its configuration without a restart: certificates, users,
+/// tokens' keys and rules.
+#[derive(Clone)]
+pub struct Reload {
+    front: Arc<mqtt::Shared>,
+    listeners: Vec<(Bind, Option<Arc<Tls>>)>,
+}
+
+impl Reload {
+    /// Takes over what can be taken over from a configuration that was read again. What cannot be
+    /// used is logged and stays as it was. Connections stay, but for those whose log-in would not give
+    /// the same rights any more. Reads files.
+    pub fn apply(&self, config: &Config) {
+        match self.front.access.reload(&config.auth, &config.acl) {
+            Ok(()) => info!("users and rules read again"),
+            Err(error) => error!(%error, "the users and rules in use stay in use"),
+        }
+        for (bind, tls) in &self.listeners {
+            let now = config.listeners.iter().find(|listener| listener.bind == *bind);
+            match (tls, now.and_then(|listener| listener.tls.as_ref())) {
+                (None, None) => {}
+                (Some(tls), Some(files)) => match tls.reload(files) {
+                    Ok(()) => info!(listener = %bind, "certificates read again"),
+                    Err(error) => {
+                        error!(listener = %bind, %error, "the certificates in use stay in use");
+                    }
+                },
+                _ => warn!(listener = %bind, "[listener.tls] came or went: that needs a restart"),
+            }
+        }
+    }
 }
 
 /// A gateway that is ready: its store is open and its addresses are bound.
 pub struct Gateway {
     addresses: Addresses,
+    reload: Reload,
     fronts: Vec<Front>,
     forwarders: Vec<Forwarder>,
     front: Arc<mqtt::Shared>,
@@ -78,10 +125,17 @@ impl Gateway {
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let started = Instant::now();
         let routes = Routes::new(&config.routes)?;
-        // Before the store: when this fails there is nothing to undo.
+        // Before the store: when these fail there is nothing to undo.
+        let tls: Vec<_> = config
+            .listeners
+            .iter()
+            .map(|listener| listener.tls.as_ref().map(Tls::load).transpose())
+            .map(|tls| tls.map(|tls| tls.map(Arc::new)))
+            .collect::<Result<_, _>>()?;
         let admin = TcpListener::bind(config.admin.bind)
             .await
-            .map_err(|source| bind_error("admin.bind", config.admin.bind, source))?;
+            .map_err(|source| bind_error("admin.bind", &config.admin.bind, source))?;
+        let access = Access::load(&config.auth, &config.acl)?;
         let (store, writer) = open_store(&config).await?;
         let (ingest, committer) = {
             let (watermark, storage) = (store.mark().watermark, &config.storage);
@@ -99,28 +153,32 @@ impl Gateway {
         let front = Arc::new(mqtt::Shared::new(
             ingest.clone(),
             routes,
+            access,
             downlink.clone(),
             retained,
-            &config.sessions,
-            config.ingest.held_bytes_max,
-            config.gateway.shutdown_grace,
+            mqtt::Bounds {
+                sessions: &config.sessions,
+                held_bytes_max: config.ingest.held_bytes_max,
+                shutdown_grace: config.gateway.shutdown_grace,
+            },
         ));
         if let Err(error) = load(&front, &store).await {
             committer.stop().await.ok();
             return Err(error);
         }
         let mut fronts = Vec::new();
-        for listener in &config.listeners {
-            match Front::bind(listener, Arc::clone(&front)).await {
+        for (listener, tls) in config.listeners.iter().zip(&tls) {
+            match Front::bind(listener, tls.clone(), Arc::clone(&front)).await {
                 Ok(front) => fronts.push(front),
                 Err(source) => {
                     // The store was opened: close it in good order before saying why.
                     committer.stop().await.ok();
-                    return Err(bind_error("listener.bind", listener.bind, source));
+                    return Err(bind_error("listener.bind", &listener.bind, source));
                 }
             }
         }
         let origin = Origin { gateway: config.gateway.id.clone(), epoch: store.epoch() };
+        let lags: Vec<u64> = config.sinks.iter().map(|sink| sink.lag_bytes_max).collect();
         let forwarders: Vec<_> = config
             .sinks
             .into_iter()
@@ -129,22 +187,38 @@ impl Gateway {
                 Forwarder::new(sink, origin.clone(), store, watermark, ingest.move_cursor())
             })
             .collect();
-        let addresses = Addresses {
-            mqtt: fronts.iter().map(Front::local_addr).collect(),
-            admin: admin.local_addr()?,
-        };
+        let mut addresses =
+            Addresses { mqtt: Vec::new(), unix: Vec::new(), admin: admin.local_addr()? };
+        for front in &fronts {
+            match front.bound().clone() {
+                Bind::Tcp(address) => addresses.mqtt.push(address),
+                Bind::Unix(path) => addresses.unix.push(path),
+            }
+        }
+        let binds = config.listeners.iter().map(|listener| listener.bind.clone());
+        let reload = Reload { front: Arc::clone(&front), listeners: binds.zip(tls).collect() };
         let parts = admin::Parts {
             gateway_id: config.gateway.id,
             started,
             front: Arc::clone(&front),
             ingest: ingest.clone(),
             store: store.clone(),
-            sinks: forwarders.iter().map(Forwarder::status).collect(),
+            sinks: forwarders
+                .iter()
+                .zip(lags)
+                .map(|(sink, lag_bytes_max)| admin::Sink {
+                    status: sink.status(),
+                    wake: sink.wake(),
+                    lag_bytes_max,
+                })
+                .collect(),
+            rates: Mutex::new(admin::Rates::new(forwarders.len())),
         };
         let grace = config.gateway.shutdown_grace;
         let admin = (admin, Arc::new(parts));
         Ok(Self {
             addresses,
+            reload,
             fronts,
             forwarders,
             front,
@@ -162,12 +236,22 @@ impl Gateway {
         &self.addresses
     }
 
+    /// What follows the configuration while it runs.
+    pub fn reload(&self) -> Reload {
+        self.reload.clone()
+    }
+
     /// Serves until `shutdown` is cancelled; then drains within the grace time: the front acks what
     /// it took, the sinks end their requests, the last batch and the last cursors are committed.
     ///
     /// # Errors
-    /// See [`RunError`]: the committer has ended by itself.
+    /// See [`RunError`]: the committer or a listener has ended by itself.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), RunError> {
+        self.spawn().until(shutdown).await
+    }
+
+    /// Starts every part.
+    fn spawn(self) -> Running {
         info!("listening: {}", self.addresses);
         let [front_stop, sinks_stop, admin_stop] = [(); 3].map(|()| CancellationToken::new());
         let mut admin = JoinSet::new();
@@ -184,15 +268,57 @@ impl Gateway {
         for forwarder in self.forwarders {
             sinks.spawn(forwarder.run(sinks_stop.clone()));
         }
+        Running {
+            fronts: (fronts, front_stop),
+            sinks: (sinks, sinks_stop),
+            admin: (admin, admin_stop),
+            committer: self.committer,
+            grace: self.grace,
+        }
+    }
+}
 
+/// A gateway at work: its tasks, each kind with what stops it.
+struct Running {
+    fronts: (JoinSet<()>, CancellationToken),
+    sinks: (JoinSet<()>, CancellationToken),
+    admin: (JoinSet<std::io::Result<()>>, CancellationToken),
+    committer: CommitterHandle,
+    grace: Duration,
+}
+
+impl Running {
+    /// See [`Gateway::run`].
+    async fn until(self, shutdown: CancellationToken) -> Result<(), RunError> {
+        let (mut fronts, front_stop) = self.fronts;
+        let (mut sinks, sinks_stop) = self.sinks;
+        let (mut admin, admin_stop) = self.admin;
+        let mut failed = None;
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,
                 // It says why when it is stopped, below.
                 () = self.committer.ended() => break,
+                // A listener and the downlink run until they are told to stop. Without one of them
+                // devices hang on an address that nobody serves: a supervisor can mend that.
+                Some(ended) = fronts.join_next() => {
+                    let why = ended.err().map_or("no reason was given".into(), |e| e.to_string());
+                    error!("the MQTT front ended by itself, and the gateway with it: {why}");
+                    failed = Some(RunError::Front { why });
+                    break;
+                }
                 // A sink runs until it is told to stop: one that ended has panicked.
                 Some(Err(panicked)) = sinks.join_next() => {
                     error!("a sink panicked and stands still until a restart: {panicked}");
+                }
+                // Events go on without it.
+                Some(ended) = admin.join_next() => {
+                    let why = match ended {
+                        Ok(served) => served.err().map(|error| error.to_string()),
+                        Err(panicked) => Some(panicked.to_string()),
+                    };
+                    let why = why.unwrap_or_default();
+                    error!("the admin endpoint ended and is gone until a restart: {why}");
                 }
             }
         }
@@ -205,6 +331,7 @@ impl Gateway {
         let stopped = self.committer.stop().await;
         admin_stop.cancel();
         end_by(deadline, "the admin endpoint", admin).await;
+        failed.map_or(Ok(()), Err)?;
         Ok(stopped?)
     }
 }
@@ -229,12 +356,14 @@ fn bind_remedy(source: &std::io::Error) -> &'static str {
         std::io::ErrorKind::PermissionDenied => {
             "ports below 1024 take a privilege (CAP_NET_BIND_SERVICE); choose a higher one"
         }
+        std::io::ErrorKind::NotFound => "create the folder of the socket first",
+        std::io::ErrorKind::AlreadyExists => "move it away, or name another file",
         _ => "is another process listening there? choose another port, or 0 for a free one",
     }
 }
 
-fn bind_error(key: &'static str, address: SocketAddr, source: std::io::Error) -> StartError {
-    StartError::Bind { key, address, source }
+fn bind_error(key: &'static str, address: &dyn Display, source: std::io::Error) -> StartError {
+    StartError::Bind { key, address: address.to_string(), source }
 }
 
 /// Reading the state of the front reads the disk, too.
@@ -252,4 +381,33 @@ async fn open_store(config: &Config) -> Result<(Store, storage::Writer), StartEr
     let options = config.store_options();
     let opened = tokio::task::spawn_blocking(move || Store::open(options, clock::now_us())).await;
     Ok(opened.map_err(std::io::Error::other)??)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A panicked listener was once noticed only at the shutdown: until then devices were turned
+    /// away by a gateway that called itself ready.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_front_that_panics_ends_the_gateway_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = format!(
+            "[gateway]\nid = \"g\"\ndata_dir = '{}'\n[[listener]]\nbind = \"127.0.0.1:0\"\n\
+             [admin]\nbind = \"127.0.0.1:0\"\n",
+            dir.path().join("data").display()
+        );
+        let config = Config::parse("test", &text, &|_| None).unwrap();
+        let mut running = Gateway::start(config.clone()).await.unwrap().spawn();
+        running.fronts.0.spawn(async { panic!("a bug in a listener") });
+        // Nobody ever asks it to stop.
+        let ended = running.until(CancellationToken::new()).await;
+        let error = ended.expect_err("it was not asked to end").to_string();
+        assert!(error.contains("a bug in a listener"), "{error}");
+        // The store was closed in good order all the same, and its lock is free.
+        let gateway = Gateway::start(config).await.unwrap();
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        gateway.run(shutdown).await.unwrap();
+    }
 }

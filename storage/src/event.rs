@@ -85,6 +85,9 @@ pub enum Attribute<'a> {
     MessageExpiry(u32),
     /// MQTT v5 user property: name and value, in order of arrival, repeats allowed.
     UserProperty(&'a str, &'a str),
+    /// The event was a dead letter and is delivered again, outside the order. Never stored: it is put
+    /// on the event's way out.
+    Requeued,
     /// A tag that this version does not know: kept, passed on, not interpreted.
     Unknown(u8, &'a [u8]),
 }
@@ -102,6 +105,7 @@ const RESPONSE_TOPIC: u8 = 5;
 const CORRELATION_DATA: u8 = 6;
 const MESSAGE_EXPIRY: u8 = 7;
 const USER_PROPERTY: u8 = 8;
+const REQUEUED: u8 = 128;
 
 /// Tag and length in front of each value.
 const ATTRIBUTE_HEADER_BYTES: usize = 3;
@@ -132,10 +136,17 @@ impl Attributes {
                         &[&name_len.to_le_bytes(), name.as_bytes(), value.as_bytes()],
                     );
                 }
+                Attribute::Requeued => put(&mut out, REQUEUED, &[]),
                 Attribute::Unknown(tag, v) => put(&mut out, tag, &[v]),
             }
         }
         Self(out.freeze())
+    }
+
+    /// These, with one more at the end.
+    #[must_use]
+    pub fn with(&self, attribute: Attribute<'_>) -> Self {
+        Self::from_bytes([&self.0[..], &Self::encode([attribute]).0].concat().into())
     }
 
     /// Takes bytes that [`Attributes::as_bytes`] gave; malformed ones end the iteration early.
@@ -198,6 +209,7 @@ fn decode(tag: u8, value: &[u8]) -> Option<Attribute<'_>> {
     Some(match tag {
         QOS => Attribute::QoS(*value.first()?),
         RETAIN => Attribute::Retain,
+        REQUEUED => Attribute::Requeued,
         CONTENT_TYPE => Attribute::ContentType(str::from_utf8(value).ok()?),
         UTF8_PAYLOAD => Attribute::Utf8Payload,
         RESPONSE_TOPIC => Attribute::ResponseTopic(str::from_utf8(value).ok()?),
@@ -229,10 +241,13 @@ mod tests {
             Attribute::MessageExpiry(3600),
             Attribute::UserProperty("traceparent", "00-ab-cd-01"),
             Attribute::UserProperty("", ""),
+            Attribute::Requeued,
             Attribute::Unknown(200, b"later"),
         ];
         let encoded = Attributes::encode(all.clone());
         assert_eq!(encoded.iter().collect::<Vec<_>>(), all);
+        let (last, rest) = all.split_last().expect("not empty");
+        assert_eq!(Attributes::encode(rest.iter().cloned()).with(last.clone()), encoded);
         assert_eq!(encoded.qos(), 1);
         assert_eq!(encoded.content_type(), Some("application/json"));
     }

@@ -45,7 +45,7 @@ mod state;
 pub mod store;
 
 pub use control::Control;
-pub use dead_letter::DeadLetter;
+pub use dead_letter::{DeadLetter, DeadLetterStats, KeptLetter, Picked};
 pub use error::{CommitError, OpenError, ReadError, StateError};
 pub use event::{Attribute, Attributes, Event, EventId, StoredEvent};
 pub use loss_ledger::{Loss, LossReason};

@@ -7,6 +7,7 @@
 pub mod balance;
 pub mod compact;
 pub mod inspect;
+mod letters;
 mod progress;
 pub mod repair;
 pub mod seek;
@@ -33,8 +34,8 @@ use crate::log::{self, Journaled, Journaling, Log, LogError, LogOpenError, Span}
 use crate::retention::{self, Rules};
 use crate::state::{Checkpoint, State, StateOpenError};
 use crate::{
-    CommitError, Control, DeadLetter, Event, Loss, LossReason, OpenError, ReadError, StateError,
-    StoredEvent,
+    CommitError, Control, DeadLetterStats, Event, Loss, LossReason, OpenError, ReadError,
+    StateError, StoredEvent,
 };
 
 /// A checkpoint is written after this many bytes of log, which bounds what the next open replays,
@@ -115,6 +116,9 @@ pub struct StoreOptions {
     pub retain_bytes: u64,
     /// Keep delivered data at least this long in microseconds, quota allowing.
     pub retain_age_us: u64,
+    /// Bytes of dead letters that are kept for one sink. Beyond them its oldest are dropped, after
+    /// the loss ledger has them.
+    pub dead_letter_bytes_max: u64,
     /// Whether there is a journal.
     pub journal: JournalMode,
     /// Bytes of the journal's file, at least 128 KiB.
@@ -177,6 +181,8 @@ pub struct StoreStats {
     pub state_bytes: u64,
     /// Configured quota in bytes.
     pub quota_bytes: u64,
+    /// Bytes that the log may still grow by: to its quota, and to what is left free of the disk.
+    pub room_bytes: u64,
     /// First stored offset.
     pub first_offset: u64,
     /// End-exclusive durable offset.
@@ -190,8 +196,8 @@ pub struct StoreStats {
     /// First offset that was ever the sink's, per sink as in `cursors`: what it was to have is
     /// from there to the watermark.
     pub origins: Vec<(String, u64)>,
-    /// Dead letters per sink.
-    pub dead_letters: Vec<(String, u64)>,
+    /// Dead letters per sink that has any.
+    pub dead_letters: Vec<(String, DeadLetterStats)>,
     /// Rows in the loss ledger.
     pub losses: u64,
 }
@@ -326,12 +332,8 @@ impl Store {
         let configured = *projection.cursors.all() != cursors;
         let losses: Vec<Loss> = missed
             .into_iter()
-            .map(|(sink, offsets)| Loss {
-                sink: Some(sink),
-                offsets,
-                size_bytes: 0,
-                reason: LossReason::SinkAbsent,
-                at_us: now_us,
+            .map(|(sink, offsets)| {
+                Loss::new(Some(sink), offsets, 0, LossReason::SinkAbsent, now_us)
             })
             .collect();
 
@@ -443,12 +445,10 @@ impl Store {
             return Ok(());
         }
         tracing::error!(?offsets, "events cannot be read: their batch is damaged");
-        let loss = |sink: Option<&str>, from: u64| Loss {
-            sink: sink.map(str::to_owned),
-            offsets: from.max(offsets.start)..offsets.end,
-            size_bytes: 0,
-            reason: LossReason::Corrupt,
-            at_us: shared.now_us.load(Ordering::Relaxed),
+        let now_us = shared.now_us.load(Ordering::Relaxed);
+        let loss = |sink: Option<&str>, from: u64| {
+            let lost = from.max(offsets.start)..offsets.end;
+            Loss::new(sink.map(str::to_owned), lost, 0, LossReason::Corrupt, now_us)
         };
         let losses: Vec<Loss> = {
             let projection = shared.progress.projection();
@@ -490,27 +490,6 @@ impl Store {
         let batch = self.shared.log.batch_at(from, watermark).ok()??;
         let first = Batch::decode(batch).ok()?.events(from).next()?.ok()?;
         Some(first.event.received_us)
-    }
-
-    /// Writes dead letters, durable on return. Call it before the cursor passes them.
-    ///
-    /// # Errors
-    /// [`StateError`] if they could not be made durable.
-    pub fn put_dead_letters(&self, letters: &[DeadLetter]) -> Result<(), StateError> {
-        self.shared.state.put_dead_letters(letters)
-    }
-
-    /// Dead letters of a sink from an offset on.
-    ///
-    /// # Errors
-    /// [`StateError`].
-    pub fn dead_letters(
-        &self,
-        sink: &str,
-        from: u64,
-        max: usize,
-    ) -> Result<Vec<DeadLetter>, StateError> {
-        self.shared.state.dead_letters(sink, from, max)
     }
 
     /// Rows of the loss ledger, oldest first.
@@ -560,11 +539,17 @@ impl Store {
         };
         let projection = shared.progress.projection();
         let sinks = projection.cursors.all();
+        let StoreOptions { quota_bytes, free_bytes_min, .. } = shared.options;
+        let log_bytes = shared.log.used_bytes();
+        let free_bytes = shared.disk.free_bytes().unwrap_or(u64::MAX);
         StoreStats {
             files: shared.log.spans(mark.watermark).len() as u32,
-            log_bytes: shared.log.used_bytes(),
+            log_bytes,
+            room_bytes: quota_bytes
+                .saturating_sub(log_bytes)
+                .min(free_bytes.saturating_sub(free_bytes_min)),
             state_bytes: shared.state.used_bytes(),
-            quota_bytes: shared.options.quota_bytes,
+            quota_bytes,
             first_offset: projection.start,
             watermark: mark.watermark,
             next_seq: tail.next_seq,
@@ -1069,7 +1054,7 @@ impl Writer {
             return None;
         }
         let size_bytes = self.shared.event_bytes_in(&offsets);
-        Some(Loss { sink, offsets, size_bytes, reason, at_us })
+        Some(Loss::new(sink, offsets, size_bytes, reason, at_us))
     }
 
     /// Removes the first files, after the ledger and the checkpoint say so.

@@ -13,6 +13,10 @@ mod bench;
 mod client;
 mod gateway_process;
 pub(crate) mod kafka;
+pub(crate) mod kafka_proxy;
+pub(crate) mod pki;
+pub(crate) mod raw;
+pub(crate) mod tunnel;
 pub(crate) mod wire;
 
 use std::io::Write as _;

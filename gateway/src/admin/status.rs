@@ -56,24 +56,39 @@ pub struct MqttStatus {
     pub publishes_refused_total: u64,
     /// QoS 0 publishes and wills for which there was no room until their connection had ended.
     pub publishes_dropped_total: u64,
+    /// Log-ins that failed: an unknown user, a wrong password, a token that is none of ours.
+    #[serde(default)]
+    pub logins_failed_total: u64,
+    /// Publishes, wills and subscriptions that the rules did not allow, and messages that waited for a
+    /// client and that they do not allow it any more.
+    #[serde(default)]
+    pub denied_total: u64,
+    /// Times that a client was not read for a while because it was over its rate.
+    #[serde(default)]
+    pub paced_total: u64,
     /// Connections closed for a breach of the protocol.
     pub protocol_errors_total: u64,
     /// Connections that ended in a panic.
     pub panics_total: u64,
     /// Messages written to subscribers.
     pub deliveries_total: u64,
-    /// Messages that a subscriber did not get: it did not keep up, they had expired, or they were
-    /// larger than it takes.
+    /// Messages that a subscriber did not get: it did not keep up, they had expired, they were larger
+    /// than it takes, or the rules do not allow them any more.
     pub deliveries_missed_total: u64,
     /// Sessions that are kept, with a connection or without.
+    #[serde(default)]
     pub sessions: u64,
     /// Bytes of messages that wait for their clients.
+    #[serde(default)]
     pub queued_bytes: u64,
     /// Messages that were not kept for a client, or made room for others, at a bound of its queue.
+    #[serde(default)]
     pub queued_dropped_total: u64,
     /// Topics with a retained message.
+    #[serde(default)]
     pub retained: u64,
     /// Messages that were not retained, at a bound.
+    #[serde(default)]
     pub retained_refused_total: u64,
 }
 
@@ -92,6 +107,15 @@ pub struct IngestStatus {
     pub health: String,
     /// Event bytes in the rings now.
     pub ring_bytes: u64,
+    /// Events made durable per second, over the last ten seconds or so.
+    #[serde(default)]
+    pub events_per_second: f64,
+    /// Event bytes made durable per second, over the last ten seconds or so.
+    #[serde(default)]
+    pub bytes_per_second: f64,
+    /// Event bytes made durable per second, over the last day or so, or since the start.
+    #[serde(default)]
+    pub bytes_per_second_today: f64,
     /// From the read of a publish to its durable commit.
     pub ack_latency_ms: Quantiles,
     /// From the start of a commit to its durable end.
@@ -128,6 +152,13 @@ pub struct StoreStatus {
     pub quota_bytes: u64,
     /// Rows in the loss ledger.
     pub losses: u64,
+    /// Bytes that the log may still grow by: to its quota, and to what is left free of the disk.
+    #[serde(default)]
+    pub room_bytes: u64,
+    /// Estimate: how long that lasts at today's rate if nothing is trimmed, as when an upstream is
+    /// down; nothing while no events come.
+    #[serde(default)]
+    pub left_seconds: Option<f64>,
     /// Cursors of sinks that are no longer configured: they hold nothing back.
     pub absent_sinks: Vec<AbsentSink>,
 }
@@ -180,6 +211,39 @@ pub struct SinkStatus {
     pub dead_lettered_events_total: u64,
     /// Dead letters that are stored.
     pub dead_letters: u64,
+    /// Bytes that they take.
+    #[serde(default)]
+    pub dead_letter_bytes: u64,
+    /// Of them, those that are to be delivered again.
+    #[serde(default)]
+    pub requeued: u64,
+    /// Dead letters that were requeued and delivered since the start of the process.
+    #[serde(default)]
+    pub requeued_events_total: u64,
     /// Requests that were tried again since the start of the process.
     pub retries_total: u64,
+    /// Last acknowledgement, microseconds since the Unix epoch.
+    #[serde(default)]
+    pub last_delivered_us: Option<u64>,
+    /// Whether requests go to the upstream: `closed` (they do), `open` (it is left alone for a
+    /// while), or `half_open` (one tries whether it works again).
+    #[serde(default)]
+    pub circuit: String,
+    /// How often the circuit has opened since the start of the process.
+    #[serde(default)]
+    pub circuit_opened_total: u64,
+    /// Events delivered or refused for good per second, over the last ten seconds or so.
+    #[serde(default)]
+    pub drain_events_per_second: f64,
+    /// Event bytes delivered per second, over the last ten seconds or so.
+    #[serde(default)]
+    pub drain_bytes_per_second: f64,
+    /// Estimate: how long until its lag is gone, while new events go on coming; nothing if the lag
+    /// does not shrink.
+    #[serde(default)]
+    pub eta_seconds: Option<f64>,
+    /// Estimate: how long its lag may grow at today's rate before `lag_bytes_max`, the quota or the
+    /// end of the disk; nothing while no events come.
+    #[serde(default)]
+    pub left_seconds: Option<f64>,
 }

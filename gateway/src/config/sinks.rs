@@ -50,6 +50,9 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     }
     let kind = section.choice("type", &kinds, None);
     let target = match kind {
+        #[cfg(feature = "kafka")]
+        Some(Kind::Kafka) => Some(Target::Kafka(super::kafka::read(section))),
+        #[cfg(not(feature = "kafka"))]
         Some(Kind::Kafka) => read_kafka(section),
         Some(Kind::Http) => Some(Target::Http(read_http(section))),
         Some(Kind::File) => Some(Target::File(read_file(section))),
@@ -86,7 +89,7 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     Some(sink)
 }
 
-fn wide(range: RangeInclusive<usize>) -> RangeInclusive<u64> {
+pub(super) fn wide(range: RangeInclusive<usize>) -> RangeInclusive<u64> {
     *range.start() as u64..=*range.end() as u64
 }
 
@@ -153,7 +156,10 @@ fn read_auth(section: &Section<'_, '_>) -> HttpAuth {
 }
 
 /// A secret may stand in the configuration, in a file or in the environment: in one of them.
-fn read_secret(section: &Section<'_, '_>, keys: [&'static str; 3]) -> Option<SecretSource> {
+pub(super) fn read_secret(
+    section: &Section<'_, '_>,
+    keys: [&'static str; 3],
+) -> Option<SecretSource> {
     let [inline, file, env] = keys;
     let sources = [
         section.string(inline).map(|text| SecretSource::Inline(Secret::new(text))),
@@ -169,53 +175,6 @@ fn read_secret(section: &Section<'_, '_>, keys: [&'static str; 3]) -> Option<Sec
         );
     }
     Some(first)
-}
-
-#[cfg(feature = "kafka")]
-#[expect(clippy::unnecessary_wraps, reason = "without the feature there is nothing to give")]
-fn read_kafka(section: &Section<'_, '_>) -> Option<Target> {
-    use bridge::config::{KafkaCompression, KafkaConfig, KafkaDelivery};
-    let brokers = section.required("brokers", "the brokers, such as \"10.0.0.5:9092\"");
-    let is_broker = |b: &str| {
-        b.trim().rsplit_once(':').is_some_and(|(host, port)| {
-            !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p != 0)
-        })
-    };
-    if !brokers.is_empty() && !brokers.split(',').all(is_broker) {
-        section.problem("brokers", format!("must be host:port[,host:port ...], not {brokers:?}"));
-    }
-    let topic = section.required("topic", "the Kafka topic, such as \"events\"");
-    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if topic.len() > 249 || !topic.chars().all(fits) {
-        section.problem(
-            "topic",
-            format!("must be 1 to 249 letters, digits, '-', '_' or '.', not {topic:?}"),
-        );
-    }
-    let deliveries = [
-        ("idempotent", Some(KafkaDelivery::Idempotent)),
-        ("at_least_once", Some(KafkaDelivery::AtLeastOnce)),
-        ("exactly_once", None),
-    ];
-    let delivery = section
-        .choice("delivery", &deliveries, Some(KafkaDelivery::default()))
-        .unwrap_or_else(|| {
-            section.problem(
-                "delivery",
-                "\"exactly_once\" is not in this version; \"idempotent\" is the nearest: no \
-                 duplicate while the gateway lives",
-            );
-            KafkaDelivery::default()
-        });
-    let compressions = [
-        ("none", KafkaCompression::None),
-        ("gzip", KafkaCompression::Gzip),
-        ("snappy", KafkaCompression::Snappy),
-        ("lz4", KafkaCompression::Lz4),
-        ("zstd", KafkaCompression::Zstd),
-    ];
-    let compression = section.choice("compression", &compressions, KafkaCompression::default());
-    Some(Target::Kafka(KafkaConfig { brokers, topic, delivery, compression }))
 }
 
 #[cfg(not(feature = "kafka"))]

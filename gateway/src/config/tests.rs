@@ -65,7 +65,8 @@ fn the_annotated_defaults_are_the_defaults() {
 fn the_annotated_file_shows_every_key() {
     let (_, asked) = Config::parse_asking("t.toml", &annotated(true), &env);
     // The alternatives of a secret are named in prose.
-    let in_prose = ["bearer_token", "bearer_token_env", "password", "password_env"];
+    let in_prose =
+        ["bearer_token", "bearer_token_env", "password", "password_env", "token", "token_env"];
     for path in asked {
         let key = path.rsplit('.').next().unwrap();
         let shown = ANNOTATED.lines().any(|line| {
@@ -97,6 +98,70 @@ fn every_shipped_configuration_is_right() {
     assert_eq!(seen, ["gateway.toml", "http.toml", "kafka.toml", "quickstart.toml"]);
 }
 
+/// The services in configs/kafka.toml, each in the place of the sink above them. A build without TLS
+/// says so, and finds nothing else wrong.
+#[cfg(feature = "kafka")]
+#[test]
+fn every_kafka_service_that_is_shown_is_right() {
+    let text = include_str!("../../../configs/kafka.toml");
+    let mut blocks = text.split("\n# == ");
+    let (before, _) = blocks.next().unwrap().split_once("[[sink]]").unwrap();
+    let mut services = 0;
+    for block in blocks {
+        let lines: Vec<&str> = block.lines().filter_map(|line| line.strip_prefix("##")).collect();
+        let name = block.lines().next().unwrap();
+        match parse(&format!("{before}{}", lines.join("\n"))) {
+            Ok(config) => assert_eq!(config.sinks.len(), 1, "{name}"),
+            Err(wrong) => {
+                let built_in = bridge::config::KafkaConfig::TLS_BUILT_IN;
+                let expected = |line: &str| !built_in && line.contains("the feature kafka-tls");
+                assert!(wrong.lines().all(expected), "{name}: {wrong}");
+            }
+        }
+        services += 1;
+    }
+    assert_eq!(services, 5);
+}
+
+#[cfg(feature = "kafka")]
+#[test]
+fn what_kafka_would_refuse_is_refused_here() {
+    let sink = |more: &str| {
+        parse(&format!("[[sink]]\nname = \"a\"\ntype = \"kafka\"\nbrokers = \"b:9092\"\n{more}"))
+    };
+    for right in [
+        "topic = \"plant.{2}.{device}\"",
+        "topic = \"{type}\"\ndelivery = \"exactly_once\"\ncursor_topic = \"cursors\"",
+        "topic = \"t\"\nheaders = \"id\"\n[sink.librdkafka]\n\"linger.ms\" = \"20\"",
+        "topic = \"t\"\n[sink.sasl]\nmechanism = \"plain\"\nusername = \"u\"\npassword_env = \"P\"",
+    ] {
+        sink(right).unwrap();
+    }
+    for (wrong, place, told) in [
+        ("topic = \"a b\"", "5: sink.topic", "letters, digits"),
+        ("topic = \"a/{device}\"", "5: sink.topic", "between what is in braces"),
+        ("topic = \"{devcie}\"", "5: sink.topic", "{device}"),
+        ("topic = \"{1}\"\ndelivery = \"exactly_once\"", "1: sink.cursor_topic", "template"),
+        ("topic = \"t\"\n[sink.librdkafka]\nacks = \"1\"", "7: sink.librdkafka.acks", "replicas"),
+        (
+            "topic = \"t\"\n[sink.librdkafka]\n\"linger.sm\" = \"1\"",
+            "7: sink.librdkafka.linger.sm",
+            "not taken",
+        ),
+        ("topic = \"t\"\n[sink.sasl]", "6: sink.sasl.mechanism", "is missing"),
+        (
+            "topic = \"t\"\n[sink.sasl]\nmechanism = \"plain\"\nusername = \"u\"",
+            "6: sink.sasl.password_file",
+            "is missing",
+        ),
+        ("topic = \"t\"\n[sink.tls]\ncert_file = \"c.pem\"", "6: sink.tls.key_file", "private key"),
+    ] {
+        let problems = sink(wrong).unwrap_err();
+        let line = problems.lines().find(|line| line.starts_with(&format!("t.toml:{place}: ")));
+        assert!(line.is_some_and(|line| line.contains(told)), "{wrong:?}: {problems}");
+    }
+}
+
 #[test]
 fn every_mistake_is_told_at_once() {
     let text = r#"
@@ -120,7 +185,7 @@ username = "u"
 name = "a"
 type = "kafka"
 brokers = "nowhere"
-delivery = "exactly_once"
+cursor_topic = "cursors"
 topic = "t"
 [[sink]]
 type = "htp"
@@ -138,7 +203,7 @@ whatever = 1
         (13, "sink.password_file"),
         (19, "sink.name"),
         (21, "sink.brokers"),
-        (22, "sink.delivery"),
+        (22, "sink.cursor_topic"),
         (24, "sink.name"),
         (25, "sink.type"),
         (27, "storge"),
@@ -180,4 +245,138 @@ fn a_word_that_is_no_level_would_silence_the_log() {
 fn a_small_quota_gets_small_files() {
     let config = parse("[storage]\nquota_bytes = \"64MiB\"").unwrap();
     assert_eq!(config.storage.file_bytes_max, 16 << 20);
+}
+
+#[test]
+fn listeners_say_what_they_need() {
+    let right = r#"
+[[listener]]
+bind = "unix:/run/edge-gateway/mqtt.sock"
+unix_mode = "0600"
+[[listener]]
+type = "websocket"
+bind = "0.0.0.0:8883"
+[listener.tls]
+cert_file = "c"
+key_file = "k"
+client_ca_file = "a"
+client_identity = "san"
+"#;
+    let listeners = parse(right).unwrap().listeners;
+    assert_eq!(listeners[0].bind, Bind::Unix("/run/edge-gateway/mqtt.sock".into()));
+    assert_eq!((listeners[0].unix_mode, listeners[0].allow_anonymous), (0o600, true));
+    assert_eq!(
+        (listeners[1].transport, listeners[1].allow_anonymous),
+        (Transport::WebSocket, false)
+    );
+    let tls = listeners[1].tls.as_ref().unwrap();
+    assert_eq!(tls.client_identity, ClientIdentity::AltName);
+
+    let wrong = r#"
+[[listener]]
+bind = "unix:mqtt.sock"
+unix_mode = "rw"
+[listener.tls]
+key_file = "k"
+client_identity = "cn"
+[[listener]]
+bind = "unix:mqtt.sock"
+[[listener]]
+bind = "0.0.0.0:8883"
+unix_mode = "0600"
+[listener.tls]
+cert_file = "c"
+key_file = "k"
+client_ca_file = "a"
+client_identity = "none"
+"#;
+    let wrong = parse(wrong).unwrap_err();
+    for (line, key, what) in [
+        (3, "listener.bind", "from the root on"),
+        (4, "listener.unix_mode", "octal"),
+        (5, "listener.tls", "Unix socket"),
+        (5, "listener.tls.cert_file", "is missing"),
+        (5, "listener.tls.client_ca_file", "is missing"),
+        (9, "listener.bind", "taken by another listener"),
+        (9, "listener.bind", "from the root on"),
+        (11, "listener.bind", "nobody could connect"),
+        (12, "listener.unix_mode", "Unix sockets only"),
+    ] {
+        let place = format!("t.toml:{line}: {key}: ");
+        let told = wrong.lines().any(|l| l.starts_with(&place) && l.contains(what));
+        assert!(told, "no {place:?} with {what:?} in\n{wrong}");
+    }
+    assert_eq!(wrong.lines().count(), 9, "{wrong}");
+}
+
+#[test]
+fn log_ins_and_rules_say_what_they_need() {
+    let right = r##"
+[[listener]]
+bind = "0.0.0.0:1883"
+[auth]
+users_file = "/etc/edge-gateway/users"
+[auth.jwt]
+jwks_file = "keys"
+[[acl]]
+publish = ["devices/%c/#"]
+[[acl]]
+users = ["alice"]
+subscribe = ["plant/+/%u", "#"]
+"##;
+    let config = parse(right).unwrap();
+    assert!(!config.listeners[0].allow_anonymous);
+    assert_eq!(config.auth.jwt.unwrap().user_claim, "sub");
+    assert_eq!(config.acl[1].subscribe, ["plant/+/%u", "#"]);
+
+    let wrong = r#"
+[auth.jwt]
+hmac_key_file = "k"
+jwks_file = "keys"
+[[acl]]
+users = []
+[[acl]]
+publish = ["a/#/b", 7]
+subscribe = "t"
+"#;
+    let wrong = parse(wrong).unwrap_err();
+    for (line, key, what) in [
+        (4, "auth.jwt.jwks_file", "only one of"),
+        (5, "acl.publish", "is missing"),
+        (6, "acl.users", "nobody"),
+        (8, "acl.publish", "must be topic filters"),
+        (8, "acl.publish", "texts in quotes"),
+        (9, "acl.subscribe", "a list of texts"),
+    ] {
+        let place = format!("t.toml:{line}: {key}: ");
+        let told = wrong.lines().any(|l| l.starts_with(&place) && l.contains(what));
+        assert!(told, "no {place:?} with {what:?} in\n{wrong}");
+    }
+    assert_eq!(wrong.lines().count(), 6, "{wrong}");
+    assert!(parse("[auth.jwt]").unwrap_err().contains("jwks_file: is missing"));
+}
+
+#[test]
+fn a_device_key_stands_in_one_place() {
+    let device = |filter: &str, device: &str| {
+        parse(&format!("[[route]]\nfilter = {filter:?}\n{device}"))
+            .map(|c| c.routes[0].device.clone())
+    };
+    for (filter, written, read) in [
+        ("a/{device}/#", "", DeviceFrom::Topic),
+        ("a/+/#", "", DeviceFrom::ClientId),
+        ("a/{device}/#", "device = \"topic\"", DeviceFrom::Topic),
+        ("a/#", "device = \"username\"", DeviceFrom::Username),
+        ("a/#", "device = \"certificate\"", DeviceFrom::Certificate),
+        ("a/#", "device = \"property:dev\"", DeviceFrom::Property("dev".to_owned())),
+    ] {
+        assert_eq!(device(filter, written).unwrap(), read, "{filter} {written}");
+    }
+    for (filter, wrong) in
+        [("a/#", "topic"), ("a/{device}", "username"), ("a/#", "property:"), ("a/#", "serial")]
+    {
+        let problems = device(filter, &format!("device = {wrong:?}")).unwrap_err();
+        assert!(problems.starts_with("t.toml:3: route.device: "), "{problems}");
+        assert_eq!(problems.lines().count(), 1, "{problems}");
+    }
 }

@@ -1,4 +1,5 @@
-//! Which device an event belongs to: from the topic by a route's filter, else the client id.
+//! Which device an event belongs to: from the topic by a route's filter, else the client id; or from
+//! where the route says ([`DeviceFrom`]), which the connection knows.
 //!
 //! Owns: the syntax of `route.filter` ([`RouteFilter`]) and the choice among routes ([`Routes`]).
 //! A filter is an MQTT topic filter (MQTT 5, 4.7) in which one level may be `{device}`: it matches
@@ -16,6 +17,46 @@ pub struct Resolved<'a> {
     pub device_key: ByteString,
     /// The route's media type, for payloads that name none themselves.
     pub content_type: Option<&'a str>,
+    /// Where the route says that the device key stands.
+    pub device: &'a DeviceFrom,
+}
+
+/// Where a device key stands. What has none there goes under the client id.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum DeviceFrom {
+    /// In the topic, where the filter has `{device}`.
+    #[default]
+    Topic,
+    /// In CONNECT.
+    ClientId,
+    /// The user that the client has logged in as.
+    Username,
+    /// The user in the client's certificate.
+    Certificate,
+    /// A user property of each publish, of this name (MQTT 5).
+    Property(String),
+}
+
+impl DeviceFrom {
+    /// Reads `route.device`.
+    ///
+    /// # Errors
+    /// What would be right.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "topic" => Ok(Self::Topic),
+            "client_id" => Ok(Self::ClientId),
+            "username" => Ok(Self::Username),
+            "certificate" => Ok(Self::Certificate),
+            _ => match text.strip_prefix("property:") {
+                Some(name) if !name.is_empty() => Ok(Self::Property(name.to_owned())),
+                _ => Err(format!(
+                    "must be \"topic\", \"client_id\", \"username\", \"certificate\" or \
+                     \"property:NAME\", not {text:?}"
+                )),
+            },
+        }
+    }
 }
 
 /// The routes in the order in which they are tried; the first that matches decides.
@@ -26,6 +67,7 @@ pub struct Routes(Vec<Route>);
 struct Route {
     filter: RouteFilter,
     content_type: Option<String>,
+    device: DeviceFrom,
 }
 
 impl Routes {
@@ -36,7 +78,8 @@ impl Routes {
     pub fn new(routes: &[RouteConfig]) -> Result<Self, RouteFilterError> {
         let route = |config: &RouteConfig| {
             let filter = RouteFilter::parse(&config.filter)?;
-            Ok(Route { filter, content_type: config.content_type.clone() })
+            let device = config.device.clone();
+            Ok(Route { filter, content_type: config.content_type.clone(), device })
         };
         routes.iter().map(route).collect::<Result<_, _>>().map(Self)
     }
@@ -44,11 +87,19 @@ impl Routes {
     /// The device key and defaults of a publish; `None` if no route accepts the topic.
     pub fn resolve(&self, topic: &ByteString, client_id: &ByteString) -> Option<Resolved<'_>> {
         if self.0.is_empty() {
-            return Some(Resolved { device_key: client_id.clone(), content_type: None });
+            return Some(Resolved {
+                device_key: client_id.clone(),
+                content_type: None,
+                device: &DeviceFrom::ClientId,
+            });
         }
         self.0.iter().find_map(|route| {
             let device_key = route.filter.device_key(topic, client_id)?;
-            Some(Resolved { device_key, content_type: route.content_type.as_deref() })
+            Some(Resolved {
+                device_key,
+                content_type: route.content_type.as_deref(),
+                device: &route.device,
+            })
         })
     }
 }
@@ -155,6 +206,11 @@ impl RouteFilter {
         Ok(Self(levels))
     }
 
+    /// Whether one level is `{device}`.
+    pub fn has_device(&self) -> bool {
+        self.0.contains(&Level::Device)
+    }
+
     /// `None` if the topic does not match; else the level that `{device}` stands for, or the client
     /// id if the filter has none.
     fn device_key(&self, topic: &ByteString, client_id: &ByteString) -> Option<ByteString> {
@@ -194,6 +250,7 @@ mod tests {
             .map(|filter| RouteConfig {
                 filter: (*filter).to_owned(),
                 content_type: Some(format!("by/{filter}")),
+                device: DeviceFrom::default(),
             })
             .collect();
         Routes::new(&configs).expect("valid filters")

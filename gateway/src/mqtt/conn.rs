@@ -27,17 +27,21 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::auth::{self, Peer};
 use super::clients::{Clients, Seat};
 use super::codec::{self, Connect, Refused};
 use super::downlink::{Downlink, Inbox, Interrupted, Options, PUBLISHER};
+use super::pace::{Pace, Paces};
 use super::reason::{self, Violation};
 use super::retained::Retained;
+use super::rows::StoredWill;
 use super::session::{Effect, Limits, Publishing, Session};
-use super::sessions::{Attached, Kept, Sessions, TooMany};
+use super::sessions::{Attached, Kept, Sessions, Unattached};
 use super::stats::{FrontStats, LogLimit};
 use super::topic;
+use crate::access::{Access, Grant};
 use crate::config::SessionsConfig;
-use crate::ingest::device_key::Routes;
+use crate::ingest::device_key::{DeviceFrom, Routes};
 use crate::ingest::{AckMailbox, Admission, Ingest, Pending, Ticket, partition};
 
 /// Bytes that may wait for a client to read them. Past it neither its packets nor messages for it
@@ -59,6 +63,8 @@ pub struct Shared {
     pub ingest: Ingest,
     /// Device keys by topic.
     pub routes: Routes,
+    /// Who is let in.
+    pub access: Arc<Access>,
     /// Where subscriptions are.
     pub downlink: Downlink,
     /// Sessions that outlive their connections.
@@ -76,37 +82,56 @@ pub struct Shared {
     /// See [`WRITE_STALL`].
     write_stall: Duration,
     clients: Clients,
+    paces: Paces,
     log_limit: LogLimit,
 }
 
+/// Bounds over all connections.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds<'a> {
+    /// `[sessions]`.
+    pub sessions: &'a SessionsConfig,
+    /// Bytes of publishes held for connections whose ring is full.
+    pub held_bytes_max: usize,
+    /// How long a shutdown may wait for acks.
+    pub shutdown_grace: Duration,
+}
+
 impl Shared {
-    /// For all listeners of a process. `held_bytes_max` bounds the publishes held for connections
-    /// whose ring is full, over all connections.
+    /// For all listeners of a process.
     pub fn new(
         ingest: Ingest,
         routes: Routes,
+        access: Access,
         downlink: Downlink,
         retained: Retained,
-        sessions: &SessionsConfig,
-        held_bytes_max: usize,
-        shutdown_grace: Duration,
+        bounds: Bounds<'_>,
     ) -> Self {
-        let kept = Sessions::new(sessions, downlink.clone(), retained.clone(), ingest.clone());
+        let Bounds { sessions, held_bytes_max, shutdown_grace } = bounds;
         let keep_alive_s_max = sessions.keep_alive_max.as_secs();
+        let access = Arc::new(access);
+        let (downlinks, retains, ingests) = (downlink.clone(), retained.clone(), ingest.clone());
         Self {
-            sessions: kept,
+            sessions: Sessions::new(sessions, downlinks, retains, ingests, access.clone()),
             retained,
             keep_alive_s_max: u16::try_from(keep_alive_s_max).unwrap_or(u16::MAX),
             ingest,
             routes,
+            access,
             downlink,
             held: Arc::new(Held { bytes: AtomicUsize::new(0), bytes_max: held_bytes_max }),
             stats: FrontStats::default(),
             shutdown_grace,
             write_stall: WRITE_STALL,
             clients: Clients::default(),
+            paces: Paces::default(),
             log_limit: LogLimit::default(),
         }
+    }
+
+    /// Whether a line may be logged that a client has caused, and how many were not of late.
+    pub(super) fn may_log(&self) -> Option<u64> {
+        self.log_limit.allows(Instant::now())
     }
 }
 
@@ -196,7 +221,7 @@ impl From<Interrupted> for End {
 pub async fn serve<R, W>(
     mut reader: R,
     mut writer: W,
-    peer: &str,
+    from: &Peer,
     limits: Limits,
     connect_timeout: Duration,
     shared: &Shared,
@@ -206,28 +231,43 @@ pub async fn serve<R, W>(
     W: AsyncWrite + Unpin,
 {
     let (mut buf, mut out) = (BytesMut::new(), BytesMut::new());
+    let peer = &*from.name;
     let connect = read_connect(&mut reader, &mut buf, &limits, connect_timeout, shared, stop).await;
-    let session = match connect {
+    let opened = match connect {
         Ok(Some(connect)) => {
             let version = Some(connect.version);
-            Session::open(connect, &limits, fastrand::u64(..), Instant::now())
-                .map_err(|violation| Refused { version, violation })
+            let admitted = auth::admit(&connect.packet, from, &shared.access);
+            let Some(admitted) = stop.run_until_cancelled(admitted).await else { return };
+            let open = |grant: Grant| {
+                let session = Session::open(connect, &limits, fastrand::u64(..), Instant::now())?;
+                if shared.sessions.is_anothers(session.client_id(), grant.user()) {
+                    return Err(not_its_session());
+                }
+                Ok((session, grant))
+            };
+            admitted.and_then(open).map_err(|violation| Refused { version, violation })
         }
         Ok(None) => return,
         Err(refused) => Err(refused),
     };
-    let mut session = match session {
-        Ok(session) => session,
+    let (mut session, grant) = match opened {
+        Ok(opened) => opened,
         Err(refused) => return refuse(refused, &mut writer, &mut out, peer, shared).await,
     };
     let seat = shared.clients.enter(session.client_id()).await;
     let (client_id, expiry_s) = (session.client_id().clone(), session.expiry_s());
-    let attached = shared.sessions.attach(&client_id, session.is_clean_start(), expiry_s);
+    let user = grant.user();
+    let attached = shared.sessions.attach(&client_id, user, session.is_clean_start(), expiry_s);
     let Attached { kept, before, expiry_s } = match attached {
         Ok(attached) => attached,
-        Err(TooMany) => {
-            let why = "as many sessions are kept as may be: connect without one";
-            let violation = Violation::new(reason::SERVER_UNAVAILABLE, why);
+        Err(unattached) => {
+            let violation = match unattached {
+                Unattached::TooMany => {
+                    let why = "as many sessions are kept as may be: connect without one";
+                    Violation::new(reason::SERVER_UNAVAILABLE, why)
+                }
+                Unattached::Anothers => not_its_session(),
+            };
             let refused = Refused { version: Some(session.version()), violation };
             return refuse(refused, &mut writer, &mut out, peer, shared).await;
         }
@@ -238,6 +278,8 @@ pub async fn serve<R, W>(
     let mut conn = Conn {
         shared,
         limits,
+        grant,
+        pace: shared.paces.enter(session.client_id(), from.rate, Instant::now()),
         session,
         buf,
         out,
@@ -258,6 +300,7 @@ pub async fn serve<R, W>(
         read_bytes: *READ_BYTES.start(),
         chatter_bytes: 0,
     };
+    conn.drop_denied();
     conn.settle_kept();
     conn.leave_will();
     let mut end = conn.run(&mut reader, &mut writer, &seat, stop).await;
@@ -265,6 +308,11 @@ pub async fn serve<R, W>(
         end = conn.finish(&mut writer).await;
     }
     conn.end(end, &mut writer, peer).await;
+}
+
+fn not_its_session() -> Violation {
+    let why = "the session of this client id belongs to another user";
+    Violation::new(reason::NOT_AUTHORIZED, why)
 }
 
 /// Says why there is no session, and closes.
@@ -334,6 +382,8 @@ struct Device {
     topic: ByteString,
     key: ByteString,
     partition: u16,
+    /// The user property of each publish that names another key.
+    property: Option<String>,
     content_type: Option<ByteString>,
     /// Attributes of a publish that says nothing beyond its QoS: 0, 1 and 2.
     plain: [Attributes; 3],
@@ -342,6 +392,10 @@ struct Device {
 struct Conn<'a> {
     shared: &'a Shared,
     limits: Limits,
+    /// Who it is, and what it may do.
+    grant: Grant,
+    /// How fast it may publish.
+    pace: Option<Pace>,
     session: Session,
     buf: BytesMut,
     out: BytesMut,
@@ -354,7 +408,7 @@ struct Conn<'a> {
     /// Retained messages that are due, by topic.
     retained_due: VecDeque<(ByteString, Options)>,
     /// The event that the will becomes.
-    will: Option<(Event, u32)>,
+    will: Option<StoredWill>,
     /// Some subscription does not want this client's own publishes.
     marks_publisher: bool,
     /// A QoS 1 publish was refused because the store is full. The client may have sent others behind
@@ -391,11 +445,15 @@ impl Conn<'_> {
         let mut stopped = pin!(stop.cancelled());
         let mut taken_over = pin!(seat.taken_over());
         loop {
+            if let Err(end) = self.check_grant() {
+                return end;
+            }
             if let Err(end) = self.digest().await {
                 return end;
             }
-            self.deliver_retained().await;
-            self.deliver_kept();
+            if let Err(end) = self.deliver_waiting().await {
+                return end;
+            }
             self.look_ahead();
             let deadline = self.deadline();
             // Set back only when it is due: a timer moved at every packet costs more than the packet.
@@ -488,6 +546,12 @@ impl Conn<'_> {
         self.out.len() < OUT_BYTES_MAX
             && self.session.takes_publishes()
             && self.hold.has_room(usize::from(self.limits.in_flight_max.get()))
+            && self.paced_until().is_none()
+    }
+
+    /// Until when it is not read because it is over its rate.
+    fn paced_until(&self) -> Option<Instant> {
+        self.pace.as_ref().and_then(|pace| pace.opens_at(Instant::now()))
     }
 
     fn takes_delivery(&self) -> bool {
@@ -501,6 +565,9 @@ impl Conn<'_> {
             // It could not speak while it was not read.
             self.session.heard(Instant::now());
         }
+        if !reading && self.reading && self.paced_until().is_some() {
+            FrontStats::add(&self.shared.stats.paced, 1);
+        }
         self.reading = reading;
         if self.out.is_empty() {
             self.stalled_since = None;
@@ -509,17 +576,23 @@ impl Conn<'_> {
         }
     }
 
-    /// When the client counts as gone: silent too long while it is read, or taking nothing.
+    /// When the client counts as gone: silent too long while it is read, taking nothing, or let in
+    /// until then.
     fn deadline(&self) -> Option<Instant> {
         let silent = self.session.deadline().filter(|_| self.reading);
         let stalled = self.stalled_since.map(|since| since + self.shared.write_stall);
-        silent.into_iter().chain(stalled).min()
+        let paced = self.paced_until();
+        silent.into_iter().chain(stalled).chain(self.grant.until()).chain(paced).min()
     }
 
     fn timeout(&mut self) -> Result<(), End> {
         let now = Instant::now();
         match self.deadline() {
             Some(deadline) if deadline > now => Ok(()),
+            Some(_) if self.grant.until().is_some_and(|until| until <= now) => {
+                let why = "its token has expired";
+                Err(Violation::new(reason::NOT_AUTHORIZED, why).into())
+            }
             Some(_)
                 if self
                     .stalled_since
@@ -580,6 +653,15 @@ impl Conn<'_> {
     /// Stores a publish, or holds it, or refuses it.
     fn publish(&mut self, publishing: Publishing) -> Result<(), Violation> {
         let Publishing { publish, number, receipt } = publishing;
+        if let Some(pace) = &mut self.pace {
+            pace.take(publish.topic.len() + publish.payload.len(), Instant::now());
+        }
+        if !self.may_publish(&publish.topic) {
+            FrontStats::add(&self.shared.stats.denied, 1);
+            let why = format!("topic {:?} is not allowed to this client", shorten(&publish.topic));
+            return self
+                .refuse(number, Violation { code: reason::NOT_AUTHORIZED, why: why.into() });
+        }
         if !self.resolve(&publish.topic) {
             let why = format!("topic {:?} is not taken by any route", shorten(&publish.topic));
             return self.refuse(number, Violation { code: reason::TOPIC_INVALID, why: why.into() });
@@ -640,6 +722,21 @@ impl Conn<'_> {
         self.session.refuse(number, violation, &mut self.out)
     }
 
+    /// Whether the rules let it publish to a topic: those that led to the last device did.
+    fn may_publish(&self, topic: &ByteString) -> bool {
+        self.device.as_ref().is_some_and(|device| device.topic == *topic)
+            || self.grant.may_publish(topic)
+    }
+
+    /// A grant ends with its token, and when its log-in would not give the same any more.
+    fn check_grant(&mut self) -> Result<(), End> {
+        if !self.grant.is_upheld() {
+            let why = "what this client may do has changed: log in again";
+            return Err(Violation::new(reason::ADMINISTRATIVE_ACTION, why).into());
+        }
+        Ok(())
+    }
+
     /// Finds the device of a topic; `false` if nothing takes it.
     fn resolve(&mut self, name: &ByteString) -> bool {
         if self.device.as_ref().is_some_and(|device| device.topic == *name) {
@@ -657,13 +754,24 @@ impl Conn<'_> {
         let topic = ByteString::from(&**name);
         let resolved = self.shared.routes.resolve(&topic, self.session.client_id())?;
         let content_type = resolved.content_type.map(ByteString::from);
+        let key = match resolved.device {
+            DeviceFrom::Topic | DeviceFrom::ClientId | DeviceFrom::Property(_) => None,
+            DeviceFrom::Username => self.grant.user(),
+            DeviceFrom::Certificate => self.grant.certified(),
+        };
+        let key = key.cloned().unwrap_or(resolved.device_key);
+        let property = match resolved.device {
+            DeviceFrom::Property(name) => Some(name.clone()),
+            _ => None,
+        };
         let plain = [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce].map(|qos| {
             let content_type = content_type.as_deref().map(Attribute::ContentType);
             Attributes::encode([Attribute::QoS(qos.value())].into_iter().chain(content_type))
         });
         Some(Device {
-            partition: partition::of(&resolved.device_key, self.shared.ingest.partitions()),
-            key: resolved.device_key,
+            partition: partition::of(&key, self.shared.ingest.partitions()),
+            key,
+            property,
             topic,
             content_type,
             plain,
@@ -687,10 +795,18 @@ impl Conn<'_> {
         } else {
             device.plain[usize::from(publish.qos.value())].clone()
         };
+        let (device_key, partition) = match &device.property {
+            Some(name) => device_of_property(&publish, name).map(|key| {
+                let partition = partition::of(&key, self.shared.ingest.partitions());
+                (key, partition)
+            }),
+            None => None,
+        }
+        .unwrap_or_else(|| (device.key.clone(), device.partition));
         Event {
-            partition: device.partition,
+            partition,
             received_us: self.received_us,
-            device_key: device.key.clone(),
+            device_key,
             topic: device.topic.clone(),
             attributes,
             payload: publish.payload,
@@ -750,8 +866,9 @@ impl Conn<'_> {
         let (publish, delay_s) = ((*will.publish).clone(), will.delay_s);
         if self.resolve(&publish.topic) {
             let event = self.event(publish);
-            self.shared.sessions.leave_will(self.session.client_id(), &event, delay_s);
-            self.will = Some((event, delay_s));
+            let will = StoredWill { event, delay_s, user: self.grant.user().cloned() };
+            self.shared.sessions.leave_will(self.session.client_id(), &will);
+            self.will = Some(will);
         } else {
             FrontStats::add(&self.shared.stats.publishes_refused, 1);
             if let Some(unlogged) = self.shared.log_limit.allows(Instant::now()) {
@@ -789,6 +906,9 @@ impl Conn<'_> {
     /// Sends the last words, and stores what must outlive the connection: held publishes, the will.
     async fn end<W: AsyncWrite + Unpin>(mut self, end: End, writer: &mut W, peer: &str) {
         let client = self.session.client_id().clone();
+        if let Some(pace) = self.pace {
+            self.shared.paces.leave(&client, pace, Instant::now());
+        }
         match &end {
             End::Client => tracing::debug!(peer, %client, "disconnected"),
             End::Lost(why) => tracing::debug!(peer, %client, why, "lost"),
@@ -823,23 +943,24 @@ impl Conn<'_> {
 
     /// Publishes the will, or lets it wait, or cancels it.
     fn end_will(&mut self) {
-        let Some((mut event, delay_s)) = self.will.take() else { return };
+        let Some(mut will) = self.will.take() else { return };
         let sessions = &self.shared.sessions;
         // The session's end makes it due at the latest.
         let lasts_s = if self.kept.is_some() { self.session.expiry_s() } else { 0 };
         let left = self.session.take_will();
         let client_id = self.session.client_id();
-        match (left, delay_s.min(lasts_s)) {
+        match (left, will.delay_s.min(lasts_s)) {
             (None, _) => sessions.cancel_will(client_id),
+            (Some(_), 0) if !sessions.allows_will(client_id, &will) => {}
             (Some(_), 0) => {
-                event.received_us = self.shared.ingest.now_us();
-                let riders = sessions.riders_of_will(client_id, &event);
+                will.event.received_us = self.shared.ingest.now_us();
+                let riders = sessions.riders_of_will(client_id, &will.event);
                 let (read_at, ticket) = (Instant::now(), None);
-                self.hold.push_back(Pending { event, read_at, ticket, riders });
+                self.hold.push_back(Pending { event: will.event, read_at, ticket, riders });
             }
             (Some(_), delay_s) => {
                 let due = Instant::now() + Duration::from_secs(delay_s.into());
-                sessions.will_due(client_id, event, due);
+                sessions.will_due(client_id, will, due);
             }
         }
     }
@@ -905,6 +1026,14 @@ async fn read_some<R: AsyncRead + Unpin>(
         buf.reserve(read_bytes.max(buf.len()));
     }
     reader.read_buf(buf).await
+}
+
+/// The device key in a user property; the first of that name, if it is not empty.
+fn device_of_property(publish: &Publish, name: &str) -> Option<ByteString> {
+    let said = &publish.properties.as_ref()?.user_properties;
+    let (_, key) = said.iter().find(|(property, _)| *property == name)?;
+    // A copy: a slice of the read buffer would keep all of it.
+    (!key.is_empty()).then(|| ByteString::from(&**key))
 }
 
 fn says_nothing(properties: &v5::PublishProperties) -> bool {

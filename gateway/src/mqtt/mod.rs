@@ -3,14 +3,15 @@
 //! Owns: everything between a socket and a ring, and between the durable log and a subscriber.
 //! Invariant: a PUBACK or PUBREC leaves only after its event's completion came from the committer, a
 //! PUBCOMP only after the end of its receipt is durable, each in the order of what it answers.
-//! Deliberately absent, until later: TLS, WebSocket, users, and enhanced authentication (refused by
-//! the book).
+//! Deliberately absent, until later: enhanced authentication (refused by the book).
 //!
 //! # Code map
 //! - [`codec`]: bytes and packets, with every rule about single packets; [`reason`], [`topic`].
-//! - [`session`]: the protocol as a pure state machine; [`auth`]: who is let in.
+//! - [`session`]: the protocol as a pure state machine; [`auth`]: what [`crate::access`] decides, in
+//!   MQTT's words.
 //! - [`conn`]: one task per connection; [`clients`]: one connection per client id.
-//! - [`listener`]: accepting, limits, shutdown. [`Front`] is what the wiring holds.
+//! - [`pace`]: how fast a client may publish (pure).
+//! - [`listener`]: accepting, TLS, WebSocket, limits, shutdown. [`Front`] is what the wiring holds.
 //! - [`sessions`]: what outlives connections: subscriptions, receipts, waiting messages, wills;
 //!   [`retained`]: the last message of each topic; [`rows`]: how both lie in the store.
 //! - [`subscriptions`], [`envelope`], [`downlink`]: from the log to the subscribers.
@@ -38,7 +39,16 @@
 //!   retains a message and subscribes finds it.
 //! - A session's messages of QoS 1 and 2 are sent from its durable queue also while it is connected;
 //!   messages of QoS 0 do not wait for who is away.
-//! - Credentials on a listener that lets in anonymous clients are not looked at.
+//! - Credentials are not looked at where a certificate has decided, or where neither users nor tokens
+//!   are configured and the listener lets in anonymous clients.
+//! - A publish that the rules do not allow: v5 answers 0x87. v3 is closed, as above.
+//! - Who lost rights by a change of the configuration is disconnected (v5: 0x98), so that nothing of
+//!   what it had lives on. A session that is kept loses, when its client is back, the subscriptions that
+//!   the rules do not allow any more, and what waits for it of their topics; a will that they do not
+//!   allow when it is due is not published.
+//! - A session that is kept belongs to the user whose client began it. Another user, or an anonymous
+//!   client, with its client id is refused (0x87; 3.1.1: 5), clean start or not: it would read what
+//!   waits there, or end it. The session of an anonymous client is nobody's: a user gets a new one.
 //! - Wills are published when the gateway shuts down, too: their connections end without the client's
 //!   DISCONNECT. After a crash a will waits for [`sessions::GRACE`] at least, in which its client may
 //!   come back.
@@ -52,6 +62,7 @@ pub mod conn;
 pub mod downlink;
 pub mod envelope;
 pub mod listener;
+pub mod pace;
 pub mod reason;
 pub mod retained;
 pub mod rows;
@@ -63,8 +74,9 @@ pub mod topic;
 #[cfg(test)]
 pub(crate) mod wire;
 
-pub use conn::{Held, Shared};
+pub use conn::{Bounds, Held, Shared};
 pub use downlink::Downlink;
 pub use listener::Front;
+pub use listener::tls::{Tls, TlsError};
 pub use retained::Retained;
 pub use stats::FrontStats;

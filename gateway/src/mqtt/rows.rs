@@ -58,7 +58,7 @@ pub fn text(bytes: &[u8]) -> Option<ByteString> {
 }
 
 /// A session's own row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionRow {
     /// Its number in the keys of its rows.
     pub number: u64,
@@ -66,15 +66,19 @@ pub struct SessionRow {
     pub expiry_s: u32,
     /// When its last connection ended, in microseconds since the Unix epoch; 0 while there is one.
     pub ended_us: u64,
+    /// The user whose it is; `None`: an anonymous client's.
+    pub user: Option<ByteString>,
 }
 
 impl SessionRow {
     /// The value.
     pub fn encode(&self) -> Bytes {
-        let mut out = BytesMut::with_capacity(20);
+        let user = self.user.as_deref();
+        let mut out = BytesMut::with_capacity(23 + user.map_or(0, str::len));
         out.put_u64_le(self.number);
         out.put_u32_le(self.expiry_s);
         out.put_u64_le(self.ended_us);
+        put_user(&mut out, user);
         out.freeze()
     }
 
@@ -84,8 +88,28 @@ impl SessionRow {
             number: row.try_get_u64_le().ok()?,
             expiry_s: row.try_get_u32_le().ok()?,
             ended_us: row.try_get_u64_le().ok()?,
+            user: get_user(&mut row)?,
         })
     }
+}
+
+/// A user, or that there is none: a user may have an empty name.
+fn put_user(out: &mut BytesMut, user: Option<&str>) {
+    out.put_u8(u8::from(user.is_some()));
+    let user = user.unwrap_or_default();
+    out.put_u16_le(user.len() as u16);
+    out.put_slice(user.as_bytes());
+}
+
+/// Outer `None`: damaged.
+fn get_user(row: &mut Bytes) -> Option<Option<ByteString>> {
+    let known = row.try_get_u8().ok()? != 0;
+    let len = usize::from(row.try_get_u16_le().ok()?);
+    if row.len() < len {
+        return None;
+    }
+    let user = ByteString::try_from(row.split_to(len)).ok()?;
+    Some(known.then_some(user))
 }
 
 const NO_LOCAL: u8 = 4;
@@ -221,11 +245,24 @@ impl Queued {
     }
 }
 
-/// Value of a will: its event, and how long it waits.
-pub fn encode_will(event: &Event, delay_s: u32) -> Bytes {
+/// A will that its client has left.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredWill {
+    /// The event that it becomes.
+    pub event: Event,
+    /// Seconds that it waits after the end of the connection.
+    pub delay_s: u32,
+    /// The user who left it; `None`: an anonymous client.
+    pub user: Option<ByteString>,
+}
+
+/// Value of a will.
+pub fn encode_will(will: &StoredWill) -> Bytes {
+    let StoredWill { event, delay_s, user } = will;
     let message = Message::of(event);
-    let mut out = BytesMut::with_capacity(24 + event.size_bytes());
-    out.put_u32_le(delay_s);
+    let mut out = BytesMut::with_capacity(32 + event.size_bytes());
+    out.put_u32_le(*delay_s);
+    put_user(&mut out, user.as_deref());
     out.put_u16_le(event.partition);
     out.put_u16_le(event.device_key.len() as u16);
     out.put_slice(event.device_key.as_bytes());
@@ -234,8 +271,9 @@ pub fn encode_will(event: &Event, delay_s: u32) -> Bytes {
 }
 
 /// Reads a will.
-pub fn decode_will(mut row: Bytes) -> Option<(Event, u32)> {
+pub fn decode_will(mut row: Bytes) -> Option<StoredWill> {
     let delay_s = row.try_get_u32_le().ok()?;
+    let user = get_user(&mut row)?;
     let partition = row.try_get_u16_le().ok()?;
     let key_len = usize::from(row.try_get_u16_le().ok()?);
     if row.len() < key_len {
@@ -243,7 +281,8 @@ pub fn decode_will(mut row: Bytes) -> Option<(Event, u32)> {
     }
     let device_key = ByteString::try_from(row.split_to(key_len)).ok()?;
     let Message { received_us, topic, attributes, payload } = Message::decode(row)?;
-    Some((Event { partition, received_us, device_key, topic, attributes, payload }, delay_s))
+    let event = Event { partition, received_us, device_key, topic, attributes, payload };
+    Some(StoredWill { event, delay_s, user })
 }
 
 #[cfg(test)]
@@ -273,9 +312,13 @@ mod tests {
                 Queued { packet_id: 9, qos: 2, retain: true, subscription_id: Some(7), message };
             assert_eq!(Queued::decode(queued.encode()), Some(queued));
         }
-        assert_eq!(decode_will(encode_will(&event(), 5)), Some((event(), 5)));
-        let row = SessionRow { number: 1, expiry_s: 2, ended_us: 3 };
-        assert_eq!(SessionRow::decode(row.encode()), Some(row));
+        for user in [None, Some(""), Some("élise")] {
+            let user = user.map(ByteString::from);
+            let will = StoredWill { event: event(), delay_s: 5, user: user.clone() };
+            assert_eq!(decode_will(encode_will(&will)), Some(will));
+            let row = SessionRow { number: 1, expiry_s: 2, ended_us: 3, user };
+            assert_eq!(SessionRow::decode(row.encode()), Some(row));
+        }
         for qos in 0..3 {
             let options =
                 Options { qos, no_local: qos == 1, retain_as_published: qos == 2, id: Some(1) };

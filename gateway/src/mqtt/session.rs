@@ -20,7 +20,6 @@ use bytestring::ByteString;
 use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5;
 
-use super::auth;
 use super::codec::{self, Connect, Delivery, Packet, Version, Welcome};
 use super::downlink::Options;
 use super::reason::{self, Violation};
@@ -56,8 +55,6 @@ pub struct Limits {
     pub in_flight_max: NonZeroU16,
     /// Longest keep-alive; a v5 client is told, and one that has none gets it. 0: none.
     pub keep_alive_s_max: u16,
-    /// Whether clients without credentials are let in.
-    pub allow_anonymous: bool,
 }
 
 /// A publish to be stored.
@@ -194,7 +191,6 @@ impl Session {
         now: Instant,
     ) -> Result<Self, Violation> {
         let Connect { version, packet: connect } = connect;
-        auth::admit(&connect, limits.allow_anonymous)?;
         let id = &connect.client_id;
         let nameless = id.is_empty();
         if id.len() > CLIENT_ID_BYTES_MAX {

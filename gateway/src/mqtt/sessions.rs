@@ -32,8 +32,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::downlink::{Downlink, Options};
 use super::retained::Retained;
-use super::rows::{self, Message, Queued, SessionRow};
+use super::rows::{self, Message, Queued, SessionRow, StoredWill};
 use super::session::{Inbound, NEVER_S};
+use crate::access::Access;
 use crate::config::SessionsConfig;
 use crate::ingest::{AckMailbox, Ingest, Pending, Ticket};
 pub use queue::{Next, Queue, QueueLimits};
@@ -55,6 +56,8 @@ const PASSING_MAX: usize = 256;
 pub struct SessionsStats {
     /// Messages that were not kept for a session, or made room for others.
     pub dropped: AtomicU64,
+    /// Wills that the rules did not allow when they were due.
+    pub wills_denied: AtomicU64,
     /// Bytes of the messages that wait.
     pub queued_bytes: AtomicUsize,
 }
@@ -71,6 +74,8 @@ struct Bounds {
 #[derive(Debug)]
 pub struct Kept {
     client_id: ByteString,
+    /// The user whose it is; `None`: an anonymous client's.
+    user: Option<ByteString>,
     number: u64,
     bounds: Arc<Bounds>,
     inner: Mutex<Inner>,
@@ -238,6 +243,11 @@ impl Kept {
         self.lock().subscriptions.get(filter).copied()
     }
 
+    /// The filters of its subscriptions.
+    pub fn filters(&self) -> Vec<ByteString> {
+        self.lock().subscriptions.keys().cloned().collect()
+    }
+
     /// Number of its subscriptions.
     pub fn subscriptions(&self) -> usize {
         self.lock().subscriptions.len()
@@ -275,7 +285,8 @@ impl Kept {
     }
 
     fn row(&self, expiry_s: u32, ended_us: u64) -> Control {
-        let row = SessionRow { number: self.number, expiry_s, ended_us };
+        let user = self.user.clone();
+        let row = SessionRow { number: self.number, expiry_s, ended_us, user };
         rows::put(rows::SESSIONS, rows::name_key(&self.client_id), row.encode())
     }
 }
@@ -283,7 +294,7 @@ impl Kept {
 /// A will that waits for its delay.
 #[derive(Debug)]
 struct Will {
-    event: Event,
+    stored: StoredWill,
     due: Instant,
 }
 
@@ -298,9 +309,14 @@ pub struct Attached {
     pub expiry_s: u32,
 }
 
-/// There are as many sessions as may be.
+/// Why a client gets no session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TooMany;
+pub enum Unattached {
+    /// It asks for one that is kept, and there are as many as may be.
+    TooMany,
+    /// There is one with its client id, and it belongs to another user.
+    Anothers,
+}
 
 /// All sessions and wills. Cheap to clone.
 #[derive(Clone)]
@@ -316,6 +332,7 @@ struct Shared {
     downlink: Downlink,
     retained: Retained,
     ingest: Ingest,
+    access: Arc<Access>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -329,6 +346,7 @@ impl Sessions {
         downlink: Downlink,
         retained: Retained,
         ingest: Ingest,
+        access: Arc<Access>,
     ) -> Self {
         let queue = QueueLimits {
             messages_max: config.queue_messages_max,
@@ -350,6 +368,7 @@ impl Sessions {
             downlink,
             retained,
             ingest,
+            access,
         }))
     }
 
@@ -381,7 +400,7 @@ impl Sessions {
                 tracing::error!("the row of a session is damaged: left out");
                 continue;
             };
-            let kept = self.kept(client_id, row.number, row.expiry_s);
+            let kept = self.kept(client_id, row.user, row.number, row.expiry_s);
             kept.lock().ends_at = left(row.expiry_s, row.ended_us, now_us).map(|left| now + left);
             by_number.insert(row.number, (kept, Vec::new()));
         }
@@ -448,21 +467,27 @@ impl Sessions {
     fn load_wills(&self, store: &Store, now: Instant) -> Result<(), StateError> {
         let mut wills = lock(&self.0.wills);
         for (client_id, row) in store.states(rows::WILLS)? {
-            let (Some(client_id), Some((event, delay_s))) =
-                (rows::text(&client_id), rows::decode_will(row))
+            let (Some(client_id), Some(stored)) = (rows::text(&client_id), rows::decode_will(row))
             else {
                 tracing::error!("the row of a will is damaged: left out");
                 continue;
             };
-            let delay = Duration::from_secs(delay_s.into()).max(GRACE);
-            wills.insert(client_id, Will { event, due: now + delay });
+            let delay = Duration::from_secs(stored.delay_s.into()).max(GRACE);
+            wills.insert(client_id, Will { stored, due: now + delay });
         }
         Ok(())
     }
 
-    fn kept(&self, client_id: ByteString, number: u64, expiry_s: u32) -> Arc<Kept> {
+    fn kept(
+        &self,
+        client_id: ByteString,
+        user: Option<ByteString>,
+        number: u64,
+        expiry_s: u32,
+    ) -> Arc<Kept> {
         Arc::new(Kept {
             client_id,
+            user,
             number,
             bounds: self.0.bounds.clone(),
             inner: Mutex::new(Inner { expiry_s, ..Inner::default() }),
@@ -470,20 +495,33 @@ impl Sessions {
         })
     }
 
-    /// A client connects, and no other connection of it is there any more.
+    /// Whether the session of this client id belongs to a user, and not to this one. Asked before the
+    /// client id's connection is closed for a new one; [`Sessions::attach`] decides.
+    pub fn is_anothers(&self, client_id: &ByteString, user: Option<&ByteString>) -> bool {
+        lock(&self.0.by_client).get(client_id).is_some_and(|kept| is_anothers(kept, user))
+    }
+
+    /// A client connects, and no other connection of it is there any more. What an anonymous client
+    /// has left is ended, not taken over, by a user.
     ///
     /// # Errors
-    /// [`TooMany`] if it asks for a session and there are as many as may be.
+    /// See [`Unattached`].
     pub fn attach(
         &self,
         client_id: &ByteString,
+        user: Option<&ByteString>,
         clean_start: bool,
         expiry_asked_s: u32,
-    ) -> Result<Attached, TooMany> {
+    ) -> Result<Attached, Unattached> {
         let shared = &*self.0;
         let mut by_client = lock(&shared.by_client);
         let mut controls = Vec::new();
-        let before = by_client.get(client_id).filter(|_| !clean_start).cloned();
+        let before = by_client.get(client_id);
+        if before.is_some_and(|before| is_anothers(before, user)) {
+            return Err(Unattached::Anothers);
+        }
+        let goes_on = |before: &&Arc<Kept>| !clean_start && before.user.as_ref() == user;
+        let before = before.filter(goes_on).cloned();
         if before.is_none()
             && let Some(old) = by_client.remove(client_id)
         {
@@ -503,12 +541,12 @@ impl Sessions {
             drop(by_client);
             shared.submit(controls);
             let attached = Attached { kept: None, before: None, expiry_s: 0 };
-            return if expiry_s == 0 { Ok(attached) } else { Err(TooMany) };
+            return if expiry_s == 0 { Ok(attached) } else { Err(Unattached::TooMany) };
         }
         let present = before.is_some();
         let kept = before.unwrap_or_else(|| {
             let number = shared.last_number.fetch_add(1, Ordering::Relaxed) + 1;
-            let kept = self.kept(client_id.clone(), number, expiry_s);
+            let kept = self.kept(client_id.clone(), user.cloned(), number, expiry_s);
             by_client.insert(client_id.clone(), kept.clone());
             kept
         });
@@ -583,8 +621,8 @@ impl Sessions {
     }
 
     /// A client that has connected leaves a will: from here on a restart publishes it.
-    pub fn leave_will(&self, client_id: &ByteString, event: &Event, delay_s: u32) {
-        let row = rows::encode_will(event, delay_s);
+    pub fn leave_will(&self, client_id: &ByteString, will: &StoredWill) {
+        let row = rows::encode_will(will);
         let row = rows::put(rows::WILLS, rows::name_key(client_id), row);
         self.0.ingest.submit(vec![row], None);
     }
@@ -595,8 +633,21 @@ impl Sessions {
     }
 
     /// A client that left a will has gone without a goodbye: it is due then, unless it comes back.
-    pub fn will_due(&self, client_id: &ByteString, event: Event, due: Instant) {
-        lock(&self.0.wills).insert(client_id.clone(), Will { event, due });
+    pub fn will_due(&self, client_id: &ByteString, stored: StoredWill, due: Instant) {
+        lock(&self.0.wills).insert(client_id.clone(), Will { stored, due });
+    }
+
+    /// Whether the rules of now, which may not be those under which it was left, allow a will. If not,
+    /// it is void.
+    pub fn allows_will(&self, client_id: &ByteString, will: &StoredWill) -> bool {
+        let (user, topic) = (will.user.as_deref(), &will.event.topic);
+        let allowed = self.0.access.may_publish(client_id, user, topic);
+        if !allowed {
+            self.stats().wills_denied.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(client = %client_id, %topic, "a will is not allowed any more: dropped");
+            self.cancel_will(client_id);
+        }
+        allowed
     }
 
     /// What has to be durable with the event that a will becomes: that there is no will any more, and
@@ -608,12 +659,15 @@ impl Sessions {
 
     /// Publishes a will, or tries again soon: its event and the end of its row are one.
     fn publish_will(&self, client_id: &ByteString, will: Will) {
-        let mut event = will.event;
+        if !self.allows_will(client_id, &will.stored) {
+            return;
+        }
+        let StoredWill { mut event, delay_s, user } = will.stored;
         event.received_us = self.0.ingest.now_us();
         let riders = self.riders_of_will(client_id, &event);
         let pending = Pending { event, read_at: Instant::now(), ticket: None, riders };
         if let Err(Pending { event, .. }) = self.0.ingest.try_push(pending) {
-            let will = Will { event, due: will.due };
+            let will = Will { stored: StoredWill { event, delay_s, user }, due: will.due };
             lock(&self.0.wills).insert(client_id.clone(), will);
         }
     }
@@ -660,6 +714,11 @@ impl Shared {
             self.ingest.submit(controls, None);
         }
     }
+}
+
+/// Whether a session belongs to a user, and not to this one.
+fn is_anothers(kept: &Kept, user: Option<&ByteString>) -> bool {
+    kept.user.is_some() && kept.user.as_ref() != user
 }
 
 fn no_will(client_id: &ByteString) -> Control {

@@ -3,7 +3,8 @@
 //! Owns: what is taken from where. Identity and numbers come from the head row of the first log file;
 //! replaying the log from there, which the next open does, brings back every cursor and key that the
 //! stored files tell of. Dead letters and the loss ledger, whose rows have checksums of their own, are
-//! taken from the damaged file as far as it can be read.
+//! taken from the damaged file as far as it can be read. A letter that was to be delivered again is one
+//! that waits for that to be asked once more.
 //! Invariant: nothing without a checksum is taken over. A sink whose cursor is not in the log begins
 //! at the first stored event: it may get some again, and misses none.
 //!
@@ -12,9 +13,11 @@
 use redb::ReadableTable;
 
 use super::{
-    Arc, Bytes, DEAD_LETTERS, DeadLetter, Head, LOSSES, Loss, META, META_HEAD, META_START, Mutex,
-    NAME, Open, OpenFile, SharedDisk, State, create, table,
+    Bytes, DEAD_LETTERS, Head, LOSSES, META, META_HEAD, META_START, NAME, OpenFile, SharedDisk,
+    create, losses, table,
 };
+use crate::dead_letter::DeadLetter;
+use crate::loss_ledger::Loss;
 
 /// What the damaged file is called afterwards.
 const DAMAGED: &str = "state.damaged";
@@ -30,22 +33,18 @@ pub(crate) struct Rebuilt {
 pub(crate) fn rebuild(disk: &SharedDisk, head: &Head) -> Result<Rebuilt, redb::Error> {
     let (letters, losses) = readable(disk);
     disk.rename(NAME, DAMAGED).map_err(redb::Error::Io)?;
-    let database = create(disk, |transaction| {
+    create(disk, |transaction| {
         let mut meta = transaction.open_table(META)?;
         meta.insert(META_HEAD, head.encode().as_slice())?;
         let start = head.tail.position.offset.to_le_bytes();
         meta.insert(META_START, start.as_slice())?;
-        Ok(())
+        let mut table = transaction.open_table(DEAD_LETTERS)?;
+        for letter in &letters {
+            table.insert((letter.sink.as_str(), letter.event.offset), &letter.encode()[..])?;
+        }
+        losses::put(transaction, &losses)
     })?;
-    let state = State {
-        disk: disk.clone(),
-        open: Mutex::new(Open::Yes(Arc::new(database))),
-        dead_letters: Mutex::new(None),
-    };
-    let rebuilt = Rebuilt { dead_letters: letters.len() as u64, losses: losses.len() as u64 };
-    let written = state.put_dead_letters(&letters).and_then(|()| state.put_losses(&losses));
-    written.map_err(|error| redb::Error::Io(std::io::Error::other(error.reason)))?;
-    Ok(rebuilt)
+    Ok(Rebuilt { dead_letters: letters.len() as u64, losses: losses.len() as u64 })
 }
 
 /// The dead letters and losses of a damaged file, up to the first page that cannot be read.

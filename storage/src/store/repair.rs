@@ -71,12 +71,9 @@ impl Writer {
         {
             let projection = self.shared.progress.projection();
             for range in ranges {
-                let loss = |sink: Option<&str>, from: u64| Loss {
-                    sink: sink.map(str::to_owned),
-                    offsets: from.max(range.start)..range.end,
-                    size_bytes: 0,
-                    reason: LossReason::Corrupt,
-                    at_us: now_us,
+                let loss = |sink: Option<&str>, from: u64| {
+                    let lost = from.max(range.start)..range.end;
+                    Loss::new(sink.map(str::to_owned), lost, 0, LossReason::Corrupt, now_us)
                 };
                 losses.push(loss(None, range.start));
                 let sinks = projection.cursors.all().iter();

@@ -13,7 +13,8 @@ use crate::text::{count, table};
 #[command(after_help = "\
 Per sink, every event since its origin is in one place:
 
-  committed = delivered + pending + dead letters + dropped (quota, expired, corrupt, sink absent)
+  committed = delivered + pending + dead letters + dropped (quota, expired, corrupt, sink absent, lag,
+                                                           dead letter limit, by hand)
 
 Pending events are walked and their checksums checked, dead letters are read, dropped is the union of the
 loss ledger's ranges. Delivered is what the sink's cursor has passed and none of the others claims: what
@@ -65,6 +66,8 @@ fn render(report: &BalanceReport) -> String {
             "corrupt",
             "sink absent",
             "lag",
+            "letter limit",
+            "by hand",
             "unaccounted",
         ];
         let mut rows = vec![heads.map(str::to_owned).to_vec()];
@@ -83,6 +86,8 @@ fn render(report: &BalanceReport) -> String {
                     sums.dropped.corrupt,
                     sums.dropped.sink_absent,
                     sums.dropped.lag,
+                    sums.dropped.dead_letter_limit,
+                    sums.dropped.by_hand,
                     unaccounted,
                 ]
                 .map(count),

@@ -1,4 +1,5 @@
-//! `store` and `balance`: what is in the store, whether it is whole, and where every event went.
+//! `store`, `balance` and `dlq`: what is in the store, whether it is whole, where every event went,
+//! and what no sink would take.
 //!
 //! Owns: where the store is looked at. The tools that only look open the folder read-only; where a
 //! gateway has it, they ask that gateway's admin endpoint instead, and say so.
@@ -6,6 +7,7 @@
 
 mod balance;
 mod change;
+mod dlq;
 mod export;
 mod progress;
 mod remote;
@@ -27,6 +29,7 @@ use progress::Bar;
 use remote::Remote;
 
 pub(super) use balance::{BalanceArgs, balance};
+pub(super) use dlq::{DlqVerb, dlq};
 
 #[derive(Subcommand)]
 pub(super) enum StoreVerb {
@@ -66,15 +69,7 @@ fn look(path: &Path) -> Result<(Config, Look), u8> {
     match Store::open_to_look(config.store_options(), clock::now_us()) {
         Ok(store) => Ok((config, Look::Folder(Box::new(store)))),
         Err(OpenError::InUse { .. }) => {
-            eprintln!(
-                "edge-gateway: the store in {} is in use: asking the gateway at {}",
-                config.gateway.data_dir.display(),
-                config.admin.bind
-            );
-            let remote = Remote::find(&config).map_err(|why| {
-                eprintln!("edge-gateway: {why}");
-                FAILED
-            })?;
+            let remote = ask_gateway(&config)?;
             Ok((config, Look::Gateway(remote)))
         }
         Err(error) => Err(cannot_open(&error)),
@@ -126,6 +121,19 @@ impl<T: Serialize + DeserializeOwned> Walk<T> {
         }
         if (self.is_sound)(&report) { DONE } else { UNBALANCED }
     }
+}
+
+/// The gateway that has the store, or the exit code.
+fn ask_gateway(config: &Config) -> Result<Remote, u8> {
+    eprintln!(
+        "edge-gateway: the store in {} is in use: asking the gateway at {}",
+        config.gateway.data_dir.display(),
+        config.admin.bind
+    );
+    Remote::find(config).map_err(|why| {
+        eprintln!("edge-gateway: {why}");
+        FAILED
+    })
 }
 
 /// Tells the user why there is nothing to look at; the exit code.

@@ -82,6 +82,11 @@ impl Conn<'_> {
             retained.push(wants && !topic::is_shared(&filter));
             filters.push((filter, options));
         }
+        let allowed: Vec<bool> =
+            filters.iter().map(|(filter, _)| self.grant.may_subscribe(filter)).collect();
+        let filters = only(filters, &allowed);
+        let retained = only(retained, &allowed);
+        FrontStats::add(&self.shared.stats.denied, (allowed.len() - filters.len()) as u64);
         let (codes, controls) = match &self.kept {
             Some(kept) => self.subscribe_kept(kept, &filters),
             None => (self.inbox.subscribe(&filters).await?, Vec::new()),
@@ -91,6 +96,11 @@ impl Conn<'_> {
             .filter(|((_, code), wants)| **code < 0x80 && *wants)
             .map(|(((filter, options), _), _)| session::Retained { filter, options })
             .collect();
+        // Each filter's code in its place [MQTT-3.9.3-1].
+        let mut codes = codes.into_iter();
+        let code = |allowed: &bool| if *allowed { codes.next() } else { None };
+        let codes: Vec<u8> =
+            allowed.iter().map(code).map(|code| code.unwrap_or(reason::NOT_AUTHORIZED)).collect();
         self.marks_publisher = self.has_no_local();
         if controls.is_empty() {
             self.session.subscribed(subscribe.packet_id, &codes, &mut self.out);
@@ -174,12 +184,20 @@ impl Conn<'_> {
         }
     }
 
-    /// Delivers retained messages that are due, as far as bounds allow.
-    pub(super) async fn deliver_retained(&mut self) {
+    /// Delivers retained messages that are due, and what waits for a session that is kept, as far as
+    /// bounds allow.
+    pub(super) async fn deliver_waiting(&mut self) -> Result<(), End> {
+        self.deliver_retained().await?;
+        self.check_grant()?;
+        self.deliver_kept();
+        Ok(())
+    }
+
+    async fn deliver_retained(&mut self) -> Result<(), End> {
         while !self.retained_due.is_empty() {
             let at_once = self.retained_due.len().min(self.retained_at_once());
             if at_once == 0 {
-                return;
+                break;
             }
             let due: Vec<_> = self.retained_due.drain(..at_once).collect();
             let retained = self.shared.retained.clone();
@@ -189,8 +207,10 @@ impl Conn<'_> {
                 };
                 due.into_iter().filter_map(read).collect::<Vec<_>>()
             });
+            let read = read.await.unwrap_or_default();
+            self.check_grant()?;
             let (mut controls, mut places) = (Vec::new(), Vec::new());
-            for (message, options) in read.await.unwrap_or_default() {
+            for (message, options) in read {
                 let qos = message.attributes.qos().min(options.qos);
                 match &self.kept {
                     Some(kept) if qos > 0 => {
@@ -211,6 +231,7 @@ impl Conn<'_> {
                 self.submit_for(number, controls);
             }
         }
+        Ok(())
     }
 
     /// How many of the retained messages that are due may be looked up now.
@@ -224,6 +245,22 @@ impl Conn<'_> {
         room.min(RETAINED_AT_ONCE)
     }
 
+    /// Ends the subscriptions of an earlier connection that the rules do not allow any more.
+    pub(super) fn drop_denied(&mut self) {
+        let Some(kept) = &self.kept else { return };
+        let filters = kept.filters().into_iter();
+        let denied: Vec<_> = filters.filter(|filter| !self.grant.may_subscribe(filter)).collect();
+        if denied.is_empty() {
+            return;
+        }
+        for filter in &denied {
+            self.shared.downlink.unwatch(filter, kept);
+        }
+        self.submit(denied.iter().filter_map(|filter| kept.unsubscribe(filter)));
+        FrontStats::add(&self.shared.stats.denied, denied.len() as u64);
+        self.marks_publisher = self.has_no_local();
+    }
+
     /// Messages that an earlier connection took for the client, and whose end it has not seen, are made
     /// durable by this one.
     pub(super) fn settle_kept(&mut self) {
@@ -235,15 +272,20 @@ impl Conn<'_> {
         }
     }
 
-    /// Delivers what waits for a session that is kept, as far as bounds allow.
-    pub(super) fn deliver_kept(&mut self) {
+    /// Delivers what waits for a session that is kept, as far as bounds allow. What came for it under
+    /// other rules may not be the client's to read any more.
+    fn deliver_kept(&mut self) {
         let Some(kept) = self.kept.clone() else { return };
         while self.out.len() < OUT_BYTES_MAX {
             if let Some(Queued { retain, subscription_id, message: Some(message), .. }) =
                 kept.next_passing()
             {
-                let delivered = self.put(&message, 0, retain, subscription_id, None, false);
-                self.count(delivered);
+                if self.grant.may_subscribe(&message.topic) {
+                    let delivered = self.put(&message, 0, retain, subscription_id, None, false);
+                    self.count(delivered);
+                } else {
+                    self.count_denied();
+                }
                 continue;
             }
             let next = if self.session.takes_delivery() { kept.next() } else { None };
@@ -255,6 +297,11 @@ impl Conn<'_> {
                 kept.sent(next.place);
                 continue;
             };
+            if !self.grant.may_subscribe(&message.topic) {
+                self.submit([kept.drop_at(next.place)]);
+                self.count_denied();
+                continue;
+            }
             let id = Some(packet_id);
             let delivered = self.put(&message, qos, retain, subscription_id, id, next.dup);
             match delivered {
@@ -263,6 +310,11 @@ impl Conn<'_> {
             }
             self.count(delivered);
         }
+    }
+
+    fn count_denied(&self) {
+        FrontStats::add(&self.shared.stats.denied, 1);
+        FrontStats::add(&self.shared.stats.deliveries_dropped, 1);
     }
 
     fn count(&self, delivered: Delivered) {
@@ -278,6 +330,7 @@ impl Conn<'_> {
         &mut self,
         first: Result<(Envelope, Options), Interrupted>,
     ) -> Result<(), End> {
+        self.check_grant()?;
         let mut next = Some(first);
         while let Some(message) = next {
             let (envelope, options) = message?;
@@ -345,4 +398,9 @@ impl Conn<'_> {
         };
         self.session.deliver(delivery, &mut self.out)
     }
+}
+
+/// Those of `all` that are allowed.
+fn only<T>(all: Vec<T>, allowed: &[bool]) -> Vec<T> {
+    all.into_iter().zip(allowed).filter_map(|(one, allowed)| allowed.then_some(one)).collect()
 }

@@ -12,10 +12,15 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::*;
-use crate::config::{IngestConfig, ListenerConfig, RouteConfig, SessionsConfig};
+use crate::config::{
+    AclConfig, AuthConfig, Bind, IngestConfig, ListenerConfig, RouteConfig, SessionsConfig,
+    Transport,
+};
+use crate::ingest::device_key::DeviceFrom;
 use crate::ingest::{Append, CommitterHandle};
 use crate::mqtt::Front;
 use crate::mqtt::codec::Version;
+use crate::mqtt::pace::Rate;
 use crate::mqtt::wire::{self, BOTH, ConnectPacket, V3, V5, field, packet};
 
 /// Nothing here takes long: this only ends a test that has gone wrong.
@@ -35,12 +40,16 @@ pub(crate) fn ingest_config() -> IngestConfig {
 
 pub(crate) fn listener_config() -> ListenerConfig {
     ListenerConfig {
-        bind: "127.0.0.1:0".parse().unwrap(),
+        bind: Bind::Tcp("127.0.0.1:0".parse().unwrap()),
+        transport: Transport::Mqtt,
+        tls: None,
+        unix_mode: 0o600,
         allow_anonymous: true,
         connections_max: 16,
         connect_timeout: PATIENCE,
         packet_bytes_max: 64 * 1024,
         in_flight_max: 4,
+        client_rate: Rate::default(),
     }
 }
 
@@ -56,6 +65,15 @@ pub(crate) fn sessions_config() -> SessionsConfig {
     }
 }
 
+fn no_users() -> AuthConfig {
+    AuthConfig { users_file: None, credential_cache: Duration::ZERO, jwt: None }
+}
+
+/// No users and no rules.
+pub(crate) fn open_access() -> Access {
+    Access::load(&no_users(), &[]).unwrap()
+}
+
 fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
     let options = StoreOptions {
         dir: dir.path().join("data"),
@@ -68,6 +86,7 @@ fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
         at_quota: AtQuota::Hold,
         retain_bytes: 1 << 30,
         retain_age_us: u64::MAX,
+        dead_letter_bytes_max: 64 << 20,
         journal: storage::JournalMode::Auto,
         journal_bytes: 32 << 20,
         commits_ahead_max: 2,
@@ -143,22 +162,27 @@ impl Rig {
             Ingest::start(log, watermark, ingest_config, at_quota, Duration::from_mins(1)).unwrap();
         let routes: Vec<_> = routes
             .iter()
-            .map(|filter| RouteConfig { filter: (*filter).to_owned(), content_type: None })
+            .map(|filter| RouteConfig {
+                filter: (*filter).to_owned(),
+                content_type: None,
+                device: DeviceFrom::default(),
+            })
             .collect();
         let downlink = Downlink::new(ingest.watermark(), 16);
         let held_bytes_max = ingest_config.held_bytes_max;
         let routes = Routes::new(&routes).unwrap();
-        let sessions = sessions_config();
-        let mut shared =
-            Shared::new(ingest, routes, downlink, retained, &sessions, held_bytes_max, PATIENCE);
+        let bounds =
+            Bounds { sessions: &sessions_config(), held_bytes_max, shutdown_grace: PATIENCE };
+        let mut shared = Shared::new(ingest, routes, open_access(), downlink, retained, bounds);
         shared.write_stall = Duration::from_secs(1);
         if let Some(store) = store {
             shared.retained.load(store).unwrap();
             shared.sessions.load(store, Instant::now(), shared.ingest.now_us()).unwrap();
         }
         let shared = Arc::new(shared);
-        let front = Front::bind(&listener, shared.clone()).await.unwrap();
-        let (address, stop) = (front.local_addr(), CancellationToken::new());
+        let front = Front::bind(&listener, None, shared.clone()).await.unwrap();
+        let Bind::Tcp(address) = *front.bound() else { panic!("it is on TCP") };
+        let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
         tasks.spawn(front.run(stop.clone()));
         Self { shared, address, stop, tasks, committer, dir: None }
@@ -213,6 +237,40 @@ impl Rig {
     fn count(&self, counter: impl Fn(&FrontStats) -> &std::sync::atomic::AtomicU64) -> u64 {
         counter(&self.shared.stats).load(Ordering::Relaxed)
     }
+}
+
+/// Sends a CONNECT and gives the code of the CONNACK that refuses it.
+async fn refused(rig: &Rig, connect: &ConnectPacket) -> u8 {
+    let mut socket = rig.socket().await;
+    socket.send(&connect.bytes()).await;
+    let connack = socket.packet().await;
+    assert_eq!((connack[0], connack[2]), (0x20, 0), "{connack:x?}");
+    socket.expect_closed().await;
+    connack[3]
+}
+
+#[tokio::test]
+async fn a_listener_without_anonymous_clients_refuses_by_the_book() {
+    let closed = ListenerConfig { allow_anonymous: false, ..listener_config() };
+    let rig = Rig::with(closed, ingest_config(), &[]).await;
+    for (version, none, wrong) in
+        [(V3, 5, 4), (V5, reason::NOT_AUTHORIZED, reason::BAD_CREDENTIALS)]
+    {
+        assert_eq!(refused(&rig, &ConnectPacket::new(version)).await, none);
+        let rest = [field("user"), field("password")].concat();
+        let named = ConnectPacket { flags: 0xC2, rest, ..ConnectPacket::new(version) };
+        assert_eq!(refused(&rig, &named).await, wrong);
+    }
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn enhanced_authentication_is_refused_mqtt_4_12_0_1() {
+    let rig = Rig::new().await;
+    let method = [&[0x15][..], &field("SCRAM")].concat();
+    let asks = ConnectPacket { properties: method, ..ConnectPacket::new(V5) };
+    assert_eq!(refused(&rig, &asks).await, reason::BAD_AUTHENTICATION_METHOD);
+    rig.end().await;
 }
 
 struct Socket(TcpStream);
@@ -788,3 +846,160 @@ async fn a_client_that_does_not_read_is_closed_and_its_keep_alive_rests() {
 }
 
 mod kept;
+
+fn rule(publish: &[&str], subscribe: &[&str]) -> Vec<AclConfig> {
+    let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+    vec![AclConfig { users: Vec::new(), publish: owned(publish), subscribe: owned(subscribe) }]
+}
+
+impl Rig {
+    /// From now on these rules are in force.
+    fn rule(&self, publish: &[&str], subscribe: &[&str]) {
+        self.shared.access.reload(&no_users(), &rule(publish, subscribe)).unwrap();
+    }
+}
+
+/// A CONNECT whose session is kept.
+fn keeps(version: Version, client_id: &'static str) -> ConnectPacket {
+    let mut connect = ConnectPacket { flags: 0, client_id, ..ConnectPacket::new(version) };
+    if version == V5 {
+        connect.properties = vec![0x11, 0, 0, 0x0E, 0x10];
+    }
+    connect
+}
+
+#[tokio::test]
+async fn a_qos_2_publish_that_the_rules_deny_is_refused_by_the_book_and_not_stored() {
+    let rig = Rig::new().await;
+    rig.rule(&["mine/#"], &[]);
+    let mut v5 = rig.client(V5).await;
+    v5.send(&wire::publish_with(V5, 0x34, "others/a", Some(7), &[], "no")).await;
+    v5.expect(&packet(0x50, [0, 7, 0x87])).await;
+    // The exchange is over with that: its id is free, and belongs to a new publish.
+    v5.send(&wire::publish_with(V5, 0x34, "mine/a", Some(7), &[], "yes")).await;
+    v5.expect(&packet(0x50, [0, 7])).await;
+    v5.send(&packet(0x62, [0, 7])).await;
+    v5.expect(&packet(0x70, [0, 7])).await;
+
+    let other = ConnectPacket { client_id: "v3", ..ConnectPacket::new(V3) };
+    let mut v3 = rig.client_with(&other).await;
+    v3.send(&wire::publish_with(V3, 0x34, "others/a", Some(7), &[], "no")).await;
+    v3.expect_closed().await;
+    assert_eq!(rig.count(|stats| &stats.denied), 2);
+    assert_eq!(rig.stored().await, [("mine/a".to_owned(), b"yes".to_vec())]);
+}
+
+#[tokio::test]
+async fn denied_filters_among_allowed_ones_keep_their_places_mqtt_3_9_3_1() {
+    let rig = Rig::new().await;
+    rig.rule(&[], &["a/#", "b"]);
+    let filters = [("no", 0), ("a/x", 2), ("#", 1), ("$share/g", 1), ("b", 1), ("$share/g/no", 0)];
+    let connects = [ConnectPacket::new(V5), keeps(V5, "kept"), keeps(V3, "old")];
+    for (connect, denied) in connects.iter().zip([0x87, 0x87, 0x80]) {
+        let mut client = rig.client_with(connect).await;
+        client.send(&wire::subscribe(connect.version, 3, &filters)).await;
+        let codes = [denied, 2, denied, denied, 1, denied];
+        let head = [&[0, 3][..], &wire::properties(connect.version, &[])].concat();
+        client.expect(&packet(0x90, [&head[..], &codes].concat())).await;
+    }
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_will_is_not_published_once_the_rules_deny_its_topic() {
+    let rig = Rig::new().await;
+    rig.rule(&["wills/#"], &["#"]);
+    let allowed = ConnectPacket::new(V5).will(1, "wills/kept", "gone");
+    let denied = ConnectPacket { client_id: "2", ..ConnectPacket::new(V5) }.will(1, "no", "gone");
+    assert_eq!(refused(&rig, &denied).await, 0x87);
+
+    let watcher = ConnectPacket { client_id: "watcher", ..ConnectPacket::new(V3) };
+    let mut watcher = rig.client_with(&watcher).await;
+    watcher.send(&wire::subscribe(V3, 1, &[("wills/#", 0)])).await;
+    watcher.expect(&[0x90, 3, 0, 1, 0]).await;
+    let other = ConnectPacket { client_id: "3", ..ConnectPacket::new(V5) };
+    let mut two = rig.client_with(&other.will(1, "wills/lost", "gone")).await;
+    drop(rig.client_with(&allowed).await);
+    assert_eq!(event_of(&watcher.packet().await).1, "wills/kept");
+    rig.rule(&["wills/kept"], &["#"]);
+    two.send(&[0xC0, 0]).await;
+    let farewell = two.packet().await;
+    assert_eq!((farewell[0], farewell[2]), (0xE0, 0x98), "{farewell:x?}");
+    two.expect_closed().await;
+    assert_eq!(rig.stored().await, [("wills/kept".to_owned(), b"gone".to_vec())]);
+}
+
+#[tokio::test]
+async fn a_session_that_is_kept_is_its_users_alone() {
+    let mut rig = Rig::new().await;
+    let (alice, bob) = (ByteString::from_static("alice"), ByteString::from_static("bob"));
+    let (id, other_id) = (ByteString::from_static("d1"), ByteString::from_static("d2"));
+    let leave = |rig: &Rig, id, user| {
+        let attached = rig.shared.sessions.attach(id, user, false, 60).unwrap();
+        let inbound = crate::mqtt::session::Inbound::default();
+        rig.shared.sessions.detach(&attached.kept.unwrap(), inbound, 60, Instant::now());
+        attached.before.is_some()
+    };
+    assert!(!leave(&rig, &id, Some(&alice)));
+    assert!(!leave(&rig, &other_id, None));
+    for restarted in [false, true] {
+        if restarted {
+            rig = rig.restarted().await;
+        }
+        for user in [None, Some(&bob)] {
+            for (clean_start, expiry_s) in [(false, 60), (true, 0)] {
+                let refused = rig.shared.sessions.attach(&id, user, clean_start, expiry_s);
+                assert_eq!(refused.err(), Some(Unattached::Anothers), "{user:?}");
+            }
+        }
+        assert!(leave(&rig, &id, Some(&alice)), "it is still there");
+        assert!(leave(&rig, &other_id, None));
+    }
+    assert!(!leave(&rig, &other_id, Some(&bob)), "what an anonymous client left is not taken over");
+    assert!(leave(&rig, &other_id, Some(&bob)));
+
+    // The client id's own client, over a connection: nobody is closed for who is not let in.
+    let connect = ConnectPacket { client_id: "d1", ..ConnectPacket::new(V5) };
+    assert_eq!(refused(&rig, &connect).await, 0x87);
+    let connect = ConnectPacket { client_id: "d1", ..ConnectPacket::new(V3) };
+    assert_eq!(refused(&rig, &connect).await, 5);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn who_comes_back_under_other_rules_gets_nothing_that_they_deny() {
+    let rig = Rig::new().await;
+    rig.rule(&["#"], &["a/#", "b/#"]);
+    let mut reader = rig.client_with(&keeps(V3, "reader")).await;
+    reader.send(&wire::subscribe(V3, 1, &[("a/#", 1), ("b/#", 1)])).await;
+    reader.expect(&[0x90, 4, 0, 1, 1, 1]).await;
+    reader.send(&[0xE0, 0]).await;
+    reader.expect_closed().await;
+    let mut writer = rig.client(V3).await;
+    let payload = "x".repeat(100);
+    for (id, topic) in [(1, "a/1"), (2, "b/1")] {
+        writer.send(&wire::publish(V3, topic, Some(id), &payload)).await;
+        writer.expect(&wire::puback(id)).await;
+    }
+    let queued = async {
+        while rig.shared.sessions.stats().queued_bytes.load(Ordering::Relaxed) < 200 {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PATIENCE, queued).await.unwrap();
+
+    rig.rule(&["#"], &["b/#"]);
+    let mut reader = rig.socket().await;
+    reader.send(&keeps(V3, "reader").bytes()).await;
+    reader.expect(&[0x20, 2, 1, 0]).await;
+    assert_eq!(event_of(&reader.packet().await).1, "b/1", "a/1 waited before it");
+    let mut writer = rig.client(V3).await;
+    for (id, topic) in [(3, "a/2"), (4, "b/2")] {
+        writer.send(&wire::publish(V3, topic, Some(id), "x")).await;
+        writer.expect(&wire::puback(id)).await;
+    }
+    assert_eq!(event_of(&reader.packet().await).1, "b/2");
+    // One subscription and the message that waited for it.
+    assert_eq!(rig.count(|stats| &stats.denied), 2);
+    rig.end().await;
+}

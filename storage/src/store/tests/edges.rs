@@ -3,6 +3,7 @@
 
 use super::world::{self, SINKS, World};
 use super::*;
+use crate::DeadLetter;
 use crate::disk::Disk;
 use crate::sim::SimDisk;
 

@@ -2,6 +2,7 @@
 
 use super::world::{self, SINKS, World};
 use super::*;
+use crate::dead_letter::DeadLetter;
 use crate::disk::Disk;
 use crate::sim::SimDisk;
 

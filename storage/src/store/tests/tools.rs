@@ -4,7 +4,7 @@ use super::world::{self, World, balance, verify};
 use super::*;
 use crate::disk::Disk;
 use crate::sim::SimDisk;
-use crate::{Damage, Place};
+use crate::{Damage, DeadLetter, Place};
 
 type Batches<'a> = redb::Table<'a, (u64, u32), &'static [u8]>;
 

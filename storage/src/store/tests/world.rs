@@ -342,7 +342,8 @@ impl World {
         let ledger = self.store.losses().unwrap();
         for loss in &report.losses {
             // A row that was written before and then failed keeps its time.
-            let written = |l: &Loss| Loss { at_us: loss.at_us, ..l.clone() } == *loss;
+            let (at_us, since_us) = (loss.at_us, loss.since_us);
+            let written = |l: &Loss| Loss { at_us, since_us, ..l.clone() } == *loss;
             assert!(ledger.iter().any(written), "{loss:?} is not in {ledger:?}");
         }
         Ok(report)
