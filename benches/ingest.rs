@@ -376,9 +376,11 @@ async fn serve_front(config: Config, log: impl Append) -> anyhow::Result<()> {
         Access::load(&config.auth, &config.acl)?,
         downlink,
         mqtt::Retained::new(config.retained.messages_max, config.retained.bytes_max, |_, _| None),
-        &config.sessions,
-        config.ingest.held_bytes_max,
-        config.gateway.shutdown_grace,
+        mqtt::Bounds {
+            sessions: &config.sessions,
+            held_bytes_max: config.ingest.held_bytes_max,
+            shutdown_grace: config.gateway.shutdown_grace,
+        },
     );
     let front = Front::bind(&config.listeners[0], None, Arc::new(shared)).await?;
     let Bind::Tcp(address) = *front.bound() else { bail!("it is on a Unix socket") };

@@ -16,7 +16,7 @@ use tracing::{error, info, warn};
 use crate::access::{Access, AccessError};
 use crate::addresses::Addresses;
 use crate::admin;
-use crate::config::{Bind, Config};
+use crate::config::{Bind, Config, ListenerConfig};
 use crate::ingest::device_key::RouteFilterError;
 use crate::ingest::{CommitterError, CommitterHandle, Ingest, Routes, clock};
 use crate::mqtt::{self, Downlink, Front, Tls, TlsError};
@@ -162,21 +162,14 @@ impl Gateway {
                 shutdown_grace: config.gateway.shutdown_grace,
             },
         ));
-        if let Err(error) = load(&front, &store).await {
-            committer.stop().await.ok();
-            return Err(error);
-        }
-        let mut fronts = Vec::new();
-        for (listener, tls) in config.listeners.iter().zip(&tls) {
-            match Front::bind(listener, tls.clone(), Arc::clone(&front)).await {
-                Ok(front) => fronts.push(front),
-                Err(source) => {
-                    // The store was opened: close it in good order before saying why.
-                    committer.stop().await.ok();
-                    return Err(bind_error("listener.bind", &listener.bind, source));
-                }
+        let fronts = match open_fronts(&config.listeners, &tls, &front, &store).await {
+            Ok(fronts) => fronts,
+            Err(error) => {
+                // The store was opened: close it in good order before saying why.
+                committer.stop().await.ok();
+                return Err(error);
             }
-        }
+        };
         let origin = Origin { gateway: config.gateway.id.clone(), epoch: store.epoch() };
         let lags: Vec<u64> = config.sinks.iter().map(|sink| sink.lag_bytes_max).collect();
         let forwarders: Vec<_> = config
@@ -364,6 +357,22 @@ fn bind_remedy(source: &std::io::Error) -> &'static str {
 
 fn bind_error(key: &'static str, address: &dyn Display, source: std::io::Error) -> StartError {
     StartError::Bind { key, address: address.to_string(), source }
+}
+
+/// Restores what the store has for clients, then binds: who connects finds it.
+async fn open_fronts(
+    listeners: &[ListenerConfig],
+    tls: &[Option<Arc<Tls>>],
+    front: &Arc<mqtt::Shared>,
+    store: &Store,
+) -> Result<Vec<Front>, StartError> {
+    load(front, store).await?;
+    let mut fronts = Vec::new();
+    for (listener, tls) in listeners.iter().zip(tls) {
+        let bound = Front::bind(listener, tls.clone(), Arc::clone(front)).await;
+        fronts.push(bound.map_err(|source| bind_error("listener.bind", &listener.bind, source))?);
+    }
+    Ok(fronts)
 }
 
 /// Reading the state of the front reads the disk, too.

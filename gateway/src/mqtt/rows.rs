@@ -88,7 +88,7 @@ impl SessionRow {
             number: row.try_get_u64_le().ok()?,
             expiry_s: row.try_get_u32_le().ok()?,
             ended_us: row.try_get_u64_le().ok()?,
-            user: get_user(&mut row)?,
+            user: get_user(&mut row).ok()?,
         })
     }
 }
@@ -101,15 +101,17 @@ fn put_user(out: &mut BytesMut, user: Option<&str>) {
     out.put_slice(user.as_bytes());
 }
 
-/// Outer `None`: damaged.
-fn get_user(row: &mut Bytes) -> Option<Option<ByteString>> {
-    let known = row.try_get_u8().ok()? != 0;
-    let len = usize::from(row.try_get_u16_le().ok()?);
+/// A row is not whole.
+struct Damaged;
+
+fn get_user(row: &mut Bytes) -> Result<Option<ByteString>, Damaged> {
+    let known = row.try_get_u8().map_err(|_| Damaged)? != 0;
+    let len = usize::from(row.try_get_u16_le().map_err(|_| Damaged)?);
     if row.len() < len {
-        return None;
+        return Err(Damaged);
     }
-    let user = ByteString::try_from(row.split_to(len)).ok()?;
-    Some(known.then_some(user))
+    let user = ByteString::try_from(row.split_to(len)).map_err(|_| Damaged)?;
+    Ok(known.then_some(user))
 }
 
 const NO_LOCAL: u8 = 4;
@@ -273,7 +275,7 @@ pub fn encode_will(will: &StoredWill) -> Bytes {
 /// Reads a will.
 pub fn decode_will(mut row: Bytes) -> Option<StoredWill> {
     let delay_s = row.try_get_u32_le().ok()?;
-    let user = get_user(&mut row)?;
+    let user = get_user(&mut row).ok()?;
     let partition = row.try_get_u16_le().ok()?;
     let key_len = usize::from(row.try_get_u16_le().ok()?);
     if row.len() < key_len {
