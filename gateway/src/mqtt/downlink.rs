@@ -426,7 +426,7 @@ impl Downlink {
                 let Some(turn) = subscriptions.turn(slot, envelope::size_bytes(event)) else {
                     continue;
                 };
-                addressed.messages.push((turn, envelope::encode(event, turn)));
+                addressed.messages.push((turn, envelope::encode(stored, turn)));
                 if !addressed.slots.contains(&slot) {
                     addressed.slots.push(slot);
                 }
@@ -629,6 +629,9 @@ pub struct Options {
 struct Subscription {
     entry: Entry,
     options: Options,
+    /// What stands before this offset was published before it, and is not for it: the follower may
+    /// be behind.
+    from: u64,
     /// Next message expected; `None` before the first.
     seq: Option<u64>,
 }
@@ -715,7 +718,9 @@ impl Inbox {
         new.push(entry.slot);
         // A copy: the filter lives longer than the read buffer that it came in.
         self.by_text.insert(ByteString::from(&**text), entry.number);
-        self.by_number.insert(entry.number, Subscription { entry, options, seq: None });
+        // Who joins a group gets its turn at all that the group has not had.
+        let from = if topic::is_shared(text) { 0 } else { self.downlink.watermark() };
+        self.by_number.insert(entry.number, Subscription { entry, options, from, seq: None });
         options.qos
     }
 
@@ -802,7 +807,7 @@ impl Inbox {
     }
 
     /// Says how far this subscriber is, and counts what it missed. `None` for what was on its way
-    /// when the subscription ended.
+    /// when the subscription ended, or before it began.
     fn take(&mut self, envelope: Envelope) -> Option<(Envelope, Options)> {
         let subscription = self.by_number.get_mut(&envelope.number)?;
         let missed = envelope.seq.saturating_sub(subscription.seq.unwrap_or(envelope.seq));
@@ -812,7 +817,7 @@ impl Inbox {
         subscription.seq = Some(envelope.seq + 1);
         subscription.entry.progress.set(envelope.end);
         self.downlink.0.taken.notify_one();
-        Some((envelope, subscription.options))
+        (envelope.offset >= subscription.from).then_some((envelope, subscription.options))
     }
 }
 

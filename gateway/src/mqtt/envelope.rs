@@ -4,12 +4,12 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use bytestring::ByteString;
-use storage::{Attributes, Event};
+use storage::{Attributes, Event, StoredEvent};
 
 use super::rows::Message;
 use super::subscriptions::Turn;
 
-const HEAD_BYTES: usize = 4 * 8 + 2 + 4;
+const HEAD_BYTES: usize = 5 * 8 + 2 + 4;
 
 /// An event on its way to the subscribers of one filter.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +20,8 @@ pub struct Envelope {
     pub seq: u64,
     /// Position after it, in bytes.
     pub end: u64,
+    /// Its offset in the log.
+    pub offset: u64,
     /// The event.
     pub message: Message,
 }
@@ -30,12 +32,14 @@ pub fn size_bytes(event: &Event) -> u64 {
 }
 
 /// Packs an event for its turn.
-pub fn encode(event: &Event, turn: Turn) -> Bytes {
+pub fn encode(stored: &StoredEvent, turn: Turn) -> Bytes {
+    let event = &stored.event;
     let size = size_bytes(event);
     let mut out = BytesMut::with_capacity(size as usize);
     out.put_u64_le(turn.number);
     out.put_u64_le(turn.seq);
     out.put_u64_le(turn.position + size);
+    out.put_u64_le(stored.offset);
     out.put_u64_le(event.received_us);
     out.put_u16_le(event.topic.len() as u16);
     out.put_u32_le(event.attributes.len() as u32);
@@ -52,7 +56,7 @@ impl Envelope {
             return None;
         }
         let (number, seq, end) = (bytes.get_u64_le(), bytes.get_u64_le(), bytes.get_u64_le());
-        let received_us = bytes.get_u64_le();
+        let (offset, received_us) = (bytes.get_u64_le(), bytes.get_u64_le());
         let topic_len = usize::from(bytes.get_u16_le());
         let attributes_len = bytes.get_u32_le() as usize;
         if bytes.len() < topic_len + attributes_len {
@@ -61,7 +65,7 @@ impl Envelope {
         let topic = ByteString::try_from(bytes.split_to(topic_len)).ok()?;
         let attributes = Attributes::from_bytes(bytes.split_to(attributes_len));
         let message = Message { received_us, topic, attributes, payload: bytes };
-        Some(Self { number, seq, end, message })
+        Some(Self { number, seq, end, offset, message })
     }
 }
 
@@ -82,7 +86,8 @@ mod tests {
             payload: Bytes::from_static(b"\0payload"),
         };
         let turn = Turn { slot: 9, number: 11, position: 100, seq: 5 };
-        let bytes = encode(&event, turn);
+        let stored = StoredEvent { offset: 13, seq: 0, event: event.clone() };
+        let bytes = encode(&stored, turn);
         assert_eq!(bytes.len() as u64, size_bytes(&event));
         let envelope = Envelope::decode(bytes.clone()).unwrap();
         assert_eq!(
@@ -91,6 +96,7 @@ mod tests {
                 number: 11,
                 seq: 5,
                 end: 100 + bytes.len() as u64,
+                offset: 13,
                 message: Message::of(&event),
             }
         );
