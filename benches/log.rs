@@ -118,6 +118,7 @@ impl Place {
             dead_letter_bytes_max: 64 << 20,
             journal,
             journal_bytes: 32 << 20,
+            compression: storage::Compression::None,
             commits_ahead_max: 2,
         }
     }

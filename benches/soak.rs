@@ -99,6 +99,7 @@ impl Plan {
             dead_letter_bytes_max: 64 << 20,
             journal: JournalMode::Auto,
             journal_bytes: 32 << 20,
+            compression: storage::Compression::None,
             commits_ahead_max: 2,
         }
     }

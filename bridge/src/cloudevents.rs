@@ -1,4 +1,5 @@
-//! How an event looks upstream: CloudEvents 1.0, structured JSON, written straight into a buffer.
+//! How an event looks upstream: CloudEvents 1.0, structured JSON, written straight into a buffer, and
+//! the attributes one by one for what carries them beside the payload (binary mode).
 //!
 //! Owns: the mapping of an event to CloudEvents attributes. Payload bytes pass through untouched:
 //! JSON is embedded as it is, everything else is base64.
@@ -17,7 +18,7 @@
 //! | `traceparent` | the publish's user property, if it is one (W3C Trace Context) |
 //! | `requeued` | `true` on an event that was a dead letter: it stands outside the order of its device |
 //!
-//! Deliberately absent: Kafka headers (binary mode), which reuse [`Envelope`] from `kafka`.
+//! Deliberately absent: where attributes go in binary mode (each sink).
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -44,7 +45,7 @@ pub(crate) struct Envelope {
 
 /// How events follow each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Framing {
+pub enum Framing {
     /// A JSON array.
     Array,
     /// One a line. JSON that contains line breaks goes as base64, so that its bytes stay as they
@@ -66,8 +67,13 @@ impl Envelope {
     }
 
     /// Writes events one after the other.
-    pub(crate) fn write_all(&self, out: &mut Vec<u8>, events: &[StoredEvent], framing: Framing) {
-        out.reserve(events.iter().map(|e| e.event.size_bytes() + ENVELOPE_BYTES).sum());
+    pub(crate) fn write_all<'a>(
+        &self,
+        out: &mut Vec<u8>,
+        events: impl Iterator<Item = &'a StoredEvent> + Clone,
+        framing: Framing,
+    ) {
+        out.reserve(events.clone().map(|e| e.event.size_bytes() + ENVELOPE_BYTES).sum());
         match framing {
             Framing::Array => {
                 let mut before = b'[';
@@ -109,7 +115,8 @@ impl Envelope {
         out.extend_from_slice(b"}\n");
     }
 
-    fn write(&self, out: &mut Vec<u8>, stored: &StoredEvent, framing: Framing) {
+    /// Writes one event.
+    pub(crate) fn write(&self, out: &mut Vec<u8>, stored: &StoredEvent, framing: Framing) {
         let event = &stored.event;
         let context = Context::of(event);
         out.extend_from_slice(br#"{"specversion":"1.0","id":"#);
@@ -160,6 +167,44 @@ impl Envelope {
             out.push(b'"');
         }
         out.push(b'}');
+    }
+
+    /// Gives the attributes of an event with their values, for binary mode; `datacontenttype` is not
+    /// among them, as every transport has a place of its own for it.
+    pub(crate) fn for_each_attribute(
+        &self,
+        stored: &StoredEvent,
+        context: &Context<'_>,
+        mut give: impl FnMut(&'static str, &str),
+    ) {
+        fn text(write: impl FnOnce(&mut Vec<u8>)) -> String {
+            let mut out = Vec::new();
+            write(&mut out);
+            String::from_utf8(out).expect("attributes are text")
+        }
+        let event = &stored.event;
+        let received = text(|out| write_time(out, event.received_us));
+        give("specversion", "1.0");
+        give("id", &self.id(stored).to_string());
+        give("source", &text(|out| self.write_source(out, event)));
+        give("type", &self.event_type);
+        if !event.topic.is_empty() {
+            give("subject", &event.topic);
+        }
+        give("time", context.time.unwrap_or(&received));
+        if context.time.is_some() {
+            give("recordedtime", &received);
+        }
+        if !event.device_key.is_empty() {
+            give("partitionkey", &event.device_key);
+        }
+        give("sequence", &text(|out| write_decimal(out, stored.seq, 20)));
+        if let Some(traceparent) = context.traceparent {
+            give("traceparent", traceparent);
+        }
+        if context.requeued {
+            give("requeued", "true");
+        }
     }
 
     pub(crate) fn id(&self, stored: &StoredEvent) -> EventId<'_> {
@@ -415,7 +460,7 @@ mod tests {
 
     fn written(event: &StoredEvent, framing: Framing) -> String {
         let mut out = Vec::new();
-        envelope().write_all(&mut out, std::slice::from_ref(event), framing);
+        envelope().write_all(&mut out, [event].into_iter(), framing);
         String::from_utf8(out).expect("JSON is UTF-8")
     }
 
@@ -472,10 +517,10 @@ mod tests {
     #[test]
     fn a_batch_is_one_array_also_when_empty() {
         let mut out = Vec::new();
-        envelope().write_all(&mut out, &[], Framing::Array);
+        envelope().write_all(&mut out, [].iter(), Framing::Array);
         out.clear();
         let event = stored("d", "t", &[], b"1");
-        envelope().write_all(&mut out, &[event.clone(), event], Framing::Array);
+        envelope().write_all(&mut out, [&event, &event].into_iter(), Framing::Array);
         let value: Value = serde_json::from_slice(&out).expect("an array");
         assert_eq!(value.as_array().map(Vec::len), Some(2));
     }

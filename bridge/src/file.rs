@@ -90,7 +90,7 @@ impl Writer {
             open = Open::at(&self.config.path)?;
         }
         self.lines.clear();
-        self.envelope.write_all(&mut self.lines, &request.events, Framing::Lines);
+        self.envelope.write_all(&mut self.lines, request.events.iter(), Framing::Lines);
         if let Err(error) = open.append(&self.lines) {
             open.take_back();
             return Err(error);

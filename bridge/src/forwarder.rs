@@ -27,6 +27,7 @@ use crate::file::FileSink;
 use crate::http::HttpSink;
 #[cfg(feature = "kafka")]
 use crate::kafka::{KafkaSink, Place, TransactionalSink};
+use crate::mqtt::MqttSink;
 use crate::origin::Origin;
 use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
@@ -61,7 +62,7 @@ pub enum SinkState {
 pub struct SinkStatus {
     /// Name.
     pub name: String,
-    /// `http`, `kafka` or `file`.
+    /// `http`, `kafka`, `mqtt` or `file`.
     pub kind: &'static str,
     /// What it is doing.
     pub state: SinkState,
@@ -134,12 +135,15 @@ impl Forwarder {
     ///
     /// # Panics
     /// Only on a bug of this package. Give it a task of its own, so that it ends nothing else.
-    pub async fn run(self, shutdown: CancellationToken) {
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        #[cfg(feature = "kafka")]
         let timeout = self.config.request_timeout;
         let envelope = Envelope::new(&self.origin, &self.config.event_type);
         match self.config.target.clone() {
             Target::Http(config) => {
-                let sink = HttpSink::new(config, envelope, &self.origin, timeout);
+                let sink = HttpSink::new(config, envelope, &self.origin, &self.config);
+                // It cuts what it is given into POSTs of the configured size itself.
+                (self.config.request_events_max, self.config.request_bytes_max) = sink.at_once();
                 self.drive(sink, shutdown).await;
             }
             #[cfg(feature = "kafka")]
@@ -152,6 +156,10 @@ impl Forwarder {
             #[cfg(feature = "kafka")]
             Target::Kafka(config) => {
                 self.drive(KafkaSink::new(config, envelope, timeout), shutdown).await;
+            }
+            Target::Mqtt(config) => {
+                let sink = MqttSink::new(config, envelope, &self.config);
+                self.drive(sink, shutdown).await;
             }
             Target::File(config) => self.drive(FileSink::new(config, envelope), shutdown).await,
         }

@@ -11,8 +11,10 @@
 //! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
 //! - `requeue` (pure): dead letters on their way to their sink again.
 //! - [`forwarder`]: the shell around both; `retry`: backoff; `breaker`: what shows of it.
-//! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
+//! - `http`, `kafka`, `mqtt`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
+//! - [`Template`]: topics made from events; `secret`: reading what must not reach a log; `tls`:
+//!   certificates for what is not HTTP.
 
 mod breaker;
 mod cloudevents;
@@ -26,14 +28,17 @@ pub mod forwarder;
 mod http;
 #[cfg(feature = "kafka")]
 mod kafka;
+mod mqtt;
 mod origin;
 mod requeue;
 mod retry;
 mod secret;
 mod sink;
 mod template;
+mod tls;
 
 pub use breaker::Circuit;
+pub use cloudevents::Framing;
 pub use export::{Export, letters as export_letters};
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;

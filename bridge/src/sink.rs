@@ -64,7 +64,6 @@ pub(crate) enum Which {
     /// All of them.
     All,
     /// These, by index; not empty.
-    #[cfg_attr(not(feature = "kafka"), allow(dead_code, reason = "only Kafka names events"))]
     These(Vec<usize>),
 }
 
@@ -83,7 +82,6 @@ pub(crate) enum Failure {
     /// At least one of these events is bad, and the upstream does not say which.
     Suspect,
     /// Each of these events is bad.
-    #[cfg_attr(not(feature = "kafka"), allow(dead_code, reason = "only Kafka names events"))]
     Reject,
     /// The upstream refuses us, not the events (authentication, unknown topic ...). Somebody must
     /// act, and the reason says how; until then nothing is dropped.

@@ -20,6 +20,7 @@ use crate::config::{Bind, Config, ListenerConfig};
 use crate::ingest::device_key::RouteFilterError;
 use crate::ingest::{CommitterError, CommitterHandle, Ingest, Routes, clock};
 use crate::mqtt::{self, Downlink, Front, Tls, TlsError};
+use crate::packing;
 
 /// Why a gateway did not start. Each text is one line that says what and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -254,6 +255,7 @@ impl Gateway {
         for front in self.fronts {
             fronts.spawn(front.run(front_stop.clone()));
         }
+        fronts.spawn(packing::run(self.store.clone(), front_stop.clone()));
         let follow = self.downlink.follow(self.store, self.ingest, front_stop.clone());
         fronts.spawn(follow);
         fronts.spawn(self.front.sessions.clone().keep(front_stop.clone()));

@@ -11,6 +11,7 @@
 //! - [`ingest`]: from an accepted publish to a durable event. Device key, partition, rings, ack
 //!   ledger (pure), committer (the one thread that writes).
 //! - `storage` (package): the durable log. `bridge` (package): sinks and delivery.
+//!   `packing`: sealed log files packed anew in the background.
 //! - [`admin`]: metrics, health, status over HTTP.
 //! - [`inspection`]: what a store holds and whether it is whole, for the tools and the admin endpoint.
 //! - [`cli`]: one module per verb. [`text`]: numbers for people. [`addresses`]: the ready line.
@@ -28,6 +29,7 @@ pub mod gateway;
 pub mod ingest;
 pub mod inspection;
 pub mod mqtt;
+mod packing;
 pub mod text;
 
 pub use addresses::Addresses;

@@ -18,8 +18,10 @@
 //!   and sequence numbers it held; every byte is under one of the two checksums;
 //! - decoding never panics, whatever the bytes.
 //!
-//! redb gives a row larger than a page 2^k pages, so batches are cut where they fill them.
-//! Deliberately absent: compression (the codec byte is its place), and where a batch is stored.
+//! redb gives a row larger than a page 2^k pages, so batches are cut where they fill them. A compressed
+//! one (see `codec`) has records only and takes as many as fill them then; both checksums are of what is
+//! stored.
+//! Deliberately absent: where a batch is stored.
 
 use std::hash::{BuildHasher, Hasher};
 use std::ops::Range;
@@ -31,6 +33,7 @@ use hashbrown::HashTable;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::codec::Compression;
 use crate::control::Control;
 use crate::event::{Attributes, Event, StoredEvent};
 use crate::head::{Position, Tail};
@@ -39,14 +42,14 @@ use crate::row::{Corrupt, Reader, put_bytes, put_number};
 /// First bytes of every batch.
 pub(crate) const MAGIC: [u8; 4] = *b"EGba";
 const VERSION: u8 = 1;
-/// The body is stored as it is.
-const CODEC_NONE: u8 = 0;
 
 const PAGE_BYTES: usize = 4096;
 /// What redb adds to a row that has its pages for itself: page header, key, length of the value.
 const ROW_OVERHEAD_BYTES: usize = 24;
 /// Largest batch, unless a single event or control record is larger.
 const BATCH_BYTES_MAX: usize = 16 * PAGE_BYTES - ROW_OVERHEAD_BYTES;
+/// Most that is compressed into one batch, so that reading one event takes little memory.
+const PLAIN_BYTES_MAX: usize = 8 * BATCH_BYTES_MAX;
 /// From this many bytes on, a batch that leaves a quarter of its pages empty is cut in two. Below,
 /// the second batch would need as many pages as it saves.
 const CUT_BYTES_MIN: usize = 2 * PAGE_BYTES;
@@ -101,6 +104,10 @@ pub(crate) struct Encoder {
     attributes: Interned,
     /// Body length and number of groups after each record: where the batch could be cut.
     marks: Vec<(usize, usize)>,
+    /// Bytes of the batch at work before it is compressed, if it will be.
+    plain_bytes_max: Option<usize>,
+    /// What filled the last compressed batch.
+    learnt_bytes_max: usize,
 }
 
 const NO_GROUP: u16 = u16::MAX;
@@ -127,7 +134,55 @@ impl Encoder {
             topics: Interned::default(),
             attributes: Interned::default(),
             marks: Vec::new(),
+            plain_bytes_max: None,
+            learnt_bytes_max: BATCH_BYTES_MAX,
         }
+    }
+
+    /// As [`Encoder::pack`], compressed where that makes it smaller.
+    pub(crate) fn pack_compressed(
+        &mut self,
+        events: &[Event],
+        compression: Compression,
+        tail: &mut Tail,
+    ) -> Packed<'_> {
+        let mut plain_bytes_max = self.learnt_bytes_max;
+        let (position, taken) = loop {
+            self.plain_bytes_max = (compression != Compression::None).then_some(plain_bytes_max);
+            let mut moved = tail.clone();
+            let Packed { position, events: taken, .. } = self.pack(events, &[], &mut moved);
+            let plain_bytes = self.body.len();
+            let packed = compression.pack(&self.body).filter(|packed| packed.len() < plain_bytes);
+            let stored_bytes = self.head.len() + packed.as_ref().map_or(plain_bytes, Vec::len);
+            if stored_bytes > BATCH_BYTES_MAX && taken > 1 {
+                plain_bytes_max = plain_bytes.min(plain_bytes_max) / 8 * 7;
+                continue;
+            }
+            if let Some(packed) = packed {
+                // The next one is much like this one; a little less, so that it seldom takes two tries.
+                let fills = plain_bytes * (BATCH_BYTES_MAX - self.head.len()) / packed.len().max(1);
+                plain_bytes_max = (fills / 32 * 31).clamp(BATCH_BYTES_MAX, PLAIN_BYTES_MAX);
+                self.body.clear();
+                self.body.extend_from_slice(&packed);
+                self.seal(compression);
+            }
+            self.plain_bytes_max = None;
+            *tail = moved;
+            break (position, taken);
+        };
+        // Kept for the next one of the same run; plain batches do not look at it.
+        self.learnt_bytes_max = plain_bytes_max;
+        Packed { position, head: &self.head, body: &self.body, events: taken, controls: 0 }
+    }
+
+    /// Says in the head how the body is stored.
+    fn seal(&mut self, compression: Compression) {
+        let (header, _) = Header::mut_from_prefix(&mut self.head).expect("a head was written");
+        header.codec = compression.number();
+        header.body_bytes = (self.body.len() as u32).into();
+        header.body_crc = crc32c::crc32c(&self.body).into();
+        let head_crc = crc32c::crc32c(&self.head[HEAD_CRC_END..]);
+        self.head[4..HEAD_CRC_END].copy_from_slice(&head_crc.to_le_bytes());
     }
 
     /// Packs the next batch from the front of `events` and, once those are used up, of `controls`,
@@ -145,10 +200,11 @@ impl Encoder {
         self.clear();
         let received_min_us = events.first().map_or(0, |e| e.received_us.max(tail.received_us));
         let mut received_us = received_min_us;
+        let bytes_max = self.plain_bytes_max.unwrap_or(BATCH_BYTES_MAX);
         for event in events {
             received_us = self.record(event, received_us);
             let size_bytes = self.size_bytes();
-            if size_bytes > BATCH_BYTES_MAX && !self.marks.is_empty() {
+            if size_bytes > bytes_max && !self.marks.is_empty() {
                 break;
             }
             self.marks.push((self.body.len(), self.groups.len()));
@@ -170,7 +226,7 @@ impl Encoder {
             magic: u32::from_le_bytes(MAGIC).into(),
             head_crc: 0.into(),
             version: VERSION,
-            codec: CODEC_NONE,
+            codec: Compression::None.number(),
             groups: (self.groups.len() as u16).into(),
             count: (taken as u32).into(),
             offset: position.offset.into(),
@@ -258,7 +314,8 @@ impl Encoder {
         let mut keep = self.marks.len();
         let row_bytes = HEADER_BYTES + groups * GROUP_BYTES + body_bytes + ROW_OVERHEAD_BYTES;
         let pages_bytes = row_bytes.next_power_of_two();
-        if keep == events
+        if self.plain_bytes_max.is_none()
+            && keep == events
             && row_bytes <= BATCH_BYTES_MAX
             && row_bytes > CUT_BYTES_MIN
             && row_bytes <= pages_bytes / 4 * 3
@@ -466,10 +523,10 @@ impl<'a> BatchHead<'a> {
     }
 }
 
-/// A bound on the number of events in a batch whose head cannot be trusted: a record takes at
-/// least one byte for each of its five parts.
+/// A bound on the number of events in a batch whose head cannot be trusted, so that it may be
+/// compressed: a record takes at least one byte for each of its five parts.
 pub(crate) fn events_max(batch_bytes: usize) -> u64 {
-    batch_bytes as u64 / 5
+    batch_bytes.max(PLAIN_BYTES_MAX) as u64 / 5
 }
 
 /// A whole batch, checked.
@@ -485,14 +542,24 @@ impl Batch {
         let body_start = HEADER_BYTES + head.groups.len() * GROUP_BYTES;
         let body = &bytes[body_start..];
         let header = head.header;
-        if header.codec != CODEC_NONE
-            || body.len() != header.body_bytes.get() as usize
-            || header.records_bytes > header.body_bytes
+        if body.len() != header.body_bytes.get() as usize
             || header.body_crc.get() != crc32c::crc32c(body)
         {
             return Err(Corrupt);
         }
-        Ok(Self { bytes, body_start })
+        let records_bytes = header.records_bytes.get() as usize;
+        match Compression::of(header.codec).ok_or(Corrupt)? {
+            Compression::None if records_bytes <= body.len() => Ok(Self { bytes, body_start }),
+            Compression::None => Err(Corrupt),
+            compression => {
+                if header.controls.get() != 0 {
+                    return Err(Corrupt);
+                }
+                let plain = compression.unpack(body, records_bytes)?;
+                let bytes = [&bytes[..body_start], &plain].concat().into();
+                Ok(Self { bytes, body_start })
+            }
+        }
     }
 
     /// Its head.
@@ -819,7 +886,7 @@ mod tests {
         };
         header.magic = u32::from_le_bytes(MAGIC).into();
         header.version = VERSION;
-        header.codec = CODEC_NONE;
+        header.codec = Compression::None.number();
         header.body_bytes = body_bytes.into();
         header.body_crc = body_crc.into();
         let head_crc = crc32c::crc32c(&bytes[HEAD_CRC_END..body_start]);
@@ -878,6 +945,76 @@ mod tests {
                 pages <= used + used / 4 + PAGE_BYTES,
                 "{count} × {payload_bytes}: {used} in {pages}"
             );
+        }
+    }
+
+    fn pack_compressed(events: &[Event], compression: Compression, tail: &mut Tail) -> Vec<Bytes> {
+        let (mut encoder, mut batches, mut left) = (Encoder::new(PARTITIONS), Vec::new(), events);
+        while !left.is_empty() {
+            let packed = encoder.pack_compressed(left, compression, tail);
+            batches.push(Bytes::from([packed.head, packed.body].concat()));
+            left = &left[packed.events..];
+        }
+        batches
+    }
+
+    /// JSON that repeats itself as telemetry does, and numbers that do not.
+    fn readings(count: usize, random_bytes: usize) -> Vec<Event> {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let mut events = telemetry(count, 0);
+        for (at, event) in events.iter_mut().enumerate() {
+            let noise: String =
+                std::iter::repeat_with(|| rng.alphanumeric()).take(random_bytes).collect();
+            let text = format!(r#"{{"temperature":21.{at},"unit":"celsius","noise":"{noise}"}}"#);
+            event.payload = text.into_bytes().into();
+        }
+        events
+    }
+
+    #[test]
+    fn compressed_batches_come_back_and_fill_their_pages() {
+        for compression in [Compression::Lz4, Compression::Zstd, Compression::None] {
+            for random_bytes in [0, 16, 400] {
+                let (events, mut tail) = (readings(6_000, random_bytes), start());
+                let batches = pack_compressed(&events, compression, &mut tail);
+                assert_eq!(decode_all(&batches).0, expected(&events, &start()));
+                let mut replayed = start();
+                for batch in &batches {
+                    let head = BatchHead::decode(batch).unwrap();
+                    assert_eq!(head.position(), replayed.position);
+                    head.advance(&mut replayed);
+                    assert!(batch.len() <= BATCH_BYTES_MAX);
+                }
+                assert_eq!(replayed, tail);
+                // But for the first, which has learnt nothing, and the last.
+                if compression != Compression::None && batches.len() > 3 {
+                    for batch in &batches[1..batches.len() - 1] {
+                        assert!(
+                            batch.len() > BATCH_BYTES_MAX / 8 * 6,
+                            "{} {compression:?}",
+                            batch.len()
+                        );
+                    }
+                }
+                let plain: usize =
+                    pack_all(&events, &[], &mut start()).iter().map(Bytes::len).sum();
+                let packed: usize = batches.iter().map(Bytes::len).sum();
+                assert!(packed <= plain + plain / 64, "{compression:?} {random_bytes}");
+                if compression != Compression::None && random_bytes == 0 {
+                    assert!(packed * 2 < plain, "{compression:?}: {packed} of {plain}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_compressed_batch_is_found() {
+        let batches = pack_compressed(&readings(40, 0), Compression::Zstd, &mut start());
+        let [batch] = &batches[..] else { panic!("{} batches", batches.len()) };
+        for bit in 0..batch.len() * 8 {
+            let mut bad = batch.to_vec();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(Batch::decode(bad.into()).is_err(), "bit {bit}");
         }
     }
 

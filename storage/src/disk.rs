@@ -20,8 +20,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::{Bound, Range};
 use std::os::unix::fs::MetadataExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use redb::backends::FileBackend;
@@ -192,6 +193,8 @@ pub(crate) struct OpenFile {
     database: Option<Database>,
     /// What it is written through; none for a file that never is.
     home: Option<Arc<HomeFile>>,
+    /// Whether it had to be repaired in memory, because it was not closed cleanly.
+    repaired: bool,
 }
 
 impl OpenFile {
@@ -209,7 +212,9 @@ impl OpenFile {
         let mut builder = Builder::new();
         builder.set_cache_size(cache_bytes).set_repair_callback(redb::RepairSession::abort);
         match caught(|| Ok(builder.create_with_backend(backend)?)) {
-            Ok(database) => Ok(Some(Self { database: Some(database), home: Some(home) })),
+            Ok(database) => {
+                Ok(Some(Self { database: Some(database), home: Some(home), repaired: false }))
+            }
             Err(redb::Error::RepairAborted) => Ok(None),
             Err(error) => Err(error),
         }
@@ -222,8 +227,8 @@ impl OpenFile {
         cache_bytes: usize,
     ) -> Result<Self, redb::Error> {
         let home = Arc::new(HomeFile::new(disk.create(name)?));
-        let database = build(HomeBackend(home.clone()), cache_bytes)?;
-        Ok(Self { database: Some(database), home: Some(home) })
+        let (database, _) = build(HomeBackend(home.clone()), cache_bytes)?;
+        Ok(Self { database: Some(database), home: Some(home), repaired: false })
     }
 
     /// Opens a file without ever writing to it; repairs it in memory if it was not closed cleanly.
@@ -240,7 +245,13 @@ impl OpenFile {
         if overlay.len()? == 0 {
             return Err(redb::Error::Corrupted("the file is empty".into()));
         }
-        Ok(Self { database: Some(build(overlay, cache_bytes)?), home: None })
+        let (database, repaired) = build(overlay, cache_bytes)?;
+        Ok(Self { database: Some(database), home: None, repaired })
+    }
+
+    /// Whether it had to be repaired in memory, as it will be each time that it is opened.
+    pub(crate) fn was_repaired(&self) -> bool {
+        self.repaired
     }
 
     /// What it is written through.
@@ -290,6 +301,9 @@ impl Drop for OpenFile {
     /// Closes the file cleanly, unless something failed before.
     fn drop(&mut self) {
         let database = self.database.take();
+        if self.home.is_none() {
+            give_up(database.as_ref());
+        }
         let close = || {
             drop(database);
             Ok(())
@@ -300,10 +314,30 @@ impl Drop for OpenFile {
     }
 }
 
-fn build(backend: impl StorageBackend, cache_bytes: usize) -> Result<Database, redb::Error> {
+/// Sees to it that closing writes nothing, where there is nothing to keep. redb would walk trees for
+/// it that may be damaged, and a panic there, in the middle of its own closing, ends the process. What
+/// it leaves alone is a database in which a panic has ended a transaction.
+fn give_up(database: Option<&Database>) {
+    let ended = catch_unwind(AssertUnwindSafe(|| {
+        let _transaction = database.map(Database::begin_write);
+        resume_unwind(Box::new(()));
+    }));
+    debug_assert!(ended.is_err(), "it always ends in a panic");
+}
+
+/// Also says whether the file had to be repaired.
+fn build(
+    backend: impl StorageBackend,
+    cache_bytes: usize,
+) -> Result<(Database, bool), redb::Error> {
+    let repaired = Arc::new(AtomicBool::new(false));
+    let seen = repaired.clone();
     let mut builder = Builder::new();
-    builder.set_cache_size(cache_bytes);
-    caught(|| Ok(builder.create_with_backend(backend)?))
+    builder
+        .set_cache_size(cache_bytes)
+        .set_repair_callback(move |_| seen.store(true, Ordering::Relaxed));
+    let database = caught(|| Ok(builder.create_with_backend(backend)?))?;
+    Ok((database, repaired.load(Ordering::Relaxed)))
 }
 
 fn caught<T>(f: impl FnOnce() -> Result<T, redb::Error>) -> Result<T, redb::Error> {

@@ -9,8 +9,11 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Format of everything in the data folder. A store with a higher number is refused.
-pub(crate) const FORMAT: u32 = 1;
+/// Format of everything in the data folder. A store with a higher number is refused; one with a lower
+/// number is taken over: its files are read as they are, and its checkpoint is written anew at once.
+///
+/// 2: batches may be compressed. 1: the first.
+pub(crate) const FORMAT: u32 = 2;
 
 /// First bytes of every head row.
 pub(crate) const MAGIC: [u8; 4] = *b"EGhd";
@@ -107,6 +110,11 @@ struct Fixed {
 }
 
 const CRC_END: usize = 8;
+
+/// Format of a stored row that decodes.
+pub(crate) fn format(row: &[u8]) -> u32 {
+    Fixed::ref_from_prefix(row).map_or(0, |(fixed, _)| fixed.format.get())
+}
 
 impl Head {
     /// The stored row.

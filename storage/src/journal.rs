@@ -324,6 +324,12 @@ impl Journal {
         self.ring.lock().queued
     }
 
+    /// Whether nothing of a home file that was closed is left in the ring.
+    pub(crate) fn has_let_go(&self, first: u64) -> bool {
+        let state = self.ring.lock();
+        !state.files.contains_key(&first) && state.tail == state.marked
+    }
+
     /// Why it has failed, if it has.
     pub(crate) fn failure(&self) -> Option<io::Error> {
         self.ring.lock().failed.as_ref().map(Failure::error)

@@ -9,7 +9,7 @@
 //! # Code map
 //! - [`event`]: what is stored ([`Event`], [`StoredEvent`]) and what it is called ([`EventId`]);
 //!   [`control`]: changes of state that ride beside events.
-//! - `batch`: the packed, checksummed unit of append; `head`: what a file takes over from the one
+//! - `batch`: the packed, checksummed unit of append; `codec`: how its body is compressed; `head`: what a file takes over from the one
 //!   before; `row`: the plain encoding under both. Pure codecs.
 //! - `journal`: what lets commits run ahead of their sync, under redb.
 //! - `log`: rolling files of batches; `state`: checkpoint, dead letters and loss ledger beside them;
@@ -25,6 +25,7 @@
 
 mod ballast;
 mod batch;
+mod codec;
 pub mod control;
 mod cursor;
 pub mod dead_letter;
@@ -44,6 +45,7 @@ mod sim;
 mod state;
 pub mod store;
 
+pub use codec::Compression;
 pub use control::Control;
 pub use dead_letter::{DeadLetter, DeadLetterStats, KeptLetter, Picked};
 pub use error::{CommitError, OpenError, ReadError, StateError};
@@ -52,6 +54,7 @@ pub use loss_ledger::{Loss, LossReason};
 pub use store::balance::{Balance, Balancer, SinkBalance};
 pub use store::compact::Compacted;
 pub use store::inspect::FileStats;
+pub use store::packer::Packer;
 pub use store::repair::RebuiltState;
 pub use store::seek::Place;
 pub use store::verify::{Damage, Finding, Progress, Verification, Verifier};

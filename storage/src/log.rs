@@ -34,6 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use bytes::Bytes;
 use redb::{ReadableTableMetadata, TableDefinition};
 
+pub(crate) use self::pack_anew::Packing;
 use self::salvage::Salvaged;
 use crate::batch::{Batch, BatchHead, Encoder, events_max};
 use crate::control::Control;
@@ -49,6 +50,8 @@ const HEAD: TableDefinition<'_, (), &[u8]> = TableDefinition::new("head");
 /// The folder of the log files, in the data folder.
 pub(crate) const FOLDER: &str = "log";
 const EXTENSION: &str = ".redb";
+/// With what a file was packed anew; not in one that was not.
+const PACKED: TableDefinition<'_, (), u8> = TableDefinition::new("packed");
 /// What a file is called until its head row is durable.
 const UNFINISHED: &str = "log/new";
 
@@ -71,11 +74,17 @@ impl LogError {
     /// Whether the file itself is damaged, so that trying again would not help.
     pub(crate) fn is_damage(&self) -> bool {
         use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
-        use redb::Error::{Corrupted, TableDoesNotExist, TableTypeMismatch, UpgradeRequired};
+        use redb::Error::{
+            Corrupted, TableDoesNotExist, TableIsMultimap, TableTypeMismatch,
+            TypeDefinitionChanged, UpgradeRequired,
+        };
         match &self.error {
-            Corrupted(_) | UpgradeRequired(_) | TableDoesNotExist(_) | TableTypeMismatch { .. } => {
-                true
-            }
+            Corrupted(_)
+            | UpgradeRequired(_)
+            | TableDoesNotExist(_)
+            | TableIsMultimap(_)
+            | TableTypeMismatch { .. }
+            | TypeDefinitionChanged { .. } => true,
             redb::Error::Io(e) => {
                 matches!(e.kind(), NotFound | UnexpectedEof | InvalidData) || is_bad_sector(e)
             }
@@ -137,6 +146,10 @@ pub(crate) struct Log {
     handles: Mutex<Vec<Arc<Handle>>>,
     /// First offsets of the files whose tree is not to be believed.
     distrusted: Mutex<BTreeSet<u64>>,
+    /// First offsets of the files that are repaired in memory whenever they are opened.
+    unclean: Mutex<BTreeSet<u64>>,
+    /// Files that were packed anew. Held while one is.
+    packed: Mutex<u64>,
     /// First offset of the active file, if it cannot be read, and why; until the writer has given it
     /// up.
     unreadable: Mutex<Option<(u64, String)>>,
@@ -278,6 +291,8 @@ impl Log {
             files: RwLock::new(files),
             handles: Mutex::new(Vec::new()),
             distrusted: Mutex::default(),
+            unclean: Mutex::default(),
+            packed: Mutex::default(),
             unreadable: Mutex::default(),
             on_progress,
             disk,
@@ -299,7 +314,9 @@ impl Log {
         for file in self.disk.list(FOLDER).map_err(|e| io(FOLDER, e))? {
             firsts.extend(parse(&file));
         }
-        self.disk.remove(UNFINISHED).map_err(|e| io(UNFINISHED, e))?;
+        for unfinished in [UNFINISHED, pack_anew::UNFINISHED] {
+            self.disk.remove(unfinished).map_err(|e| io(unfinished, e))?;
+        }
         firsts.sort_unstable();
         // An unlink that was cut short: everything below `start` was given up before.
         let trimmed = firsts.windows(2).take_while(|pair| pair[1] <= start).count();
@@ -858,7 +875,11 @@ impl Log {
         let opened = if self.is_distrusted(first) {
             Sealed::Damaged(Arc::new(Salvaged::search(overlay, first)?))
         } else {
-            Sealed::Whole(Arc::new(OpenFile::over(overlay, self.sealed_cache_bytes)?))
+            let opened = OpenFile::over(overlay, self.sealed_cache_bytes)?;
+            if opened.was_repaired() {
+                self.unclean().insert(first);
+            }
+            Sealed::Whole(Arc::new(opened))
         };
         Ok(file.insert(opened).clone())
     }
@@ -885,6 +906,10 @@ impl Log {
 
     fn unreadable(&self) -> MutexGuard<'_, Option<(u64, String)>> {
         self.unreadable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unclean(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.unclean.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn distrusted(&self) -> MutexGuard<'_, BTreeSet<u64>> {

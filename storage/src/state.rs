@@ -34,7 +34,7 @@ use redb::{ReadTransaction, ReadableTable, TableDefinition, TableError, WriteTra
 use crate::cursor::Cursor;
 use crate::disk::{self, OpenFile, SharedDisk};
 use crate::error::StateError;
-use crate::head::{BadHead, Head, Tail};
+use crate::head::{self, BadHead, Head, Tail};
 use crate::loss_ledger::{Loss, LossKey};
 
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
@@ -64,6 +64,8 @@ pub(crate) type Changes = HashMap<(u16, Bytes), Option<Bytes>>;
 /// What a checkpoint says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Checkpoint {
+    /// Format of the version that wrote it.
+    pub(crate) format: u32,
     pub(crate) head: Head,
     /// Offsets below were trimmed.
     pub(crate) start: u64,
@@ -297,9 +299,10 @@ fn table<T>(opened: Result<T, TableError>) -> Result<Option<T>, redb::Error> {
 }
 
 fn read_checkpoint(database: &OpenFile) -> Result<Checkpoint, StateOpenError> {
-    let (head, start, cursors) = database.read(|transaction| {
+    let (format, head, start, cursors) = database.read(|transaction| {
         let meta = transaction.open_table(META)?;
         let head = meta.get(META_HEAD)?;
+        let format = head.as_ref().map_or(0, |row| head::format(row.value()));
         let head = head.map_or(Err(BadHead::Corrupt), |row| Head::decode(row.value()));
         let start = meta.get(META_START)?.and_then(|row| row.value().try_into().ok());
         let mut cursors = BTreeMap::new();
@@ -310,9 +313,10 @@ fn read_checkpoint(database: &OpenFile) -> Result<Checkpoint, StateOpenError> {
                 cursors.insert(sink.value().to_owned(), Cursor { origin, offset });
             }
         }
-        Ok((head, start, cursors))
+        Ok((format, head, start, cursors))
     })?;
     Ok(Checkpoint {
+        format,
         head: head.map_err(StateOpenError::Head)?,
         start: start.map_or(0, u64::from_le_bytes),
         cursors,

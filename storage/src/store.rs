@@ -8,6 +8,7 @@ pub mod balance;
 pub mod compact;
 pub mod inspect;
 mod letters;
+pub mod packer;
 mod progress;
 pub mod repair;
 pub mod seek;
@@ -34,8 +35,8 @@ use crate::log::{self, Journaled, Journaling, Log, LogError, LogOpenError, Span}
 use crate::retention::{self, Rules};
 use crate::state::{Checkpoint, State, StateOpenError};
 use crate::{
-    CommitError, Control, DeadLetterStats, Event, Loss, LossReason, OpenError, ReadError,
-    StateError, StoredEvent,
+    CommitError, Compression, Control, DeadLetterStats, Event, Loss, LossReason, OpenError,
+    ReadError, StateError, StoredEvent,
 };
 
 /// A checkpoint is written after this many bytes of log, which bounds what the next open replays,
@@ -123,6 +124,8 @@ pub struct StoreOptions {
     pub journal: JournalMode,
     /// Bytes of the journal's file, at least 128 KiB.
     pub journal_bytes: u64,
+    /// How sealed files that have to stay are written, see [`packer`].
+    pub compression: Compression,
     /// With a journal, commits that may be waiting for their sync when [`Writer::commit`] returns.
     pub commits_ahead_max: usize,
 }
@@ -230,6 +233,8 @@ struct Shared {
     reported: Mutex<HashSet<u64>>,
     /// The last time that anyone told.
     now_us: AtomicU64,
+    /// Offset of the checkpoint.
+    covered: AtomicU64,
     /// Held as long as the store is open.
     lock: Mutex<Option<File>>,
 }
@@ -302,6 +307,7 @@ impl Store {
             });
         }
         let Head { epoch, mut tail } = checkpoint.head;
+        let checkpoint_offset = tail.position.offset;
         let progress = Arc::new(Progress::default());
         let mut projection = progress.projection_mut();
         projection.cursors = Cursors::new(checkpoint.cursors);
@@ -346,6 +352,7 @@ impl Store {
             progress,
             reported: Mutex::new(HashSet::new()),
             now_us: now_us.into(),
+            covered: checkpoint_offset.into(),
             lock: Mutex::new(lock),
             disk,
             options,
@@ -364,7 +371,8 @@ impl Store {
         };
         // After a crash, what was replayed is saved at once: it may come from a page cache that
         // outlived the process and not from the disk.
-        if configured || !writer.shared.log.has_active() {
+        // A store of an older format is one of this format from here on: the versions before refuse it.
+        if configured || checkpoint.format < FORMAT || !writer.shared.log.has_active() {
             writer
                 .checkpoint(&losses)
                 .or_else(|error| {
@@ -1104,9 +1112,11 @@ impl Writer {
             }
         };
         pass(&mut cursors);
+        let covered = tail.position.offset;
         let head = Head { epoch: self.shared.epoch, tail };
-        let checkpoint = Checkpoint { head, start, cursors: cursors.all().clone() };
+        let checkpoint = Checkpoint { format: FORMAT, head, start, cursors: cursors.all().clone() };
         self.shared.state.checkpoint(&checkpoint, &changes, losses)?;
+        self.shared.covered.store(covered, Ordering::Release);
         progress.saved(start, pass);
         self.unsaved_bytes = 0;
         Ok(())

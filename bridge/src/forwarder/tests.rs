@@ -44,6 +44,7 @@ impl Log {
             journal: storage::JournalMode::Off,
             journal_bytes: 32 << 20,
             commits_ahead_max: 2,
+            compression: storage::Compression::None,
         }
     }
 

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bridge::config::SinkConfig;
-use storage::{AtQuota, JournalMode, SinkRetention, StoreOptions};
+use storage::{AtQuota, Compression, JournalMode, SinkRetention, StoreOptions};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key::{self, DeviceFrom};
@@ -148,6 +148,8 @@ pub struct StorageConfig {
     pub journal: JournalMode,
     /// Bytes of the journal's file.
     pub journal_bytes: u64,
+    /// How sealed files that have to stay are written.
+    pub compression: Compression,
     /// Commits that may wait for their sync while the next one is made.
     pub commits_ahead_max: usize,
     /// Delivered data kept for replay, in bytes.
@@ -247,6 +249,7 @@ impl Config {
             journal: storage.journal,
             journal_bytes: storage.journal_bytes,
             commits_ahead_max: storage.commits_ahead_max,
+            compression: storage.compression,
         }
     }
 
@@ -423,6 +426,8 @@ fn read_storage(section: &Section<'_, '_>, has_sinks: bool) -> StorageConfig {
     ];
     let journals =
         [("auto", JournalMode::Auto), ("on", JournalMode::On), ("off", JournalMode::Off)];
+    let compressions =
+        [("none", Compression::None), ("lz4", Compression::Lz4), ("zstd", Compression::Zstd)];
     // Without a sink nothing else would ever make room.
     let policy = if has_sinks { AtQuota::Hold } else { AtQuota::DropOldest };
     let at_quota = section.choice("at_quota", &policies, policy);
@@ -450,6 +455,7 @@ fn read_storage(section: &Section<'_, '_>, has_sinks: bool) -> StorageConfig {
         journal: section.choice("journal", &journals, JournalMode::Auto),
         journal_bytes: section.size("journal_bytes", MIB..=GIB, 32 * MIB),
         commits_ahead_max: section.integer("commits_ahead_max", 1..=16, 2) as usize,
+        compression: section.choice("compression", &compressions, Compression::None),
         retain_age: section.time("retain_age", Duration::ZERO..=3_650 * DAY, Duration::ZERO),
         dead_letter_bytes_max: section.size("dead_letter_bytes_max", MIB..=TIB, 64 * MIB),
     }

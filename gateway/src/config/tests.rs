@@ -45,6 +45,10 @@ name = "cloud"
 type = "http"
 url = "http://127.0.0.1:8080/events"
 [[sink]]
+name = "north"
+type = "mqtt"
+url = "mqtt://127.0.0.1:1884"
+[[sink]]
 name = "archive"
 type = "file"
 path = "/var/lib/edge-gateway/archive.ndjson"
@@ -65,15 +69,16 @@ fn the_annotated_defaults_are_the_defaults() {
 fn the_annotated_file_shows_every_key() {
     let (_, asked) = Config::parse_asking("t.toml", &annotated(true), &env);
     // The alternatives of a secret are named in prose.
-    let in_prose =
-        ["bearer_token", "bearer_token_env", "password", "password_env", "token", "token_env"];
+    let secrets =
+        ["bearer_token", "password", "proxy_password", "signing_key", "client_secret", "token"];
     for path in asked {
         let key = path.rsplit('.').next().unwrap();
         let shown = ANNOTATED.lines().any(|line| {
             let line = line.trim_start_matches('#');
             line.starts_with(&format!("{key} =")) || line.trim_matches(['[', ']']) == path
         });
-        assert!(shown || in_prose.contains(&key), "configs/gateway.toml does not show {path}");
+        let in_prose = secrets.contains(&key.trim_end_matches("_env"));
+        assert!(shown || in_prose, "configs/gateway.toml does not show {path}");
     }
 }
 
@@ -228,6 +233,82 @@ bearer_token = "hunter2"
     assert!(!format!("{config:?}").contains("hunter2"));
     let twice = format!("{text}bearer_token_env = \"TOKEN\"\n");
     assert!(parse(&twice).unwrap_err().contains("only one of"));
+}
+
+/// An HTTP sink with these keys.
+fn http_sink(keys: &str) -> Result<Config, String> {
+    parse(&format!(
+        "[[sink]]\nname = \"a\"\ntype = \"http\"\nurl = \"https://example.com/\"\n{keys}"
+    ))
+}
+
+#[test]
+fn a_format_of_single_events_has_more_of_them_in_flight() {
+    for (keys, expected) in [
+        ("", "in_flight_max: 1,"),
+        ("format = \"raw\"", "in_flight_max: 8,"),
+        ("format = \"raw\"\nin_flight_max = 2", "in_flight_max: 2,"),
+    ] {
+        let config = http_sink(keys).unwrap();
+        assert!(format!("{:?}", config.sinks).contains(expected), "{keys}: {:?}", config.sinks);
+    }
+}
+
+#[test]
+fn an_mqtt_sink_is_host_port_and_a_topic_to_publish_to() {
+    let sink = |keys: &str| parse(&format!("[[sink]]\nname = \"n\"\ntype = \"mqtt\"\n{keys}"));
+    for (url, expected) in [
+        ("mqtt://broker", "host: \"broker\", port: 1883, tls: None"),
+        ("mqtts://broker:9000", "host: \"broker\", port: 9000, tls: Some("),
+        ("mqtts://10.0.0.5/", "host: \"10.0.0.5\", port: 8883, tls: Some("),
+    ] {
+        let config = sink(&format!("url = {url:?}\nusername = \"u\"")).unwrap();
+        assert!(format!("{:?}", config.sinks).contains(expected), "{url}: {:?}", config.sinks);
+    }
+    for (keys, told) in [
+        ("", "sink.url: is missing"),
+        ("url = \"tcp://x\"", "sink.url: must begin with mqtt://"),
+        ("url = \"mqtt://u:s3cret@x\"", "sink.url: must not hold credentials"),
+        ("url = \"mqtt://x/topic\"", "sink.url: must be host and port only"),
+        ("url = \"mqtt://x\"\n[sink.tls]\nca_file = \"c\"", "sink.tls: is for a url"),
+        ("url = \"mqtt://x\"\ntopic = \"up/#\"", "sink.topic: must be a topic to publish to"),
+        ("url = \"mqtt://x\"\ntopic = \"up/{devcie}\"", "sink.topic: has {devcie}"),
+        ("url = \"mqtt://x\"\npassword = \"s3cret\"", "sink.username: is missing"),
+        ("url = \"mqtt://x\"\nin_flight_max = 0", "sink.in_flight_max: must be"),
+    ] {
+        let problems = sink(keys).unwrap_err();
+        assert!(problems.contains(told), "{keys}: {problems}");
+        assert_eq!(problems.lines().count(), 1, "{keys}: {problems}");
+    }
+}
+
+#[test]
+fn half_of_what_belongs_together_is_told() {
+    for (keys, told) in [
+        ("proxy_username = \"u\"", "sink.proxy: is missing"),
+        ("proxy = \"http://p:1\"\nproxy_password = \"s3cret\"", "sink.proxy_username: is missing"),
+        ("proxy = \"http://u:s3cret@p:1\"", "sink.proxy: must not hold credentials"),
+        ("proxy = \"socks5://p:1\"", "sink.proxy: must begin with http"),
+        ("[sink.tls]\ncert_file = \"c\"", "sink.tls.key_file: is missing"),
+        ("[sink.tls]\nkey_file = \"k\"", "sink.tls.cert_file: is missing"),
+        (
+            "bearer_token = \"s3cret\"\n[sink.oauth2]\ntoken_url = \"https://x/\"\nclient_id = \"c\"\nclient_secret = \"s3cret\"",
+            "sink.oauth2: cannot stand beside",
+        ),
+        (
+            "[sink.oauth2]\ntoken_url = \"https://x/\"\nclient_id = \"c\"",
+            "sink.oauth2.client_secret_file: is missing",
+        ),
+        (
+            "[sink.oauth2]\nclient_id = \"c\"\nclient_secret = \"s3cret\"",
+            "sink.oauth2.token_url: is missing",
+        ),
+        ("in_flight_max = 65", "sink.in_flight_max: must be a whole number from 1 to 64"),
+    ] {
+        let problems = http_sink(keys).unwrap_err();
+        assert!(problems.contains(told), "{keys}: {problems}");
+        assert_eq!(problems.lines().count(), 1, "{keys}: {problems}");
+    }
 }
 
 #[test]

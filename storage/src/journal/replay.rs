@@ -131,6 +131,11 @@ impl Rings {
         Ok(journal)
     }
 
+    /// Whether what a journal that failed has left may be laid over log files.
+    pub(crate) fn hold_something(&self) -> bool {
+        !self.kept.is_empty()
+    }
+
     /// A log file is about to be replaced by another one of its name.
     pub(crate) fn replace(&mut self, first: u64) -> io::Result<()> {
         for ring in self.kept.iter_mut().filter(|ring| ring.without.is_none()) {

@@ -5,7 +5,8 @@
 //! stored files tell of. Dead letters and the loss ledger, whose rows have checksums of their own, are
 //! taken from the damaged file as far as it can be read. A letter that was to be delivered again is one
 //! that waits for that to be asked once more.
-//! Invariant: nothing without a checksum is taken over. A sink whose cursor is not in the log begins
+//! Invariant: nothing without a checksum is taken over. (The keys of those rows have none: one that was
+//! hit itself comes back, whole, under another offset.) A sink whose cursor is not in the log begins
 //! at the first stored event: it may get some again, and misses none.
 //!
 //! Deliberately absent: the decision to do it. The damaged file is kept beside the new one.

@@ -10,6 +10,7 @@
 //! alone. A crash leaves the old file or the new one.
 
 use super::{CommitError, Encoder, StateError, Writer};
+use crate::log::Packing;
 
 /// What [`Writer::compact`] gained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,7 +44,10 @@ impl Writer {
             let [file, next] = pair else { continue };
             done.files += 1;
             let (first, end) = (file.offsets.start, next.offsets.start);
-            done.rewritten += u32::from(self.shared.log.pack_anew(first, end, &mut encoder)?);
+            let compression = self.shared.options.compression;
+            let packing = Packing { compression, if_smaller: true, goes_on: &|| true };
+            let packed = self.shared.log.pack_anew(first, end, &mut encoder, &packing)?;
+            done.rewritten += u32::from(packed);
         }
         let copied: Result<(), StateError> = self.shared.state.copy_anew();
         copied.map_err(|error| self.state_failed(error))?;

@@ -4,6 +4,7 @@ mod edges;
 mod faults;
 mod letters;
 mod model;
+mod packer;
 mod tools;
 mod world;
 
@@ -29,6 +30,7 @@ fn options(dir: &std::path::Path) -> StoreOptions {
         dead_letter_bytes_max: 1 << 20,
         journal: JournalMode::Off,
         journal_bytes: 1 << 20,
+        compression: Compression::None,
         commits_ahead_max: 2,
     }
 }
@@ -208,6 +210,45 @@ fn a_store_of_a_later_format_is_refused() {
     drop(database);
     let Err(error) = Store::open(options(dir.path()), NOW_US) else { panic!("opened") };
     assert!(matches!(error, OpenError::NewerFormat { found, .. } if found == FORMAT + 1));
+}
+
+/// A store that the version before this format wrote: two commits, a key, a cursor, a dead letter.
+#[test]
+fn a_store_of_the_first_format_is_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let log_file = format!("{}/{:020}.redb", log::FOLDER, 0);
+    std::fs::create_dir(dir.path().join(log::FOLDER)).unwrap();
+    for (packed, name) in [
+        (&include_bytes!("tests/format-1/state.redb.zst")[..], "state.redb"),
+        (&include_bytes!("tests/format-1/log.redb.zst")[..], &log_file),
+    ] {
+        let plain = zstd::decode_all(packed).unwrap();
+        std::fs::write(dir.path().join(name), plain).unwrap();
+    }
+    let format = || {
+        let meta: redb::TableDefinition<'_, &str, &[u8]> = redb::TableDefinition::new("meta");
+        let database = redb::Database::open(dir.path().join("state.redb")).unwrap();
+        let table =
+            redb::ReadableDatabase::begin_read(&database).unwrap().open_table(meta).unwrap();
+        let row = table.get("head").unwrap().unwrap();
+        u32::from_le_bytes(row.value()[8..12].try_into().unwrap())
+    };
+    assert_eq!(format(), 1);
+    let looked = Store::open_to_look(options(dir.path()), NOW_US).unwrap();
+    assert_eq!((read_all(&looked, 0).len(), format()), (10, 1));
+    drop(looked);
+    // From here on an older version refuses it, before there is anything that it cannot read.
+    let (store, mut writer) = Store::open(options(dir.path()), NOW_US).unwrap();
+    let stored = read_all(&store, 0);
+    let texts: Vec<_> = stored.iter().map(|e| String::from_utf8_lossy(&e.event.payload)).collect();
+    assert_eq!(texts, (0..10).map(|i| format!("event {i}")).collect::<Vec<_>>());
+    assert_eq!(store.cursor("cloud"), Some(3));
+    assert_eq!(store.state(7, b"key").unwrap().as_deref(), Some(&b"value"[..]));
+    let [letter] = &store.dead_letters("cloud", 0, 9).unwrap()[..] else { panic!() };
+    assert_eq!((&letter.letter.event, &letter.letter.reason[..]), (&stored[1], "400"));
+    assert_eq!(writer.commit(&[event(0, "next")], &[], NOW_US).unwrap().offsets, 10..11);
+    drop((store, writer));
+    assert_eq!(format(), FORMAT);
 }
 
 /// Appends files' worth of events until there are `files` of them.

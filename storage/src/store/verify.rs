@@ -104,8 +104,8 @@ pub struct Verifier {
     /// Where to go on in the first of the files.
     at: Option<Range<Position>>,
     check: Check,
-    /// As it was before the first of the files.
-    before: Check,
+    /// As it was before the first of the files, and how many files had been packed by then.
+    before: (Check, u64),
 }
 
 impl Store {
@@ -139,7 +139,7 @@ impl Store {
             store: self.clone(),
             from,
             watermark,
-            before: check.clone(),
+            before: (check.clone(), self.shared.log.packed()),
             check,
             next_seq,
             files,
@@ -195,13 +195,17 @@ impl Verifier {
             check.trimmed(self.store.shared.progress.projection().start.min(self.watermark));
             check.skip_to(file.offsets.end, "no batch holds them");
             let lost = |check: &Check| check.report.unreadable + check.report.recorded;
-            if lost(check) > lost(&self.before) && log.distrust(file.offsets.start)? {
-                // Once more, for what its tree does not show.
-                *check = self.before.clone();
-                return Ok(true);
+            let (before, packed) = &mut self.before;
+            if lost(check) > lost(before) {
+                let packed_before = std::mem::replace(packed, log.packed());
+                // Once more: it was packed meanwhile, or for what its tree does not show.
+                if packed_before != *packed || log.distrust(file.offsets.start)? {
+                    *check = before.clone();
+                    return Ok(true);
+                }
             }
             check.report.files += 1;
-            self.before = check.clone();
+            self.before = (check.clone(), log.packed());
             self.files.pop_front();
         }
         Ok(!self.files.is_empty())

@@ -662,6 +662,7 @@ mod over_the_real_log {
             dead_letter_bytes_max: 64 << 20,
             journal: storage::JournalMode::Auto,
             journal_bytes: 32 << 20,
+            compression: storage::Compression::None,
             commits_ahead_max: 2,
         }
     }

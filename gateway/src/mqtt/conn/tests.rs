@@ -89,6 +89,7 @@ fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
         dead_letter_bytes_max: 64 << 20,
         journal: storage::JournalMode::Auto,
         journal_bytes: 32 << 20,
+        compression: storage::Compression::None,
         commits_ahead_max: 2,
     };
     Store::open(options, 0).unwrap()

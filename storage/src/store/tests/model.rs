@@ -49,6 +49,8 @@ enum Step {
     Journal {
         checkpoint: bool,
     },
+    /// Packs a file, if any is due after a checkpoint.
+    Pack,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -67,6 +69,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..6_u64).prop_map(|after| Step::FailSync { after }),
         1 => (0..60_usize).prop_map(|pages| Step::FillDisk { pages }),
         2 => Just(Step::EmptyDisk),
+        2 => Just(Step::Pack),
         4 => prop::bool::weighted(0.2).prop_map(|checkpoint| Step::Journal { checkpoint }),
     ]
 }
@@ -112,6 +115,11 @@ fn take(world: &mut World, step: &Step) {
             world.disk.set_faults(|faults| faults.pages_max = Some(used + pages));
         }
         Step::Journal { checkpoint } => world.step(checkpoint),
+        Step::Pack => {
+            // Whichever fails, nothing is lost by it.
+            let _ = world.writer.checkpoint(&[]);
+            let _ = world.store.packer().step(&|| true);
+        }
         Step::EmptyDisk => world.disk.set_faults(|faults| *faults = Faults::default()),
     }
 }
@@ -126,14 +134,18 @@ fn policy() -> impl Strategy<Value = StoreOptions> {
     let at_quota = prop_oneof![Just(AtQuota::Hold), Just(AtQuota::DropOldest)];
     let retain = prop_oneof![Just((0, 0)), Just((200 << 10, 0)), Just((0, 60_000_000))];
     let journal = prop_oneof![Just(JournalMode::Off), Just(JournalMode::On)];
-    let policy = (quota, at_quota, retain, journal, any::<bool>());
-    policy.prop_map(|(quota_bytes, at_quota, (retain_bytes, retain_age_us), journal, sinks)| {
+    let compression =
+        prop_oneof![Just(Compression::None), Just(Compression::Lz4), Just(Compression::Zstd)];
+    let policy = (quota, at_quota, retain, journal, any::<bool>(), compression);
+    policy.prop_map(|(quota_bytes, at_quota, retain, journal, sinks, compression)| {
+        let (retain_bytes, retain_age_us) = retain;
         let mut options = StoreOptions {
             quota_bytes,
             at_quota,
             retain_bytes,
             retain_age_us,
             journal,
+            compression,
             ..world::options()
         };
         if !sinks {
