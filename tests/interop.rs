@@ -39,6 +39,7 @@ async fn mosquitto_clients_publish_and_subscribe_at_every_qos() {
     }
     let (bench, gateway) = gateway(81).await;
     let port = bench.mqtt.port().to_string();
+    let mut published = 0;
     for version in ["mqttv31", "mqttv311", "mqttv5"] {
         for qos in ["0", "1", "2"] {
             let topic = format!("devices/mosquitto/{version}/{qos}");
@@ -51,6 +52,10 @@ async fn mosquitto_clients_publish_and_subscribe_at_every_qos() {
             let mut publish = client("mosquitto_pub");
             publish.args(["-r", "-m", &topic]);
             run(publish).await.unwrap();
+            // At QoS 0 nothing says when it is stored, and until then it is on its way, not retained.
+            published += 1;
+            let stored = |status: &Status| status.ingest.committed_events_total >= published;
+            gateway.until("it is stored", stored).await;
             // Retained: it finds it whenever it comes.
             let mut subscribe = client("mosquitto_sub");
             subscribe.args(["-C", "1", "-F", "%q %r %p"]);
