@@ -143,12 +143,12 @@ async fn a_store_of_a_newer_format_is_refused_and_loses_nothing() {
     assert_eq!(gateway.terminate().await, Some(0));
 
     let state = bench.path("data/state.redb");
-    set_format(&state, partitions, 2);
+    set_format(&state, partitions, 3);
     let ended = run_to_end("run", &config).await;
     let data_dir = bench.path("data").display().to_string();
-    assert_one_line(&ended, FAILED, &[&data_dir, "format 2", "install the version that wrote it"]);
+    assert_one_line(&ended, FAILED, &[&data_dir, "format 3", "install the version that wrote it"]);
 
-    set_format(&state, partitions, 1);
+    set_format(&state, partitions, 2);
     let gateway = bench.start().await;
     assert_eq!(gateway.status().await.store.watermark, stored);
     assert_eq!(gateway.terminate().await, Some(0));

@@ -255,7 +255,7 @@ impl Shared {
 
     /// Event bytes in a range of offsets, 0 where they cannot be told.
     fn event_bytes_in(&self, offsets: &Range<u64>) -> u64 {
-        let tail = self.progress.durable().tail.clone();
+        let tail = self.progress.tail();
         let before = |offset| self.event_bytes_before(offset, &tail);
         match (before(offsets.start), before(offsets.end)) {
             (Ok(start), Ok(end)) => end.saturating_sub(start),
@@ -397,7 +397,7 @@ impl Store {
 
     /// What is durable now.
     pub fn mark(&self) -> Mark {
-        self.shared.progress.durable().mark
+        self.shared.progress.mark()
     }
 
     /// Durable cursor of a configured sink: the next offset that it needs.
@@ -479,7 +479,7 @@ impl Store {
 
     /// Event bytes between `from` and the watermark, from file and batch heads, exact to one batch.
     pub fn lag_bytes(&self, from: u64) -> u64 {
-        let tail = self.shared.progress.durable().tail.clone();
+        let tail = self.shared.progress.tail();
         let from = from.max(self.shared.progress.projection().start);
         match self.shared.event_bytes_before(from, &tail) {
             Ok(before) => tail.event_bytes.saturating_sub(before),
@@ -541,12 +541,11 @@ impl Store {
     /// A look at the store. What cannot be read counts as 0.
     pub fn stats(&self) -> StoreStats {
         let shared = &*self.shared;
-        let (mark, tail) = {
-            let durable = shared.progress.durable();
-            (durable.mark, durable.tail.clone())
+        let (mark, tail) = shared.progress.reached();
+        let (first_offset, sinks) = {
+            let projection = shared.progress.projection();
+            (projection.start, projection.cursors.all().clone())
         };
-        let projection = shared.progress.projection();
-        let sinks = projection.cursors.all();
         let StoreOptions { quota_bytes, free_bytes_min, .. } = shared.options;
         let log_bytes = shared.log.used_bytes();
         let free_bytes = shared.disk.free_bytes().unwrap_or(u64::MAX);
@@ -558,7 +557,7 @@ impl Store {
                 .min(free_bytes.saturating_sub(free_bytes_min)),
             state_bytes: shared.state.used_bytes(),
             quota_bytes,
-            first_offset: projection.start,
+            first_offset,
             watermark: mark.watermark,
             next_seq: tail.next_seq,
             event_bytes: tail.event_bytes,
@@ -919,7 +918,7 @@ impl Writer {
 
     /// Moves sinks that lag too far over what they can no longer have.
     fn limit_lags(&mut self, now_us: u64, report: &mut RetentionReport) -> Result<(), StateError> {
-        let tail = self.shared.progress.durable().tail.clone();
+        let tail = self.shared.progress.tail();
         let losses: Vec<Loss> = self
             .shared
             .options

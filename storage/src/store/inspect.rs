@@ -10,9 +10,10 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{OpenError, Opening, Read, ReadError, Store, StoreOptions, TryLockError};
+use super::{Mark, OpenError, Opening, Read, ReadError, Store, StoreOptions, TryLockError};
 use crate::disk::{FileDisk, SharedDisk};
 use crate::frozen::Frozen;
+use crate::head::Tail;
 use crate::state;
 
 /// What one log file holds.
@@ -95,10 +96,8 @@ impl Store {
     /// [`ReadError`] if a file cannot be read for another reason than that it is damaged.
     pub fn files(&self) -> Result<Vec<FileStats>, ReadError> {
         let log = &self.shared.log;
-        let (watermark, end_bytes) = {
-            let durable = self.shared.progress.durable();
-            (durable.mark.watermark, durable.tail.event_bytes)
-        };
+        let (Mark { watermark, .. }, Tail { event_bytes: end_bytes, .. }) =
+            self.shared.progress.reached();
         let mut files: Vec<FileStats> = Vec::new();
         for span in log.spans(watermark) {
             let first = span.offsets.start;

@@ -47,7 +47,7 @@ impl Packer {
         let covered = shared.covered.load(Ordering::Acquire);
         let floor = shared.progress.projection().cursors.floor();
         let kept = options.retain_bytes > 0 || options.retain_age_us > 0;
-        let spans = log.spans(shared.progress.durable().mark.watermark);
+        let spans = log.spans(shared.progress.mark().watermark);
         let first = spans.first().map_or(0, |span| span.offsets.start);
         self.done.retain(|&done| done >= first);
         for pair in spans.windows(2) {

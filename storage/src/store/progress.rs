@@ -4,7 +4,7 @@
 //! it have made. Commits enter in their order and wait here until the log has them on disk, which it
 //! says by a place (see `journal`).
 //! Invariant: nothing of a commit is seen before it is durable, and then all of it at once.
-//! Lock order: what is durable, then the projection.
+//! Lock order: what is durable, then the projection; neither is held while the log is asked.
 
 use std::collections::VecDeque;
 use std::sync::{
@@ -96,7 +96,30 @@ impl Progress {
         durable.tail = tail;
     }
 
-    pub(super) fn durable(&self) -> MutexGuard<'_, Durable> {
+    /// How far the log is durable. A copy: whoever held on to what is durable while waiting for the
+    /// log would keep the journal from telling it more, and the log may be waiting for that.
+    pub(super) fn mark(&self) -> Mark {
+        self.durable().mark
+    }
+
+    /// The tail as of there; a copy for the same reason.
+    pub(super) fn tail(&self) -> Tail {
+        self.reached().1
+    }
+
+    /// Both, as of the same moment.
+    pub(super) fn reached(&self) -> (Mark, Tail) {
+        let durable = self.durable();
+        (durable.mark, durable.tail.clone())
+    }
+
+    /// Commits that are not durable yet.
+    #[cfg(test)]
+    pub(super) fn ahead(&self) -> usize {
+        self.durable().ahead.len()
+    }
+
+    fn durable(&self) -> MutexGuard<'_, Durable> {
         self.durable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -15,9 +15,9 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 
-use super::{LossReason, ReadError, StateError, Store};
+use super::{LossReason, Mark, ReadError, StateError, Store};
 use crate::batch::{Batch, BatchHead};
-use crate::head::{BadHead, Head, Position};
+use crate::head::{BadHead, Head, Position, Tail};
 use crate::log::Span;
 use crate::ranges::Ranges;
 
@@ -119,10 +119,7 @@ impl Store {
 
     /// A walk from the file on that holds an offset.
     pub(super) fn verify_from(&self, offset: u64) -> Result<Verifier, StateError> {
-        let (watermark, next_seq) = {
-            let durable = self.shared.progress.durable();
-            (durable.mark.watermark, durable.tail.next_seq.clone())
-        };
+        let (Mark { watermark, .. }, Tail { next_seq, .. }) = self.shared.progress.reached();
         let start = self.shared.progress.projection().start;
         let mut files: VecDeque<Span> = self.shared.log.spans(watermark).into();
         while files.len() > 1 && files[0].offsets.end <= offset {

@@ -147,7 +147,7 @@ impl World {
 
     /// What ran ahead, if the store has given it up.
     fn voided(&mut self) -> Chain {
-        if self.writer.shared.progress.durable().ahead.is_empty() {
+        if self.writer.shared.progress.ahead() == 0 {
             self.ahead.drain(..).map(|(_, attempt)| attempt).collect()
         } else {
             Vec::new()
