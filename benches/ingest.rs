@@ -375,8 +375,12 @@ async fn serve_front(config: Config, log: impl Append) -> anyhow::Result<()> {
         Routes::new(&config.routes)?,
         Access::load(&config.auth, &config.acl)?,
         downlink,
-        config.ingest.held_bytes_max,
-        config.gateway.shutdown_grace,
+        mqtt::Retained::new(config.retained.messages_max, config.retained.bytes_max, |_, _| None),
+        mqtt::Bounds {
+            sessions: &config.sessions,
+            held_bytes_max: config.ingest.held_bytes_max,
+            shutdown_grace: config.gateway.shutdown_grace,
+        },
     );
     let front = Front::bind(&config.listeners[0], None, Arc::new(shared)).await?;
     let Bind::Tcp(address) = *front.bound() else { bail!("it is on a Unix socket") };

@@ -16,7 +16,7 @@ use tracing::{error, info, warn};
 use crate::access::{Access, AccessError};
 use crate::addresses::Addresses;
 use crate::admin;
-use crate::config::{Bind, Config};
+use crate::config::{Bind, Config, ListenerConfig};
 use crate::ingest::device_key::RouteFilterError;
 use crate::ingest::{CommitterError, CommitterHandle, Ingest, Routes, clock};
 use crate::mqtt::{self, Downlink, Front, Tls, TlsError};
@@ -28,6 +28,9 @@ pub enum StartError {
     /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] storage::OpenError),
+    /// The state of the front cannot be read.
+    #[error("{0}; move the data folder away to begin anew")]
+    State(#[from] storage::StateError),
     /// An address cannot be bound.
     #[error("cannot listen on {address} ({key}): {source}; {}", bind_remedy(source))]
     Bind {
@@ -105,6 +108,8 @@ pub struct Gateway {
     reload: Reload,
     fronts: Vec<Front>,
     forwarders: Vec<Forwarder>,
+    front: Arc<mqtt::Shared>,
+    ingest: Ingest,
     downlink: Downlink,
     store: Store,
     committer: CommitterHandle,
@@ -139,25 +144,33 @@ impl Gateway {
         };
         let links_max = config.listeners.iter().map(|l| l.connections_max).sum();
         let downlink = Downlink::new(ingest.watermark(), links_max);
+        let rows = store.clone();
+        let retained = mqtt::Retained::new(
+            config.retained.messages_max,
+            config.retained.bytes_max,
+            // A message that cannot be read now is missed by one subscriber.
+            move |namespace, key| rows.state(namespace, key).ok().flatten(),
+        );
         let front = Arc::new(mqtt::Shared::new(
             ingest.clone(),
             routes,
             access,
             downlink.clone(),
-            config.ingest.held_bytes_max,
-            config.gateway.shutdown_grace,
+            retained,
+            mqtt::Bounds {
+                sessions: &config.sessions,
+                held_bytes_max: config.ingest.held_bytes_max,
+                shutdown_grace: config.gateway.shutdown_grace,
+            },
         ));
-        let mut fronts = Vec::new();
-        for (listener, tls) in config.listeners.iter().zip(&tls) {
-            match Front::bind(listener, tls.clone(), Arc::clone(&front)).await {
-                Ok(front) => fronts.push(front),
-                Err(source) => {
-                    // The store was opened: close it in good order before saying why.
-                    committer.stop().await.ok();
-                    return Err(bind_error("listener.bind", &listener.bind, source));
-                }
+        let fronts = match open_fronts(&config.listeners, &tls, &front, &store).await {
+            Ok(fronts) => fronts,
+            Err(error) => {
+                // The store was opened: close it in good order before saying why.
+                committer.stop().await.ok();
+                return Err(error);
             }
-        }
+        };
         let origin = Origin { gateway: config.gateway.id.clone(), epoch: store.epoch() };
         let lags: Vec<u64> = config.sinks.iter().map(|sink| sink.lag_bytes_max).collect();
         let forwarders: Vec<_> = config
@@ -181,7 +194,7 @@ impl Gateway {
         let parts = admin::Parts {
             gateway_id: config.gateway.id,
             started,
-            front,
+            front: Arc::clone(&front),
             ingest: ingest.clone(),
             store: store.clone(),
             sinks: forwarders
@@ -197,7 +210,19 @@ impl Gateway {
         };
         let grace = config.gateway.shutdown_grace;
         let admin = (admin, Arc::new(parts));
-        Ok(Self { addresses, reload, fronts, forwarders, downlink, store, committer, admin, grace })
+        Ok(Self {
+            addresses,
+            reload,
+            fronts,
+            forwarders,
+            front,
+            ingest,
+            downlink,
+            store,
+            committer,
+            admin,
+            grace,
+        })
     }
 
     /// Where it listens.
@@ -231,7 +256,9 @@ impl Gateway {
             fronts.spawn(front.run(front_stop.clone()));
         }
         fronts.spawn(packing::run(self.store.clone(), front_stop.clone()));
-        fronts.spawn(self.downlink.follow(self.store, front_stop.clone()));
+        let follow = self.downlink.follow(self.store, self.ingest, front_stop.clone());
+        fronts.spawn(follow);
+        fronts.spawn(self.front.sessions.clone().keep(front_stop.clone()));
         let mut sinks = JoinSet::new();
         for forwarder in self.forwarders {
             sinks.spawn(forwarder.run(sinks_stop.clone()));
@@ -332,6 +359,32 @@ fn bind_remedy(source: &std::io::Error) -> &'static str {
 
 fn bind_error(key: &'static str, address: &dyn Display, source: std::io::Error) -> StartError {
     StartError::Bind { key, address: address.to_string(), source }
+}
+
+/// Restores what the store has for clients, then binds: who connects finds it.
+async fn open_fronts(
+    listeners: &[ListenerConfig],
+    tls: &[Option<Arc<Tls>>],
+    front: &Arc<mqtt::Shared>,
+    store: &Store,
+) -> Result<Vec<Front>, StartError> {
+    load(front, store).await?;
+    let mut fronts = Vec::new();
+    for (listener, tls) in listeners.iter().zip(tls) {
+        let bound = Front::bind(listener, tls.clone(), Arc::clone(front)).await;
+        fronts.push(bound.map_err(|source| bind_error("listener.bind", &listener.bind, source))?);
+    }
+    Ok(fronts)
+}
+
+/// Reading the state of the front reads the disk, too.
+async fn load(front: &Arc<mqtt::Shared>, store: &Store) -> Result<(), StartError> {
+    let (front, store) = (Arc::clone(front), store.clone());
+    let loaded = tokio::task::spawn_blocking(move || {
+        front.retained.load(&store)?;
+        front.sessions.load(&store, Instant::now(), clock::now_us())
+    });
+    Ok(loaded.await.map_err(std::io::Error::other)??)
 }
 
 /// Opening reads the disk, and repairs after a kill: off the async workers.

@@ -182,6 +182,26 @@ impl State {
         })
     }
 
+    /// All values of a namespace as of the checkpoint, by key.
+    pub(crate) fn scan(&self, namespace: u16) -> Result<BTreeMap<Bytes, Bytes>, StateError> {
+        let mut rows = BTreeMap::new();
+        self.read(|transaction| {
+            let Some(table) = table(transaction.open_table(PROJECTION))? else {
+                return Ok(());
+            };
+            for row in table.range((namespace, &[][..])..)? {
+                let (key, value) = row?;
+                let (of, key) = key.value();
+                if of != namespace {
+                    break;
+                }
+                rows.insert(Bytes::copy_from_slice(key), Bytes::copy_from_slice(value.value()));
+            }
+            Ok(())
+        })?;
+        Ok(rows)
+    }
+
     /// Bytes that the file takes.
     pub(crate) fn used_bytes(&self) -> u64 {
         self.disk.used_bytes(NAME)

@@ -521,6 +521,23 @@ impl Store {
         }
     }
 
+    /// Every key of a namespace of the projection with its value, in the order of the keys, as of the
+    /// last durable commit. All of it is in memory at once: its owner bounds its namespace.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn states(&self, namespace: u16) -> Result<Vec<(Bytes, Bytes)>, StateError> {
+        let projection = self.shared.progress.projection();
+        let mut rows = self.shared.state.scan(namespace)?;
+        for (key, value) in projection.changes_in(namespace) {
+            match value {
+                Some(value) => drop(rows.insert(key.clone(), value.clone())),
+                None => drop(rows.remove(key)),
+            }
+        }
+        Ok(rows.into_iter().collect())
+    }
+
     /// A look at the store. What cannot be read counts as 0.
     pub fn stats(&self) -> StoreStats {
         let shared = &*self.shared;

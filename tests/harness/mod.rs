@@ -18,6 +18,7 @@ pub(crate) mod kafka_proxy;
 pub(crate) mod pki;
 pub(crate) mod raw;
 pub(crate) mod tunnel;
+pub(crate) mod wire;
 
 use std::io::Write as _;
 use std::path::Path;

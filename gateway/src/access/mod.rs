@@ -280,6 +280,12 @@ impl Access {
         Ok(Grant { client_id, user, standing, permissions, until, policy })
     }
 
+    /// Whether the rules of now let a client publish to a topic: for what it left to be published when
+    /// it is gone. `client_id` and `user` as it was let in with.
+    pub fn may_publish(&self, client_id: &str, user: Option<&str>, topic: &str) -> bool {
+        self.policy.borrow().acl.permissions(client_id, user).may_publish(topic)
+    }
+
     async fn check(
         &self,
         request: &Request<'_>,

@@ -75,7 +75,7 @@ fn front(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     counter(out, "mqtt_publishes_dropped", help, mqtt.publishes_dropped_total)?;
     let help = "Log-ins that failed";
     counter(out, "mqtt_logins_failed", help, mqtt.logins_failed_total)?;
-    let help = "Publishes and subscriptions that the rules did not allow";
+    let help = "Publishes, wills, subscriptions and waiting messages that the rules did not allow";
     counter(out, "mqtt_denied", help, mqtt.denied_total)?;
     let help = "Times that a client was not read for a while: it was over its rate";
     counter(out, "mqtt_paced", help, mqtt.paced_total)?;
@@ -84,7 +84,15 @@ fn front(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     counter(out, "mqtt_panics", "Connections that ended in a panic", mqtt.panics_total)?;
     counter(out, "mqtt_deliveries", "Messages to subscribers", mqtt.deliveries_total)?;
     let help = "Messages that a subscriber did not get: too slow, expired, or too large for it";
-    counter(out, "mqtt_deliveries_missed", help, mqtt.deliveries_missed_total)
+    counter(out, "mqtt_deliveries_missed", help, mqtt.deliveries_missed_total)?;
+    gauge(out, "mqtt_sessions", "Sessions that are kept", mqtt.sessions)?;
+    let help = "Bytes of messages that wait for their clients";
+    gauge(out, "mqtt_queued_bytes", help, mqtt.queued_bytes)?;
+    let help = "Messages not kept for a client at a bound of its queue";
+    counter(out, "mqtt_queued_dropped", help, mqtt.queued_dropped_total)?;
+    gauge(out, "mqtt_retained", "Topics with a retained message", mqtt.retained)?;
+    let help = "Messages not retained at a bound";
+    counter(out, "mqtt_retained_refused", help, mqtt.retained_refused_total)
 }
 
 fn ingest(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
@@ -257,7 +265,8 @@ mod tests {
             "ready": true, "not_ready": null,
             "mqtt": {"connections": 3, "connections_total": 4, "refused_total": 0,
                      "publishes_total": 9, "publishes_refused_total": 1,
-                     "publishes_dropped_total": 2, "protocol_errors_total": 0, "panics_total": 0,
+                     "publishes_dropped_total": 2, "sessions": 4, "queued_bytes": 5,
+                     "queued_dropped_total": 6, "retained": 7, "retained_refused_total": 8, "protocol_errors_total": 0, "panics_total": 0,
                      "deliveries_total": 6, "deliveries_missed_total": 5},
             "ingest": {"committed_events_total": 9, "committed_bytes_total": 90,
                        "commits_total": 2, "commit_failures_total": 0, "health": "at_quota",
@@ -281,6 +290,7 @@ mod tests {
             "edge_gateway_mqtt_publishes_total 9",
             "edge_gateway_ingest_ack_latency_seconds{quantile=\"0.99\"} 0.002",
             "edge_gateway_mqtt_publishes_dropped_total 2",
+            "edge_gateway_mqtt_queued_dropped_total 6",
             "edge_gateway_mqtt_deliveries_missed_total 5",
             "edge_gateway_ingest_health{state=\"at_quota\"} 1",
             "edge_gateway_ingest_health{state=\"storing\"} 0",

@@ -291,13 +291,18 @@ impl Parts {
             publishes_refused_total: read(&stats.publishes_refused),
             publishes_dropped_total: read(&stats.publishes_dropped),
             logins_failed_total: self.front.access.failures(),
-            denied_total: read(&stats.denied),
+            denied_total: read(&stats.denied) + read(&self.front.sessions.stats().wills_denied),
             paced_total: read(&stats.paced),
             protocol_errors_total: read(&stats.protocol_errors),
             panics_total: read(&stats.panics),
             deliveries_total: read(&stats.deliveries),
             deliveries_missed_total: read(&stats.deliveries_dropped)
                 + read(&self.front.downlink.stats().missed),
+            sessions: self.front.sessions.len() as u64,
+            queued_bytes: self.front.sessions.stats().queued_bytes.load(Ordering::Relaxed) as u64,
+            queued_dropped_total: read(&self.front.sessions.stats().dropped),
+            retained: self.front.retained.len() as u64,
+            retained_refused_total: self.front.retained.refused(),
         }
     }
 

@@ -59,7 +59,8 @@ pub struct MqttStatus {
     /// Log-ins that failed: an unknown user, a wrong password, a token that is none of ours.
     #[serde(default)]
     pub logins_failed_total: u64,
-    /// Publishes and subscriptions that the rules did not allow.
+    /// Publishes, wills and subscriptions that the rules did not allow, and messages that waited for a
+    /// client and that they do not allow it any more.
     #[serde(default)]
     pub denied_total: u64,
     /// Times that a client was not read for a while because it was over its rate.
@@ -71,9 +72,24 @@ pub struct MqttStatus {
     pub panics_total: u64,
     /// Messages written to subscribers.
     pub deliveries_total: u64,
-    /// Messages that a subscriber did not get: it did not keep up, they had expired, or they were
-    /// larger than it takes.
+    /// Messages that a subscriber did not get: it did not keep up, they had expired, they were larger
+    /// than it takes, or the rules do not allow them any more.
     pub deliveries_missed_total: u64,
+    /// Sessions that are kept, with a connection or without.
+    #[serde(default)]
+    pub sessions: u64,
+    /// Bytes of messages that wait for their clients.
+    #[serde(default)]
+    pub queued_bytes: u64,
+    /// Messages that were not kept for a client, or made room for others, at a bound of its queue.
+    #[serde(default)]
+    pub queued_dropped_total: u64,
+    /// Topics with a retained message.
+    #[serde(default)]
+    pub retained: u64,
+    /// Messages that were not retained, at a bound.
+    #[serde(default)]
+    pub retained_refused_total: u64,
 }
 
 /// From publish to ack. Counters are since the start of the process.

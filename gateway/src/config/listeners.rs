@@ -32,8 +32,8 @@ pub struct ListenerConfig {
     pub connect_timeout: Duration,
     /// Largest packet in bytes, fixed header included.
     pub packet_bytes_max: usize,
-    /// QoS 1 publishes of one connection that wait for their ack, at most; v5 clients are told so
-    /// as Receive Maximum.
+    /// QoS 1 and 2 publishes of one connection under way, at most; v5 clients are told so as Receive
+    /// Maximum.
     pub in_flight_max: u16,
     /// How fast one client may publish.
     pub client_rate: Rate,

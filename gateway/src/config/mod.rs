@@ -46,6 +46,10 @@ pub struct Config {
     pub routes: Vec<RouteConfig>,
     /// `[ingest]`.
     pub ingest: IngestConfig,
+    /// `[sessions]`.
+    pub sessions: SessionsConfig,
+    /// `[retained]`.
+    pub retained: RetainedConfig,
     /// `[storage]`.
     pub storage: StorageConfig,
     /// `[[sink]]`.
@@ -95,6 +99,34 @@ pub struct IngestConfig {
     pub commit_bytes_max: usize,
     /// Decoded publishes held for connections whose ring is full, in bytes over all connections.
     pub held_bytes_max: usize,
+}
+
+/// `[sessions]`: what is kept for clients beyond their connections.
+#[derive(Clone, Debug)]
+pub struct SessionsConfig {
+    /// Sessions that are kept, at most.
+    pub sessions_max: usize,
+    /// Longest time that a session is kept without a connection.
+    pub expiry_max: Duration,
+    /// Messages that wait for one client, at most.
+    pub queue_messages_max: usize,
+    /// Bytes of messages that wait for one client, at most.
+    pub queue_bytes_max: usize,
+    /// Bytes of messages that wait for all clients, at most. They are held in memory, too.
+    pub queued_bytes_max: usize,
+    /// Whether the oldest message makes room in a full queue; else the new one is dropped.
+    pub queue_drops_oldest: bool,
+    /// Longest keep-alive, which MQTT 5 clients are told; zero: theirs holds.
+    pub keep_alive_max: Duration,
+}
+
+/// `[retained]`.
+#[derive(Clone, Debug)]
+pub struct RetainedConfig {
+    /// Topics with a retained message, at most.
+    pub messages_max: usize,
+    /// Bytes of retained messages, at most.
+    pub bytes_max: usize,
 }
 
 /// `[storage]`.
@@ -261,6 +293,8 @@ fn read(root: &Section<'_, '_>) -> Config {
         acl: auth::read_acl(root),
         routes: read_routes(root),
         ingest: read_ingest(&root.section("ingest")),
+        sessions: read_sessions(&root.section("sessions")),
+        retained: read_retained(&root.section("retained")),
         storage: read_storage(&root.section("storage"), !sinks.is_empty()),
         sinks,
         admin: read_admin(&root.section("admin")),
@@ -353,6 +387,30 @@ fn read_ingest(section: &Section<'_, '_>) -> IngestConfig {
         ),
         commit_events_max: section.integer("commit_events_max", 1..=65_536, 4_096) as usize,
         commit_bytes_max: section.size("commit_bytes_max", 4 * KIB..=64 * MIB, 4 * MIB) as usize,
+    }
+}
+
+fn read_sessions(section: &Section<'_, '_>) -> SessionsConfig {
+    let policies = [("drop_oldest", true), ("drop_newest", false)];
+    SessionsConfig {
+        sessions_max: section.integer("sessions_max", 0..=1_000_000, 10_000) as usize,
+        expiry_max: section.time("expiry_max", SECOND..=36_500 * DAY, 7 * DAY),
+        queue_messages_max: section.integer("queue_messages_max", 1..=65_535, 1_000) as usize,
+        queue_bytes_max: section.size("queue_bytes_max", KIB..=GIB, 256 * KIB) as usize,
+        queued_bytes_max: section.size("queued_bytes_max", KIB..=GIB, 16 * MIB) as usize,
+        queue_drops_oldest: section.choice("queue_full", &policies, true),
+        keep_alive_max: section.time(
+            "keep_alive_max",
+            Duration::ZERO..=65_535 * SECOND,
+            Duration::ZERO,
+        ),
+    }
+}
+
+fn read_retained(section: &Section<'_, '_>) -> RetainedConfig {
+    RetainedConfig {
+        messages_max: section.integer("messages_max", 0..=1_000_000, 10_000) as usize,
+        bytes_max: section.size("bytes_max", 0..=GIB, 16 * MIB) as usize,
     }
 }
 

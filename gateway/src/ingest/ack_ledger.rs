@@ -61,6 +61,23 @@ impl<T> AckLedger<T> {
         Some(entry.ack)
     }
 
+    /// The ack of a publish that waits.
+    pub fn get(&self, number: u64) -> Option<&T> {
+        let index = usize::try_from(number.checked_sub(self.first)?).ok()?;
+        self.waiting.get(index).map(|entry| &entry.ack)
+    }
+
+    /// Changes every ack that waits.
+    pub fn for_each_mut(&mut self, change: impl FnMut(&mut T)) {
+        self.waiting.iter_mut().map(|entry| &mut entry.ack).for_each(change);
+    }
+
+    /// Gives up all that wait, oldest first: each ack, and whether its publish is durable.
+    pub fn drain(&mut self) -> impl Iterator<Item = (T, bool)> {
+        self.first += self.waiting.len() as u64;
+        self.waiting.drain(..).map(|entry| (entry.ack, entry.durable))
+    }
+
     /// Publishes that wait for their ack, durable or not.
     pub fn len(&self) -> usize {
         self.waiting.len()

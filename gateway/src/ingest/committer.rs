@@ -190,6 +190,8 @@ struct Standstill {
 #[derive(Debug, Default)]
 struct Batch {
     events: Vec<Event>,
+    /// Changes of state that are durable with them, in their order.
+    riders: Vec<Control>,
     waiting: Vec<Waiting>,
     size_bytes: usize,
 }
@@ -198,6 +200,9 @@ impl Batch {
     fn push(&mut self, pending: Pending) {
         self.size_bytes += pending.event.size_bytes();
         self.events.push(pending.event);
+        if let Some(riders) = pending.riders {
+            self.riders.extend(riders);
+        }
         if let Some(ticket) = pending.ticket {
             self.waiting.push(Waiting { ticket, read_at: pending.read_at });
         }
@@ -206,6 +211,7 @@ impl Batch {
     /// Leaves an empty batch that keeps its buffers.
     fn clear(&mut self) {
         self.events.clear();
+        self.riders.clear();
         self.waiting.clear();
         self.size_bytes = 0;
     }
@@ -246,7 +252,10 @@ impl<A: Append> Committer<A> {
         pace: Pace,
     ) -> Self {
         let seen = Arc::clone(&shared);
-        log.on_durable(move |mark| seen.in_flight.durable(mark, Instant::now()));
+        log.on_durable(move |mark| {
+            seen.changes.durable(mark.commit);
+            seen.in_flight.durable(mark, Instant::now());
+        });
         let woken = Arc::clone(&shared);
         log.on_failure(move || woken.rings.wake_committer());
         Self {
@@ -272,8 +281,8 @@ impl<A: Append> Committer<A> {
         while self.turn()?.is_continue() {}
         // What is left could not be stored and was not acked: its devices send it again.
         self.batch.fail();
-        if self.shared.cursors.waiting_since().is_some() {
-            self.commit_cursors();
+        if self.shared.cursors.waiting_since().is_some() || self.shared.changes.any() {
+            self.commit_state();
         }
         self.log.close()?;
         Ok(())
@@ -289,7 +298,7 @@ impl<A: Append> Committer<A> {
             return Ok(if gives_up { ControlFlow::Break(()) } else { ControlFlow::Continue(()) });
         }
         self.gather();
-        if !self.batch.events.is_empty() {
+        if !self.batch.events.is_empty() || self.shared.changes.any() {
             self.linger();
             self.commit(&[]);
             if self.retain_due() <= Instant::now() {
@@ -352,7 +361,7 @@ impl<A: Append> Committer<A> {
             self.shared.cursors.waiting_since().map(|since| since + self.pace.cursor_delay_max);
         let retain_due = self.retain_due();
         if cursors_due.is_some_and(|due| due <= now) {
-            self.commit_cursors();
+            self.commit_state();
         } else if retain_due <= now {
             self.retain();
         } else {
@@ -372,8 +381,8 @@ impl<A: Append> Committer<A> {
         }
     }
 
-    /// Commits the cursor moves alone; a batch that waits goes on waiting.
-    fn commit_cursors(&mut self) {
+    /// Commits the cursor moves and changes of state alone; a batch that waits goes on waiting.
+    fn commit_state(&mut self) {
         match hand_over(&mut self.log, &self.shared, &mut Batch::default(), &[]) {
             Ok(()) => self.committed_since = true,
             Err(error) => self.stop_short(error),
@@ -433,6 +442,7 @@ impl<A: Append> Committer<A> {
             failed_events = self.batch.events.len() as u64;
             self.batch.fail();
             self.shared.in_flight.fail();
+            self.shared.changes.failed(Vec::new(), now);
         }
         self.shared.count(|counters| {
             counters.failed_commits += 1;
@@ -499,7 +509,8 @@ impl<A: Append> Committer<A> {
         }
         let left = retry_at.saturating_duration_since(Instant::now());
         // A cursor that moved may be what retention waits for; one that was tried before waits.
-        let waiting_since = self.shared.cursors.waiting_since();
+        let waiting_since =
+            self.shared.cursors.waiting_since().max(self.shared.changes.waiting_since());
         let moved = !failed && waiting_since.is_some_and(|since| since > *tried_at);
         if !left.is_zero() && !moved && !stopping {
             Rings::pause(left);
@@ -507,7 +518,7 @@ impl<A: Append> Committer<A> {
         }
         if !failed {
             if waiting_since.is_some() && !self.batch.events.is_empty() {
-                self.commit_cursors();
+                self.commit_state();
             }
             self.retain();
         }
@@ -528,6 +539,8 @@ fn hand_over<A: Append>(
 ) -> Result<(), CommitError> {
     let mut control = shared.cursors.take();
     let moves = control.len();
+    let changes = shared.changes.take(&mut control);
+    control.extend_from_slice(&batch.riders);
     control.extend_from_slice(further);
     let began = Instant::now();
     match log.commit(&batch.events, &control, shared.now_us()) {
@@ -538,6 +551,7 @@ fn hand_over<A: Append>(
                 size_bytes: batch.size_bytes as u64,
                 began,
             };
+            shared.changes.committed(committed.commit, changes, &mut batch.waiting);
             shared.in_flight.committed(commit, &mut batch.waiting, Instant::now());
             batch.clear();
             Ok(())
@@ -547,6 +561,11 @@ fn hand_over<A: Append>(
             // carried is to be carried again: a log that is full is not written to for nothing.
             if moves > 0 || matches!(error, CommitError::Io { .. }) {
                 shared.cursors.carry_again(began);
+            }
+            if matches!(error, CommitError::Io { .. }) {
+                shared.changes.failed(changes, began);
+            } else {
+                shared.changes.put_back(changes, began);
             }
             Err(error)
         }

@@ -8,12 +8,13 @@
 //! # Code map
 //! - [`device_key`], [`partition`]: whose event it is, and which ring it takes.
 //! - `ring`: the rings, their byte budget, and who waits for whom.
-//! - [`committer`]: the thread that drains them into the log; `cursors`: what rides along.
+//! - [`committer`]: the thread that drains them into the log; `cursors`, `changes`: what rides along.
 //! - `in_flight`: tickets between commit and durability; [`mailbox`], [`ack_ledger`]: from there to
 //!   the connection, and in order to its client.
 //! - [`stats`], `latency`: what the operator sees. [`clock`]: the unit of the log's times.
 
 pub mod ack_ledger;
+mod changes;
 pub mod clock;
 pub mod committer;
 mod cursors;
@@ -39,11 +40,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use bridge::forwarder::MoveCursor;
-use storage::AtQuota;
+use storage::{AtQuota, Control};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::IngestConfig;
+use changes::Changes;
 use committer::{Committer, Pace};
 use cursors::Cursors;
 use in_flight::InFlight;
@@ -59,6 +61,8 @@ pub struct Pending {
     pub read_at: Instant,
     /// Whom to tell when it is durable; `None` for QoS 0.
     pub ticket: Option<Ticket>,
+    /// Changes of state that are durable with the event, or not at all.
+    pub riders: Option<Box<[Control]>>,
 }
 
 /// Whether new publishes are taken.
@@ -81,6 +85,7 @@ pub struct Ingest(Arc<Shared>);
 struct Shared {
     rings: Rings,
     cursors: Cursors,
+    changes: Changes,
     in_flight: InFlight,
     status: Mutex<(Health, Admission)>,
     /// Whether `status` admits publishes: what the connections look at for each of them.
@@ -135,6 +140,15 @@ impl Ingest {
     #[expect(clippy::result_large_err, reason = "the event goes back to its connection")]
     pub fn try_push(&self, pending: Pending) -> Result<(), Pending> {
         self.0.rings.try_push(pending)
+    }
+
+    /// Makes changes of state durable, in the order in which they are submitted; the ticket is
+    /// completed when they are. They pass at the quota, which is one of events. When a commit fails,
+    /// a change with a ticket is given up with it, and one without is tried again.
+    pub fn submit(&self, controls: Vec<Control>, ticket: Option<Ticket>) {
+        if self.0.changes.submit(controls, ticket, Instant::now()) {
+            self.0.rings.wake_committer();
+        }
     }
 
     /// Resolves when a push that failed is worth another try. May resolve early. Cancel safe.
@@ -207,6 +221,7 @@ impl Shared {
         Self {
             rings: Rings::new(partitions, ring_events_max, ring_bytes_max),
             cursors: Cursors::default(),
+            changes: Changes::default(),
             in_flight: InFlight::new(watermark, Instant::now()),
             status: Mutex::new((Health::Storing, Admission::Open)),
             open: AtomicBool::new(true),

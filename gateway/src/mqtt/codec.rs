@@ -48,14 +48,12 @@ const CORRELATION_DATA: u8 = 0x09;
 const SUBSCRIPTION_ID: u8 = 0x0B;
 const SESSION_EXPIRY: u8 = 0x11;
 const ASSIGNED_CLIENT_ID: u8 = 0x12;
+const SERVER_KEEP_ALIVE: u8 = 0x13;
 const REASON_STRING: u8 = 0x1F;
 const RECEIVE_MAX: u8 = 0x21;
 const TOPIC_ALIAS_MAX: u8 = 0x22;
-const MAX_QOS: u8 = 0x24;
-const RETAIN_AVAILABLE: u8 = 0x25;
 const USER_PROPERTY: u8 = 0x26;
 const MAX_PACKET_SIZE: u8 = 0x27;
-const SHARED_AVAILABLE: u8 = 0x2A;
 
 /// Protocol version of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,8 +80,8 @@ pub enum Packet {
     Publish(Box<Publish>),
     /// PUBACK.
     PubAck(u16),
-    /// PUBREC.
-    PubRec(u16),
+    /// PUBREC, and its reason code.
+    PubRec(u16, u8),
     /// PUBREL.
     PubRel(u16),
     /// PUBCOMP.
@@ -415,7 +413,9 @@ fn lift(packet: v3::Packet) -> Result<Packet, Violation> {
     Ok(match packet {
         v3::Packet::Publish(publish) => Packet::Publish(publish),
         v3::Packet::PublishAck { packet_id } => Packet::PubAck(packet_id.get()),
-        v3::Packet::PublishReceived { packet_id } => Packet::PubRec(packet_id.get()),
+        v3::Packet::PublishReceived { packet_id } => {
+            Packet::PubRec(packet_id.get(), reason::SUCCESS)
+        }
         v3::Packet::PublishRelease { packet_id } => Packet::PubRel(packet_id.get()),
         v3::Packet::PublishComplete { packet_id } => Packet::PubComp(packet_id.get()),
         v3::Packet::Subscribe { packet_id, topic_filters } => Packet::Subscribe(v5::Subscribe {
@@ -450,7 +450,9 @@ fn narrow(packet: v5::Packet) -> Result<Packet, Violation> {
     Ok(match packet {
         v5::Packet::Publish(publish) => Packet::Publish(publish),
         v5::Packet::PublishAck(ack) => Packet::PubAck(ack.packet_id.get()),
-        v5::Packet::PublishReceived(ack) => Packet::PubRec(ack.packet_id.get()),
+        v5::Packet::PublishReceived(ack) => {
+            Packet::PubRec(ack.packet_id.get(), ack.reason_code.into())
+        }
         v5::Packet::PublishRelease(ack) => Packet::PubRel(ack.packet_id.get()),
         v5::Packet::PublishComplete(ack) => Packet::PubComp(ack.packet_id.get()),
         v5::Packet::Subscribe(subscribe) => Packet::Subscribe(subscribe),
@@ -558,12 +560,15 @@ fn check_user_properties(properties: &[(ByteString, ByteString)]) -> Result<(), 
 /// What CONNACK tells a client that was let in.
 #[derive(Debug)]
 pub struct Welcome {
+    /// Whether there is a session from before.
+    pub session_present: bool,
     /// The client id that the server chose, if it did.
     pub assigned_client_id: Option<ByteString>,
-    /// Whether the client asked for a session that outlives the connection: it is told that there
-    /// is none.
-    pub session_expiry_asked: bool,
-    /// QoS 1 publishes that the client may have unacked.
+    /// Seconds that the session outlives the connection, where that is not what was asked for.
+    pub session_expiry_s: Option<u32>,
+    /// Keep-alive in seconds that the client has to use instead of its own.
+    pub keep_alive_s: Option<u16>,
+    /// QoS 1 and 2 publishes that the client may have under way.
     pub receive_max: std::num::NonZeroU16,
     /// Largest packet taken, in bytes.
     pub packet_bytes_max: u32,
@@ -571,28 +576,34 @@ pub struct Welcome {
     pub topic_alias_max: u16,
 }
 
-/// CONNACK with success. There is never a session from before.
+/// CONNACK with success. What is not said is available: QoS 2, retain, wildcards, identifiers, shared
+/// subscriptions.
 pub fn put_welcome(out: &mut BytesMut, version: Version, welcome: &Welcome) {
+    let flags = u8::from(welcome.session_present);
     match version {
-        Version::V3 => out.put_slice(&[header::CONNACK, 2, 0, reason::SUCCESS]),
+        Version::V3 => out.put_slice(&[header::CONNACK, 2, flags, reason::SUCCESS]),
         Version::V5 => {
             let mut list = BytesMut::with_capacity(64);
-            if welcome.session_expiry_asked {
-                list.put_slice(&[SESSION_EXPIRY, 0, 0, 0, 0]);
+            if let Some(seconds) = welcome.session_expiry_s {
+                list.put_u8(SESSION_EXPIRY);
+                list.put_u32(seconds);
             }
             list.put_u8(RECEIVE_MAX);
             list.put_u16(welcome.receive_max.get());
-            list.put_slice(&[MAX_QOS, 1, RETAIN_AVAILABLE, 0, MAX_PACKET_SIZE]);
+            list.put_u8(MAX_PACKET_SIZE);
             list.put_u32(welcome.packet_bytes_max);
             list.put_u8(TOPIC_ALIAS_MAX);
             list.put_u16(welcome.topic_alias_max);
-            list.put_slice(&[SHARED_AVAILABLE, 0]);
+            if let Some(seconds) = welcome.keep_alive_s {
+                list.put_u8(SERVER_KEEP_ALIVE);
+                list.put_u16(seconds);
+            }
             if let Some(client_id) = &welcome.assigned_client_id {
                 list.put_u8(ASSIGNED_CLIENT_ID);
                 put_field(&mut list, client_id.as_bytes());
             }
             put_head(out, header::CONNACK, 2 + variable_len(list.len()) + list.len());
-            out.put_slice(&[0, reason::SUCCESS]);
+            out.put_slice(&[flags, reason::SUCCESS]);
             put_variable(out, list.len());
             out.put_slice(&list);
         }
@@ -671,6 +682,11 @@ pub fn put_puback(out: &mut BytesMut, version: Version, packet_id: u16, code: u8
     put_ack(out, header::PUBACK, version, packet_id, code);
 }
 
+/// PUBREC.
+pub fn put_pubrec(out: &mut BytesMut, version: Version, packet_id: u16, code: u8) {
+    put_ack(out, header::PUBREC, version, packet_id, code);
+}
+
 /// PUBREL.
 pub fn put_pubrel(out: &mut BytesMut, version: Version, packet_id: u16, code: u8) {
     put_ack(out, header::PUBREL, version, packet_id, code);
@@ -735,8 +751,12 @@ pub struct Delivery<'a> {
     pub payload: &'a [u8],
     /// What else the publisher said.
     pub attributes: &'a Attributes,
-    /// Packet id: QoS 1. `None`: QoS 0.
+    /// QoS to send it with.
+    pub qos: u8,
+    /// Packet id, from QoS 1 on.
     pub packet_id: Option<u16>,
+    /// Whether it may have been sent before.
+    pub dup: bool,
     /// Retain flag.
     pub retain: bool,
     /// Seconds the message has left, where it expires.
@@ -763,8 +783,8 @@ pub fn put_publish(
     if 1 + variable_len(remaining) + remaining > bytes_max {
         return false;
     }
-    let qos = u8::from(delivery.packet_id.is_some()) << 1;
-    put_head(out, header::PUBLISH | qos | u8::from(delivery.retain), remaining);
+    let flags = u8::from(delivery.dup) << 3 | delivery.qos << 1 | u8::from(delivery.retain);
+    put_head(out, header::PUBLISH | flags, remaining);
     put_field(out, delivery.topic.as_bytes());
     if let Some(packet_id) = delivery.packet_id {
         out.put_u16(packet_id);

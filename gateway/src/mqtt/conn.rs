@@ -10,8 +10,9 @@
 //! pings flow; a QoS 1 client stops by itself at its window. Past `in_flight_max` held publishes, or
 //! past the byte budget over all connections, the socket is not read, and the keep-alive timer rests.
 
+mod deliver;
+
 use std::collections::VecDeque;
-use std::ops::ControlFlow;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,22 +22,25 @@ use bytes::{Bytes, BytesMut};
 use bytestring::ByteString;
 use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5;
-use storage::{Attribute, Attributes, Event};
+use storage::{Attribute, Attributes, Control, Event};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::auth::{self, Peer};
 use super::clients::{Clients, Seat};
-use super::codec::{self, Connect, Delivery};
-use super::downlink::{Downlink, Inbox, Interrupted, Options};
-use super::envelope::Envelope;
+use super::codec::{self, Connect, Refused};
+use super::downlink::{Downlink, Inbox, Interrupted, Options, PUBLISHER};
 use super::pace::{Pace, Paces};
 use super::reason::{self, Violation};
-use super::session::{Delivered, Effect, Limits, Publishing, Session};
+use super::retained::Retained;
+use super::rows::StoredWill;
+use super::session::{Effect, Limits, Publishing, Session};
+use super::sessions::{Attached, Kept, Sessions, Unattached};
 use super::stats::{FrontStats, LogLimit};
 use super::topic;
 use crate::access::{Access, Grant};
+use crate::config::SessionsConfig;
 use crate::ingest::device_key::{DeviceFrom, Routes};
 use crate::ingest::{AckMailbox, Admission, Ingest, Pending, Ticket, partition};
 
@@ -53,9 +57,6 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Smallest and largest buffer for what is read: it doubles when a piece fills it.
 const READ_BYTES: std::ops::RangeInclusive<usize> = 2 * 1024..=32 * 1024;
 
-/// Attribute of an event whose publisher must not get it back ([MQTT-3.8.3-3]): its client id.
-const PUBLISHER: u8 = 64;
-
 /// What all connections share.
 pub struct Shared {
     /// Where publishes go.
@@ -63,15 +64,21 @@ pub struct Shared {
     /// Device keys by topic.
     pub routes: Routes,
     /// Who is let in.
-    pub access: Access,
+    pub access: Arc<Access>,
     /// Where subscriptions are.
     pub downlink: Downlink,
+    /// Sessions that outlive their connections.
+    pub sessions: Sessions,
+    /// Retained messages.
+    pub retained: Retained,
     /// Byte budget of held publishes.
     pub held: Arc<Held>,
     /// Counters.
     pub stats: FrontStats,
     /// How long a shutdown may wait for acks.
     pub shutdown_grace: Duration,
+    /// See [`Limits::keep_alive_s_max`].
+    pub keep_alive_s_max: u16,
     /// See [`WRITE_STALL`].
     write_stall: Duration,
     clients: Clients,
@@ -79,18 +86,35 @@ pub struct Shared {
     log_limit: LogLimit,
 }
 
+/// Bounds over all connections.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds<'a> {
+    /// `[sessions]`.
+    pub sessions: &'a SessionsConfig,
+    /// Bytes of publishes held for connections whose ring is full.
+    pub held_bytes_max: usize,
+    /// How long a shutdown may wait for acks.
+    pub shutdown_grace: Duration,
+}
+
 impl Shared {
-    /// For all listeners of a process. `held_bytes_max` bounds the publishes held for connections
-    /// whose ring is full, over all connections.
+    /// For all listeners of a process.
     pub fn new(
         ingest: Ingest,
         routes: Routes,
         access: Access,
         downlink: Downlink,
-        held_bytes_max: usize,
-        shutdown_grace: Duration,
+        retained: Retained,
+        bounds: Bounds<'_>,
     ) -> Self {
+        let Bounds { sessions, held_bytes_max, shutdown_grace } = bounds;
+        let keep_alive_s_max = sessions.keep_alive_max.as_secs();
+        let access = Arc::new(access);
+        let (downlinks, retains, ingests) = (downlink.clone(), retained.clone(), ingest.clone());
         Self {
+            sessions: Sessions::new(sessions, downlinks, retains, ingests, access.clone()),
+            retained,
+            keep_alive_s_max: u16::try_from(keep_alive_s_max).unwrap_or(u16::MAX),
             ingest,
             routes,
             access,
@@ -209,41 +233,46 @@ pub async fn serve<R, W>(
     let (mut buf, mut out) = (BytesMut::new(), BytesMut::new());
     let peer = &*from.name;
     let connect = read_connect(&mut reader, &mut buf, &limits, connect_timeout, shared, stop).await;
-    let session = match connect {
+    let opened = match connect {
         Ok(Some(connect)) => {
+            let version = Some(connect.version);
             let admitted = auth::admit(&connect.packet, from, &shared.access);
-            match stop.run_until_cancelled(admitted).await {
-                None => return,
-                Some(Ok(grant)) => {
-                    Session::open(connect, &limits, fastrand::u64(..), Instant::now(), &mut out)
-                        .map(|session| (session, grant))
+            let Some(admitted) = stop.run_until_cancelled(admitted).await else { return };
+            let open = |grant: Grant| {
+                let session = Session::open(connect, &limits, fastrand::u64(..), Instant::now())?;
+                if shared.sessions.is_anothers(session.client_id(), grant.user()) {
+                    return Err(not_its_session());
                 }
-                Some(Err(violation)) => {
-                    codec::put_refusal(&mut out, connect.version, &violation);
-                    Err(violation)
-                }
-            }
+                Ok((session, grant))
+            };
+            admitted.and_then(open).map_err(|violation| Refused { version, violation })
         }
         Ok(None) => return,
-        Err(refused) => {
-            if let Some(version) = refused.version {
-                codec::put_refusal(&mut out, version, &refused.violation);
-            }
-            Err(refused.violation)
-        }
+        Err(refused) => Err(refused),
     };
-    let (session, grant) = match session {
+    let (mut session, grant) = match opened {
         Ok(opened) => opened,
-        Err(violation) => {
-            FrontStats::add(&shared.stats.connections_refused, 1);
-            if let Some(unlogged) = shared.log_limit.allows(Instant::now()) {
-                tracing::info!(peer, code = violation.code, why = %violation.why, unlogged, "refused");
-            }
-            say_goodbye(&mut writer, &mut out, shared).await;
-            return;
-        }
+        Err(refused) => return refuse(refused, &mut writer, &mut out, peer, shared).await,
     };
     let seat = shared.clients.enter(session.client_id()).await;
+    let (client_id, expiry_s) = (session.client_id().clone(), session.expiry_s());
+    let user = grant.user();
+    let attached = shared.sessions.attach(&client_id, user, session.is_clean_start(), expiry_s);
+    let Attached { kept, before, expiry_s } = match attached {
+        Ok(attached) => attached,
+        Err(unattached) => {
+            let violation = match unattached {
+                Unattached::TooMany => {
+                    let why = "as many sessions are kept as may be: connect without one";
+                    Violation::new(reason::SERVER_UNAVAILABLE, why)
+                }
+                Unattached::Anothers => not_its_session(),
+            };
+            let refused = Refused { version: Some(session.version()), violation };
+            return refuse(refused, &mut writer, &mut out, peer, shared).await;
+        }
+    };
+    session.welcome(before, kept.is_some(), expiry_s, &mut out);
     tracing::debug!(peer, client = %session.client_id(), version = ?session.version(), "connected");
 
     let mut conn = Conn {
@@ -255,9 +284,12 @@ pub async fn serve<R, W>(
         buf,
         out,
         hold: Hold { queue: VecDeque::new(), budget: shared.held.clone() },
-        mailbox: Arc::default(),
+        mailbox: kept.as_ref().map(|kept| kept.mailbox()).unwrap_or_default(),
         inbox: shared.downlink.inbox(),
-        marks_publisher: false,
+        marks_publisher: kept.as_ref().is_some_and(|kept| kept.has_no_local()),
+        kept,
+        retained_due: VecDeque::new(),
+        will: None,
         refused_full: false,
         device: None,
         durable: Vec::new(),
@@ -268,11 +300,38 @@ pub async fn serve<R, W>(
         read_bytes: *READ_BYTES.start(),
         chatter_bytes: 0,
     };
+    conn.drop_denied();
+    conn.settle_kept();
+    conn.leave_will();
     let mut end = conn.run(&mut reader, &mut writer, &seat, stop).await;
     if let End::Shutdown = end {
         end = conn.finish(&mut writer).await;
     }
     conn.end(end, &mut writer, peer).await;
+}
+
+fn not_its_session() -> Violation {
+    let why = "the session of this client id belongs to another user";
+    Violation::new(reason::NOT_AUTHORIZED, why)
+}
+
+/// Says why there is no session, and closes.
+async fn refuse<W: AsyncWrite + Unpin>(
+    refused: Refused,
+    writer: &mut W,
+    out: &mut BytesMut,
+    peer: &str,
+    shared: &Shared,
+) {
+    let Refused { version, violation } = refused;
+    if let Some(version) = version {
+        codec::put_refusal(out, version, &violation);
+    }
+    FrontStats::add(&shared.stats.connections_refused, 1);
+    if let Some(unlogged) = shared.log_limit.allows(Instant::now()) {
+        tracing::info!(peer, code = violation.code, why = %violation.why, unlogged, "refused");
+    }
+    say_goodbye(writer, out, shared).await;
 }
 
 /// Reads until a CONNECT is whole; `None` if there will be none.
@@ -283,7 +342,7 @@ async fn read_connect<R: AsyncRead + Unpin>(
     connect_timeout: Duration,
     shared: &Shared,
     stop: &CancellationToken,
-) -> Result<Option<Connect>, codec::Refused> {
+) -> Result<Option<Connect>, Refused> {
     let read = async {
         loop {
             if let Some(connect) = codec::decode_connect(buf, limits.packet_bytes_max)? {
@@ -326,8 +385,8 @@ struct Device {
     /// The user property of each publish that names another key.
     property: Option<String>,
     content_type: Option<ByteString>,
-    /// Attributes of a publish that says nothing beyond its QoS: 0 and 1.
-    plain: [Attributes; 2],
+    /// Attributes of a publish that says nothing beyond its QoS: 0, 1 and 2.
+    plain: [Attributes; 3],
 }
 
 struct Conn<'a> {
@@ -342,7 +401,14 @@ struct Conn<'a> {
     out: BytesMut,
     hold: Hold,
     mailbox: Arc<AckMailbox>,
+    /// Messages for a session that ends with the connection.
     inbox: Inbox,
+    /// The session, if it outlives the connection: then its messages are there.
+    kept: Option<Arc<Kept>>,
+    /// Retained messages that are due, by topic.
+    retained_due: VecDeque<(ByteString, Options)>,
+    /// The event that the will becomes.
+    will: Option<StoredWill>,
     /// Some subscription does not want this client's own publishes.
     marks_publisher: bool,
     /// A QoS 1 publish was refused because the store is full. The client may have sent others behind
@@ -385,6 +451,9 @@ impl Conn<'_> {
             if let Err(end) = self.digest().await {
                 return end;
             }
+            if let Err(end) = self.deliver_waiting().await {
+                return end;
+            }
             self.look_ahead();
             let deadline = self.deadline();
             // Set back only when it is due: a timer moved at every packet costs more than the packet.
@@ -406,6 +475,7 @@ impl Conn<'_> {
                 () = self.mailbox.changed() => self.collect(),
                 () = self.shared.ingest.room(), if !self.hold.queue.is_empty() => self.push_held(),
                 message = self.inbox.next(), if takes_delivery => self.deliver(message),
+                () = changed(self.kept.as_deref()) => Ok(()),
                 read = read_some(reader, &mut self.buf, self.read_bytes), if self.reading => {
                     self.was_read(read)
                 }
@@ -419,8 +489,11 @@ impl Conn<'_> {
 
     /// Works on everything that was read, as far as bounds allow.
     async fn digest(&mut self) -> Result<(), End> {
-        let mut publishes = [0; 2];
+        let mut publishes = [0; 3];
         let result = loop {
+            while let Some(turn) = self.session.next_turn() {
+                self.take(turn).await?;
+            }
             if !self.may_decode() {
                 break Ok(());
             }
@@ -436,11 +509,22 @@ impl Conn<'_> {
             let step = match self.session.receive(packet, &mut self.out) {
                 Ok(Effect::None) => Ok(()),
                 Ok(Effect::Publish(publishing)) => {
-                    publishes[usize::from(publishing.number.is_some())] += 1;
+                    publishes[usize::from(publishing.publish.qos.value())] += 1;
                     self.publish(publishing).map_err(End::from)
                 }
-                Ok(Effect::Subscribe(subscribe)) => self.subscribe(subscribe).await,
-                Ok(Effect::Unsubscribe(unsubscribe)) => self.unsubscribe(unsubscribe).await,
+                Ok(Effect::Release { packet_id, number }) => {
+                    self.keep(number, |kept| Some(kept.release(packet_id)));
+                    Ok(())
+                }
+                Ok(Effect::Received { packet_id, number }) => {
+                    self.keep(number, |kept| kept.received(packet_id));
+                    Ok(())
+                }
+                Ok(Effect::Acked(packet_id)) => {
+                    let gone = self.kept.as_ref().and_then(|kept| kept.acked(packet_id));
+                    self.submit(gone);
+                    Ok(())
+                }
                 Ok(Effect::Disconnect) => Err(End::Client),
                 Err(violation) => Err(violation.into()),
             };
@@ -546,9 +630,29 @@ impl Conn<'_> {
         Ok(())
     }
 
+    /// Makes a change of the session durable, and completes the number then.
+    fn keep(&mut self, number: u64, change: impl FnOnce(&Kept) -> Option<Control>) {
+        match self.kept.as_ref().and_then(|kept| change(kept)) {
+            Some(control) => self.submit_for(number, vec![control]),
+            None => self.session.complete(&[number], &mut self.out),
+        }
+    }
+
+    fn submit_for(&self, number: u64, controls: Vec<Control>) {
+        let ticket = Ticket { mailbox: self.mailbox.clone(), number };
+        self.shared.ingest.submit(controls, Some(ticket));
+    }
+
+    fn submit(&self, controls: impl IntoIterator<Item = Control>) {
+        let controls: Vec<_> = controls.into_iter().collect();
+        if !controls.is_empty() {
+            self.shared.ingest.submit(controls, None);
+        }
+    }
+
     /// Stores a publish, or holds it, or refuses it.
     fn publish(&mut self, publishing: Publishing) -> Result<(), Violation> {
-        let Publishing { publish, number } = publishing;
+        let Publishing { publish, number, receipt } = publishing;
         if let Some(pace) = &mut self.pace {
             pace.take(publish.topic.len() + publish.payload.len(), Instant::now());
         }
@@ -565,10 +669,14 @@ impl Conn<'_> {
         if !self.admits(number)? {
             return Ok(());
         }
+        let retain = publish.retain;
+        let event = self.event(*publish);
+        let riders = if retain || receipt.is_some() { self.riders(&event, receipt) } else { None };
         let pending = Pending {
-            event: self.event(*publish),
+            event,
             read_at: self.now,
             ticket: number.map(|number| Ticket { mailbox: self.mailbox.clone(), number }),
+            riders,
         };
         if !self.hold.queue.is_empty() {
             self.hold.push_back(pending);
@@ -576,6 +684,14 @@ impl Conn<'_> {
             self.hold.push_back(pending);
         }
         Ok(())
+    }
+
+    /// What has to be durable with an event: its receipt, and what it retains.
+    fn riders(&self, event: &Event, receipt: Option<u16>) -> Option<Box<[Control]>> {
+        let receipt = receipt.and_then(|id| self.kept.as_ref().map(|kept| kept.receipt(id)));
+        let riders: Box<[Control]> =
+            receipt.into_iter().chain(self.shared.retained.rider(event)).collect();
+        (!riders.is_empty()).then_some(riders)
     }
 
     /// Whether the store takes a publish now; refuses it if not.
@@ -589,6 +705,9 @@ impl Conn<'_> {
         if self.refused_full {
             FrontStats::add(&self.shared.stats.publishes_refused, 1);
             let why = "the store takes events again: connect, and send again what was refused";
+            if let Some(number) = number {
+                self.session.forget(number);
+            }
             return Err(Violation::new(reason::QUOTA_EXCEEDED, why));
         }
         Ok(true)
@@ -645,7 +764,7 @@ impl Conn<'_> {
             DeviceFrom::Property(name) => Some(name.clone()),
             _ => None,
         };
-        let plain = [QoS::AtMostOnce, QoS::AtLeastOnce].map(|qos| {
+        let plain = [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce].map(|qos| {
             let content_type = content_type.as_deref().map(Attribute::ContentType);
             Attributes::encode([Attribute::QoS(qos.value())].into_iter().chain(content_type))
         });
@@ -674,7 +793,7 @@ impl Conn<'_> {
         {
             self.attributes(&publish, device)
         } else {
-            device.plain[usize::from(publish.qos.value() & 1)].clone()
+            device.plain[usize::from(publish.qos.value())].clone()
         };
         let (device_key, partition) = match &device.property {
             Some(name) => device_of_property(&publish, name).map(|key| {
@@ -731,107 +850,32 @@ impl Conn<'_> {
 
     /// Acks what became durable.
     fn collect(&mut self) -> Result<(), End> {
-        if !self.mailbox.collect(&mut self.durable) {
+        let sound = self.mailbox.collect(&mut self.durable);
+        self.session.complete(&self.durable, &mut self.out);
+        self.durable.clear();
+        if !sound {
             let why = "an event could not be stored: send again what was not acked";
             return Err(Violation::new(reason::IMPLEMENTATION_SPECIFIC, why).into());
         }
-        self.session.complete(&self.durable, &mut self.out);
-        self.durable.clear();
         Ok(())
     }
 
-    async fn subscribe(&mut self, subscribe: v5::Subscribe) -> Result<(), End> {
-        let id = subscribe.id.map(std::num::NonZeroU32::get);
-        let mut filters: Vec<_> = subscribe
-            .topic_filters
-            .into_iter()
-            .map(|(filter, asked)| {
-                let qos = asked.qos.less_value(QoS::AtLeastOnce).value();
-                let retain_as_published = asked.retain_as_published;
-                (filter, Options { qos, no_local: asked.no_local, retain_as_published, id })
-            })
-            .collect();
-        let allowed: Vec<bool> =
-            filters.iter().map(|(filter, _)| self.grant.may_subscribe(filter)).collect();
-        let mut each = allowed.iter();
-        filters.retain(|_| each.next() == Some(&true));
-        let mut codes = self.inbox.subscribe(&filters).await?.into_iter();
-        let code = |allowed: &bool| if *allowed { codes.next() } else { None };
-        let codes: Vec<u8> =
-            allowed.iter().map(code).map(|code| code.unwrap_or(reason::NOT_AUTHORIZED)).collect();
-        FrontStats::add(&self.shared.stats.denied, (allowed.len() - filters.len()) as u64);
-        self.marks_publisher = self.inbox.has_no_local();
-        self.session.subscribed(subscribe.packet_id, &codes, &mut self.out);
-        Ok(())
-    }
-
-    async fn unsubscribe(&mut self, unsubscribe: v5::Unsubscribe) -> Result<(), End> {
-        let codes = self.inbox.unsubscribe(&unsubscribe.topic_filters).await?;
-        self.marks_publisher = self.inbox.has_no_local();
-        self.session.unsubscribed(unsubscribe.packet_id, &codes, &mut self.out);
-        Ok(())
-    }
-
-    /// Delivers a message, and those that are there already.
-    fn deliver(&mut self, first: Result<(Envelope, Options), Interrupted>) -> Result<(), End> {
-        self.check_grant()?;
-        let (mut sent, mut dropped) = (0, 0);
-        let now_us = self.shared.ingest.now_us();
-        let mut next = Some(first);
-        while let Some(message) = next {
-            let (envelope, options) = message?;
-            match self.deliver_one(&envelope, options, now_us) {
-                ControlFlow::Continue(()) => {}
-                ControlFlow::Break(Delivered::Sent) => sent += 1,
-                ControlFlow::Break(Delivered::TooLarge) => dropped += 1,
-            }
-            next = if self.takes_delivery() { self.inbox.try_next() } else { None };
-        }
-        FrontStats::add(&self.shared.stats.deliveries, sent);
-        FrontStats::add(&self.shared.stats.deliveries_dropped, dropped);
-        Ok(())
-    }
-
-    /// `Continue` if the message is not for this client.
-    fn deliver_one(
-        &mut self,
-        envelope: &Envelope,
-        options: Options,
-        now_us: u64,
-    ) -> ControlFlow<Delivered> {
-        let (mut qos, mut retain, mut expiry_s, mut own) = (0, false, None, false);
-        for attribute in envelope.attributes.iter() {
-            match attribute {
-                Attribute::QoS(published) => qos = published.min(options.qos),
-                Attribute::Retain => retain = options.retain_as_published,
-                Attribute::MessageExpiry(seconds) => expiry_s = Some(seconds),
-                Attribute::Unknown(PUBLISHER, id) => {
-                    own = options.no_local && id == self.session.client_id().as_bytes();
-                }
-                _ => {}
+    /// Makes the will durable, so that a restart does not forget it.
+    fn leave_will(&mut self) {
+        let Some(will) = self.session.will() else { return };
+        let (publish, delay_s) = ((*will.publish).clone(), will.delay_s);
+        if self.resolve(&publish.topic) {
+            let event = self.event(publish);
+            let will = StoredWill { event, delay_s, user: self.grant.user().cloned() };
+            self.shared.sessions.leave_will(self.session.client_id(), &will);
+            self.will = Some(will);
+        } else {
+            FrontStats::add(&self.shared.stats.publishes_refused, 1);
+            if let Some(unlogged) = self.shared.log_limit.allows(Instant::now()) {
+                let (client, topic) = (self.session.client_id(), shorten(&publish.topic));
+                tracing::warn!(%client, topic, unlogged, "no route takes the will");
             }
         }
-        if own {
-            return ControlFlow::Continue(());
-        }
-        if let Some(seconds) = &mut expiry_s {
-            // [MQTT-3.3.2-5], [MQTT-3.3.2-6]
-            let waited_s = now_us.saturating_sub(envelope.received_us) / 1_000_000;
-            match u64::from(*seconds).checked_sub(waited_s) {
-                Some(left) => *seconds = left as u32,
-                None => return ControlFlow::Break(Delivered::TooLarge),
-            }
-        }
-        let delivery = Delivery {
-            topic: &envelope.topic,
-            payload: &envelope.payload,
-            attributes: &envelope.attributes,
-            packet_id: None,
-            retain,
-            expiry_s,
-            subscription_id: options.id,
-        };
-        ControlFlow::Break(self.session.deliver(delivery, qos > 0, &mut self.out))
     }
 
     /// Shutdown: reads nothing more, waits for the acks of what was read, and says goodbye.
@@ -888,21 +932,37 @@ impl Conn<'_> {
             // What is held may stand behind what was refused.
             self.drop_held();
         }
-        if let Some(will) = self.session.take_will() {
-            if self.resolve(&will.topic) {
+        self.end_will();
+        self.settle().await;
+        if let Some(kept) = self.kept.take() {
+            let expiry_s = self.session.expiry_s();
+            let inbound = self.session.into_inbound();
+            self.shared.sessions.detach(&kept, inbound, expiry_s, Instant::now());
+        }
+    }
+
+    /// Publishes the will, or lets it wait, or cancels it.
+    fn end_will(&mut self) {
+        let Some(mut will) = self.will.take() else { return };
+        let sessions = &self.shared.sessions;
+        // The session's end makes it due at the latest.
+        let lasts_s = if self.kept.is_some() { self.session.expiry_s() } else { 0 };
+        let left = self.session.take_will();
+        let client_id = self.session.client_id();
+        match (left, will.delay_s.min(lasts_s)) {
+            (None, _) => sessions.cancel_will(client_id),
+            (Some(_), 0) if !sessions.allows_will(client_id, &will) => {}
+            (Some(_), 0) => {
+                will.event.received_us = self.shared.ingest.now_us();
+                let riders = sessions.riders_of_will(client_id, &will.event);
                 let (read_at, ticket) = (Instant::now(), None);
-                self.received_us = self.shared.ingest.now_us();
-                let event = self.event(*will);
-                self.hold.push_back(Pending { event, read_at, ticket });
-            } else {
-                FrontStats::add(&self.shared.stats.publishes_refused, 1);
-                if let Some(unlogged) = self.shared.log_limit.allows(Instant::now()) {
-                    let topic = shorten(&will.topic);
-                    tracing::warn!(%client, topic, unlogged, "no route takes the will");
-                }
+                self.hold.push_back(Pending { event: will.event, read_at, ticket, riders });
+            }
+            (Some(_), delay_s) => {
+                let due = Instant::now() + Duration::from_secs(delay_s.into());
+                sessions.will_due(client_id, will, due);
             }
         }
-        self.settle().await;
     }
 
     /// Gives what is held a last chance. QoS 1 publishes are not acked, and so still the device's.
@@ -931,7 +991,7 @@ impl Conn<'_> {
         if self.hold.queue.is_empty() {
             return;
         }
-        let dropped = self.hold.queue.iter().filter(|pending| pending.ticket.is_none()).count();
+        let dropped = self.hold.queue.iter().filter(|p| p.event.attributes.qos() == 0).count();
         FrontStats::add(&self.shared.stats.publishes_dropped, dropped as u64);
         if dropped > 0
             && let Some(unlogged) = self.shared.log_limit.allows(Instant::now())
@@ -939,7 +999,19 @@ impl Conn<'_> {
             let client = self.session.client_id();
             tracing::warn!(%client, dropped, unlogged, "its last publishes are not stored");
         }
-        while self.hold.pop_front().is_some() {}
+        while let Some(pending) = self.hold.pop_front() {
+            if let Some(ticket) = pending.ticket {
+                self.session.forget(ticket.number);
+            }
+        }
+    }
+}
+
+/// Resolves when a session that is kept may have something for its client.
+async fn changed(kept: Option<&Kept>) {
+    match kept {
+        Some(kept) => kept.changed().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -24,7 +24,7 @@ use bytestring::ByteString;
 use rumqttd::local::{LinkBuilder, LinkError, LinkRx, LinkTx};
 use rumqttd::protocol::{Disconnect, DisconnectReasonCode, Packet};
 use rumqttd::{Notification, Router, RouterConfig};
-use storage::{Store, StoredEvent};
+use storage::{Attribute, Control, Store, StoredEvent};
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
@@ -32,8 +32,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::envelope::{self, Envelope};
 use super::reason;
-use super::subscriptions::{Entry, Full, Subscriptions, Turn};
+use super::rows::{self, Message, Queued};
+use super::sessions::{self, Kept};
+use super::subscriptions::{Choice, Entry, Full, Matched, Subscriptions, Turn, Watcher};
 use super::topic;
+use crate::ingest::Ingest;
 
 /// Filters of one connection, at most.
 pub const SUBSCRIPTIONS_MAX: usize = 256;
@@ -65,6 +68,13 @@ const ROUTER_CALLS_MAX: usize = 8;
 
 /// Notifications that the router hands to a link at once.
 const ROUTER_BATCH: u64 = 100;
+
+/// The durable note of how far sessions were served is renewed after so many events of which none was
+/// for any: a restart reads what came after it again.
+const SERVED_EVERY: u64 = 16 * 1024;
+
+/// Attribute of an event whose publisher must not get it back ([MQTT-3.8.3-3]): its client id.
+pub const PUBLISHER: u8 = 64;
 
 /// Counters of the downlink.
 #[derive(Debug, Default)]
@@ -175,9 +185,47 @@ impl Downlink {
         }
     }
 
+    /// Adds a session to a filter, or changes what it asked for. What stands before offset `from` is
+    /// not for it; gives that offset, which stays that of the first time.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn watch(
+        &self,
+        text: &str,
+        kept: &Arc<Kept>,
+        options: Options,
+        from: u64,
+    ) -> Result<u64, Full> {
+        let mut table = lock(&self.0.table);
+        let first = table.subscriptions.is_empty();
+        let watcher = Watcher { kept: kept.clone(), options, from };
+        let from = table.subscriptions.watch(text, watcher)?;
+        if first {
+            table.next = from;
+            self.0.subscribed.notify_one();
+        }
+        Ok(from)
+    }
+
+    /// Takes a session off a filter.
+    pub fn unwatch(&self, text: &str, kept: &Arc<Kept>) {
+        lock(&self.0.table).subscriptions.unwatch(text, kept);
+    }
+
+    /// After a restart, before anything is served: the log is to be read from this offset on.
+    pub fn serve_from(&self, offset: u64) {
+        lock(&self.0.table).next = offset;
+    }
+
+    /// The durable end of the log now: where a subscription begins.
+    pub fn watermark(&self) -> u64 {
+        *self.0.watermark.borrow()
+    }
+
     /// Serves what becomes durable until `stop`, or until the watermark has no sender any more.
-    pub async fn follow(self, store: Store, stop: CancellationToken) {
-        let mut follower = Follower { downlink: self, link: None };
+    pub async fn follow(self, store: Store, ingest: Ingest, stop: CancellationToken) {
+        let mut follower = Follower::new(self, Some(ingest));
         let mut watermark = follower.downlink.0.watermark.clone();
         while let Some(Some(next)) = stop.run_until_cancelled(follower.work(&mut watermark)).await {
             if !follower.serve(&store, next).await {
@@ -195,9 +243,17 @@ struct Follower {
     downlink: Downlink,
     /// The writing side, and the reading side that keeps it open.
     link: Option<(LinkTx, LinkRx)>,
+    /// Where what sessions keep is made durable.
+    ingest: Option<Ingest>,
+    /// How far the durable note says that sessions were served.
+    served: u64,
 }
 
 impl Follower {
+    fn new(downlink: Downlink, ingest: Option<Ingest>) -> Self {
+        Self { downlink, link: None, ingest, served: 0 }
+    }
+
     /// Waits until there is something to serve. While nobody subscribes the log is not even looked
     /// at: the first subscription says where to begin.
     async fn work(&self, watermark: &mut watch::Receiver<u64>) -> Option<u64> {
@@ -230,7 +286,7 @@ impl Follower {
                 return false;
             }
         };
-        self.hand_out(&read.events).await;
+        self.hand_out(&read.events, read.next).await;
         let mut table = lock(&self.downlink.0.table);
         // A subscription that was the first meanwhile has moved it already.
         table.next = table.next.max(read.next);
@@ -239,10 +295,30 @@ impl Follower {
 
     /// Publishes what somebody subscribes to, and waits for its subscribers, so that what comes next
     /// does not push this out of the router before they have taken it.
-    async fn hand_out(&mut self, events: &[StoredEvent]) {
-        let (messages, slots) = self.downlink.address(events);
+    async fn hand_out(&mut self, events: &[StoredEvent], next: u64) {
+        let Addressed { messages, slots, kept } = self.downlink.address(events);
         self.publish(messages).await;
+        self.keep(kept, next).await;
         self.downlink.wait_for(&slots).await;
+    }
+
+    /// Makes durable what sessions keep of the events before `next`, together with the note that they
+    /// have it: after a crash nothing is kept twice, and nothing is missed.
+    async fn keep(&mut self, mut kept: Keeping, next: u64) {
+        let Some(ingest) = &self.ingest else { return };
+        if kept.controls.is_empty() && next < self.served + SERVED_EVERY {
+            return;
+        }
+        let note = next.to_le_bytes().to_vec();
+        kept.controls.push(rows::put(rows::SERVED, bytes::Bytes::new(), note));
+        self.served = next;
+        // A commit that failed took nothing of it: it is tried until one does not.
+        while !sessions::durable(ingest, kept.controls.clone()).await {
+            sleep(READ_RETRY).await;
+        }
+        for (session, place) in kept.places {
+            session.settled(place);
+        }
     }
 
     async fn publish(&mut self, messages: Vec<(Turn, bytes::Bytes)>) {
@@ -267,22 +343,96 @@ impl Follower {
     }
 }
 
+/// What a piece of the log is for whom.
+#[derive(Default)]
+struct Addressed {
+    /// For the router.
+    messages: Vec<(Turn, bytes::Bytes)>,
+    /// The filters that they are for.
+    slots: Vec<usize>,
+    kept: Keeping,
+}
+
+/// What sessions keep.
+#[derive(Default)]
+struct Keeping {
+    controls: Vec<Control>,
+    /// Where it stands, for when it is durable.
+    places: Vec<(Arc<Kept>, u64)>,
+}
+
+impl Keeping {
+    /// Offers an event to a session. `copy` is the event's copy, made for the first that takes it and
+    /// shared by all.
+    fn offer(&mut self, watcher: &Watcher, stored: &StoredEvent, copy: &mut Option<Message>) {
+        if stored.offset < watcher.from {
+            return;
+        }
+        let (kept, options, event) = (&watcher.kept, watcher.options, &stored.event);
+        let (mut qos, mut retain) = (0, false);
+        for attribute in event.attributes.iter() {
+            match attribute {
+                Attribute::QoS(published) => qos = published.min(options.qos),
+                Attribute::Retain => retain = options.retain_as_published,
+                Attribute::Unknown(PUBLISHER, id)
+                    if options.no_local && id == kept.client_id().as_bytes() =>
+                {
+                    return;
+                }
+                _ => {}
+            }
+        }
+        if qos == 0 && !kept.is_online() {
+            return;
+        }
+        let message = copy.get_or_insert_with(|| Message::of(event)).clone();
+        let queued = Queued {
+            packet_id: 0,
+            qos,
+            retain,
+            subscription_id: options.id,
+            message: Some(message),
+        };
+        let place = kept.offer(queued, &mut self.controls);
+        self.places.extend(place.map(|place| (kept.clone(), place)));
+    }
+}
+
 impl Downlink {
-    /// What to publish for these events, and the filters that it is for.
-    fn address(&self, events: &[StoredEvent]) -> (Vec<(Turn, bytes::Bytes)>, Vec<usize>) {
-        let mut table = lock(&self.0.table);
-        let (mut matched, mut messages, mut slots) = (Vec::new(), Vec::new(), Vec::new());
-        for StoredEvent { event, .. } in events {
-            table.subscriptions.matches(&event.topic, &mut matched);
-            for &slot in &matched {
-                let turn = table.subscriptions.turn(slot, envelope::size_bytes(event));
-                messages.extend(turn.map(|turn| (turn, envelope::encode(event, turn))));
-                if !slots.contains(&slot) {
-                    slots.push(slot);
+    /// What to do about these events.
+    fn address(&self, events: &[StoredEvent]) -> Addressed {
+        let mut guard = lock(&self.0.table);
+        let subscriptions = &mut guard.subscriptions;
+        let (mut matched, mut addressed) = (Matched::default(), Addressed::default());
+        for stored in events {
+            let event = &stored.event;
+            let mut copy = None;
+            subscriptions.matches(&event.topic, &mut matched);
+            for &slot in &matched.slots {
+                for watcher in subscriptions.watchers(slot) {
+                    addressed.kept.offer(watcher, stored, &mut copy);
+                }
+            }
+            for &group in &matched.groups {
+                match subscriptions.choose(group) {
+                    Some(Choice::Slot(slot)) => matched.slots.push(slot),
+                    Some(Choice::Kept(watcher)) => {
+                        addressed.kept.offer(&watcher, stored, &mut copy);
+                    }
+                    None => {}
+                }
+            }
+            for &slot in &matched.slots {
+                let Some(turn) = subscriptions.turn(slot, envelope::size_bytes(event)) else {
+                    continue;
+                };
+                addressed.messages.push((turn, envelope::encode(stored, turn)));
+                if !addressed.slots.contains(&slot) {
+                    addressed.slots.push(slot);
                 }
             }
         }
-        (messages, slots)
+        addressed
     }
 
     /// Waits, with [`PATIENCE`], for the subscribers of these filters.
@@ -479,6 +629,9 @@ pub struct Options {
 struct Subscription {
     entry: Entry,
     options: Options,
+    /// What stands before this offset was published before it, and is not for it: the follower may
+    /// be behind.
+    from: u64,
     /// Next message expected; `None` before the first.
     seq: Option<u64>,
 }
@@ -502,6 +655,11 @@ fn lost(_: LinkError) -> Interrupted {
 }
 
 impl Inbox {
+    /// Whether there is a subscription to this filter.
+    pub fn has(&self, filter: &str) -> bool {
+        self.by_text.contains_key(filter)
+    }
+
     /// Whether any subscription asks not to get what its client published.
     pub fn has_no_local(&self) -> bool {
         self.by_number.values().any(|subscription| subscription.options.no_local)
@@ -530,8 +688,8 @@ impl Inbox {
 
     /// Enters one filter; its slot goes to `new` if the router has to hear of it.
     fn enter(&mut self, text: &ByteString, options: Options, new: &mut Vec<usize>) -> u8 {
-        if topic::is_shared(text) {
-            return reason::SHARED_NOT_SUPPORTED;
+        if topic::is_shared(text) && topic::shared(text).is_none() {
+            return reason::FILTER_INVALID;
         }
         if let Some(number) = self.by_text.get(text) {
             // [MQTT-3.8.4-3]: it replaces the one before.
@@ -560,7 +718,9 @@ impl Inbox {
         new.push(entry.slot);
         // A copy: the filter lives longer than the read buffer that it came in.
         self.by_text.insert(ByteString::from(&**text), entry.number);
-        self.by_number.insert(entry.number, Subscription { entry, options, seq: None });
+        // Who joins a group gets its turn at all that the group has not had.
+        let from = if topic::is_shared(text) { 0 } else { self.downlink.watermark() };
+        self.by_number.insert(entry.number, Subscription { entry, options, from, seq: None });
         options.qos
     }
 
@@ -647,7 +807,7 @@ impl Inbox {
     }
 
     /// Says how far this subscriber is, and counts what it missed. `None` for what was on its way
-    /// when the subscription ended.
+    /// when the subscription ended, or before it began.
     fn take(&mut self, envelope: Envelope) -> Option<(Envelope, Options)> {
         let subscription = self.by_number.get_mut(&envelope.number)?;
         let missed = envelope.seq.saturating_sub(subscription.seq.unwrap_or(envelope.seq));
@@ -657,7 +817,7 @@ impl Inbox {
         subscription.seq = Some(envelope.seq + 1);
         subscription.entry.progress.set(envelope.end);
         self.downlink.0.taken.notify_one();
-        Some((envelope, subscription.options))
+        (envelope.offset >= subscription.from).then_some((envelope, subscription.options))
     }
 }
 

@@ -4,11 +4,12 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use bytestring::ByteString;
-use storage::{Attributes, Event};
+use storage::{Attributes, Event, StoredEvent};
 
+use super::rows::Message;
 use super::subscriptions::Turn;
 
-const HEAD_BYTES: usize = 4 * 8 + 2 + 4;
+const HEAD_BYTES: usize = 5 * 8 + 2 + 4;
 
 /// An event on its way to the subscribers of one filter.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,14 +20,10 @@ pub struct Envelope {
     pub seq: u64,
     /// Position after it, in bytes.
     pub end: u64,
-    /// When the gateway received the event, in microseconds since the Unix epoch.
-    pub received_us: u64,
-    /// Topic.
-    pub topic: ByteString,
-    /// What else the publisher said.
-    pub attributes: Attributes,
-    /// Payload.
-    pub payload: Bytes,
+    /// Its offset in the log.
+    pub offset: u64,
+    /// The event.
+    pub message: Message,
 }
 
 /// Bytes that an event takes in an envelope.
@@ -35,12 +32,14 @@ pub fn size_bytes(event: &Event) -> u64 {
 }
 
 /// Packs an event for its turn.
-pub fn encode(event: &Event, turn: Turn) -> Bytes {
+pub fn encode(stored: &StoredEvent, turn: Turn) -> Bytes {
+    let event = &stored.event;
     let size = size_bytes(event);
     let mut out = BytesMut::with_capacity(size as usize);
     out.put_u64_le(turn.number);
     out.put_u64_le(turn.seq);
     out.put_u64_le(turn.position + size);
+    out.put_u64_le(stored.offset);
     out.put_u64_le(event.received_us);
     out.put_u16_le(event.topic.len() as u16);
     out.put_u32_le(event.attributes.len() as u32);
@@ -57,7 +56,7 @@ impl Envelope {
             return None;
         }
         let (number, seq, end) = (bytes.get_u64_le(), bytes.get_u64_le(), bytes.get_u64_le());
-        let received_us = bytes.get_u64_le();
+        let (offset, received_us) = (bytes.get_u64_le(), bytes.get_u64_le());
         let topic_len = usize::from(bytes.get_u16_le());
         let attributes_len = bytes.get_u32_le() as usize;
         if bytes.len() < topic_len + attributes_len {
@@ -65,7 +64,8 @@ impl Envelope {
         }
         let topic = ByteString::try_from(bytes.split_to(topic_len)).ok()?;
         let attributes = Attributes::from_bytes(bytes.split_to(attributes_len));
-        Some(Self { number, seq, end, received_us, topic, attributes, payload: bytes })
+        let message = Message { received_us, topic, attributes, payload: bytes };
+        Some(Self { number, seq, end, offset, message })
     }
 }
 
@@ -86,7 +86,8 @@ mod tests {
             payload: Bytes::from_static(b"\0payload"),
         };
         let turn = Turn { slot: 9, number: 11, position: 100, seq: 5 };
-        let bytes = encode(&event, turn);
+        let stored = StoredEvent { offset: 13, seq: 0, event: event.clone() };
+        let bytes = encode(&stored, turn);
         assert_eq!(bytes.len() as u64, size_bytes(&event));
         let envelope = Envelope::decode(bytes.clone()).unwrap();
         assert_eq!(
@@ -95,10 +96,8 @@ mod tests {
                 number: 11,
                 seq: 5,
                 end: 100 + bytes.len() as u64,
-                received_us: 7,
-                topic: event.topic.clone(),
-                attributes: event.attributes.clone(),
-                payload: event.payload.clone(),
+                offset: 13,
+                message: Message::of(&event),
             }
         );
         assert_eq!(Envelope::decode(bytes.slice(..HEAD_BYTES)), None);

@@ -72,6 +72,7 @@ impl Front {
         let limits = Limits {
             packet_bytes_max: config.packet_bytes_max,
             in_flight_max: NonZeroU16::new(config.in_flight_max).unwrap_or(NonZeroU16::MIN),
+            keep_alive_s_max: shared.keep_alive_s_max,
         };
         Ok(Self {
             bound: socket.bound()?,
@@ -243,7 +244,9 @@ mod tests {
     use super::*;
     use crate::ingest::{Ingest, Routes};
     use crate::mqtt::Downlink;
-    use crate::mqtt::conn::tests::{Gate, ingest_config, listener_config, open_access};
+    use crate::mqtt::conn::tests::{
+        Gate, ingest_config, listener_config, open_access, sessions_config,
+    };
 
     #[tokio::test]
     async fn a_connection_that_panicked_is_counted_and_gone() {
@@ -252,8 +255,14 @@ mod tests {
             Ingest::start(Gate::default(), 0, &ingest_config(), at_quota, Duration::from_mins(1))
                 .unwrap();
         let downlink = Downlink::new(ingest.watermark(), 1);
+        let retained = crate::mqtt::Retained::new(0, 0, |_, _| None);
+        let bounds = crate::mqtt::conn::Bounds {
+            sessions: &sessions_config(),
+            held_bytes_max: 0,
+            shutdown_grace: Duration::ZERO,
+        };
         let (routes, access) = (Routes::default(), open_access());
-        let shared = Shared::new(ingest, routes, access, downlink, 0, Duration::ZERO);
+        let shared = Shared::new(ingest, routes, access, downlink, retained, bounds);
         let front = Front::bind(&listener_config(), None, Arc::new(shared)).await.unwrap();
         let stats = front.stats();
         FrontStats::add(&stats.connections, 1);

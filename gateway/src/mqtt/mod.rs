@@ -1,10 +1,9 @@
-//! The MQTT front: 3.1, 3.1.1 and 5 on one port, QoS 0 and 1, subscriptions.
+//! The MQTT front: 3.1, 3.1.1 and 5 on one port.
 //!
 //! Owns: everything between a socket and a ring, and between the durable log and a subscriber.
-//! Invariant: a PUBACK leaves only after its event's completion came from the committer, in the
-//! order in which the PUBLISHes came.
-//! Deliberately absent, until later: QoS 2 and retained messages (refused by the book), sessions
-//! that outlive their connection (session present is always 0, and v5 is told an expiry of 0), shared subscriptions and enhanced authentication (refused by the book).
+//! Invariant: a PUBACK or PUBREC leaves only after its event's completion came from the committer, a
+//! PUBCOMP only after the end of its receipt is durable, each in the order of what it answers.
+//! Deliberately absent, until later: enhanced authentication (refused by the book).
 //!
 //! # Code map
 //! - [`codec`]: bytes and packets, with every rule about single packets; [`reason`], [`topic`].
@@ -13,13 +12,16 @@
 //! - [`conn`]: one task per connection; [`clients`]: one connection per client id.
 //! - [`pace`]: how fast a client may publish (pure).
 //! - [`listener`]: accepting, TLS, WebSocket, limits, shutdown. [`Front`] is what the wiring holds.
+//! - [`sessions`]: what outlives connections: subscriptions, receipts, waiting messages, wills;
+//!   [`retained`]: the last message of each topic; [`rows`]: how both lie in the store.
 //! - [`subscriptions`], [`envelope`], [`downlink`]: from the log to the subscribers.
 //!
 //! # Bounds
 //! Per connection: one packet of `packet_bytes_max` in the read buffer, [`conn::OUT_BYTES_MAX`] and
-//! one delivery in the other, `in_flight_max` publishes held or unacked,
-//! [`session::DOWNLINK_IN_FLIGHT_MAX`] deliveries unacked, [`session::TOPIC_ALIAS_MAX`] aliases,
-//! [`downlink::SUBSCRIPTIONS_MAX`] filters. Over all: `connections_max`, `held_bytes_max`,
+//! one delivery in the other, `in_flight_max` publishes held or unacked and (v3) four times as many
+//! QoS 2 receipts, [`session::DOWNLINK_IN_FLIGHT_MAX`] deliveries unacked,
+//! [`session::TOPIC_ALIAS_MAX`] aliases, [`downlink::SUBSCRIPTIONS_MAX`] filters. Over all:
+//! `connections_max`, `held_bytes_max`, the bounds of `[sessions]` and `[retained]`,
 //! [`subscriptions::FILTERS_MAX`] filters, each with half a megabyte of the local bus at most beside
 //! its largest message.
 //!
@@ -27,17 +29,29 @@
 //! - A publish that no route takes, or to `$SYS/` or `$share/`: v5 answers 0x90. v3 has no negative
 //!   ack and must not get a positive one, so that the connection is closed and the log names the
 //!   topic; at QoS 0 the publish is dropped and counted, in both versions.
-//! - Retained publishes: v5 is told that there is no retain (0x9A). v3 has no word for that: the
-//!   event is stored with its flag, and nothing is kept for later subscribers.
+//! - A retained publish past the bounds of `[retained]` is stored and acked as any other, and is not
+//!   retained: what was retained before is not the last any more, and goes.
 //! - Overlapping subscriptions: one copy for each, with its own QoS and subscription identifier
 //!   [MQTT-3.3.4-2], [MQTT-3.3.5-1 of 3.1.1].
+//! - Shared subscriptions, in all versions: each message goes to one member, in turns among those that
+//!   are connected; where none is, a member whose session is kept gets it when it is back.
+//! - A SUBSCRIBE takes its turn behind the publishes that came before it on its connection: whoever
+//!   retains a message and subscribes finds it.
+//! - A session's messages of QoS 1 and 2 are sent from its durable queue also while it is connected;
+//!   messages of QoS 0 do not wait for who is away.
 //! - Credentials are not looked at where a certificate has decided, or where neither users nor tokens
 //!   are configured and the listener lets in anonymous clients.
 //! - A publish that the rules do not allow: v5 answers 0x87. v3 is closed, as above.
 //! - Who lost rights by a change of the configuration is disconnected (v5: 0x98), so that nothing of
-//!   what it had lives on.
+//!   what it had lives on. A session that is kept loses, when its client is back, the subscriptions that
+//!   the rules do not allow any more, and what waits for it of their topics; a will that they do not
+//!   allow when it is due is not published.
+//! - A session that is kept belongs to the user whose client began it. Another user, or an anonymous
+//!   client, with its client id is refused (0x87; 3.1.1: 5), clean start or not: it would read what
+//!   waits there, or end it. The session of an anonymous client is nobody's: a user gets a new one.
 //! - Wills are published when the gateway shuts down, too: their connections end without the client's
-//!   DISCONNECT. A will delay never applies, as the session ends with the connection.
+//!   DISCONNECT. After a crash a will waits for [`sessions::GRACE`] at least, in which its client may
+//!   come back.
 //! - A client that does not read: its packets are read no more while [`conn::OUT_BYTES_MAX`] wait,
 //!   it misses messages of its subscriptions (counted), and is closed after [`conn::WRITE_STALL`].
 
@@ -50,15 +64,19 @@ pub mod envelope;
 pub mod listener;
 pub mod pace;
 pub mod reason;
+pub mod retained;
+pub mod rows;
 pub mod session;
+pub mod sessions;
 pub mod stats;
 pub mod subscriptions;
 pub mod topic;
 #[cfg(test)]
 pub(crate) mod wire;
 
-pub use conn::{Held, Shared};
+pub use conn::{Bounds, Held, Shared};
 pub use downlink::Downlink;
 pub use listener::Front;
 pub use listener::tls::{Tls, TlsError};
+pub use retained::Retained;
 pub use stats::FrontStats;

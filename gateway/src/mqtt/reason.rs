@@ -2,7 +2,7 @@
 //!
 //! Owns: the numbers of MQTT 5 section 2.4 that this server sends, their 3.1.1 counterparts in
 //! CONNACK, and [`Violation`], the one error of the protocol's pure parts.
-//! Deliberately absent: codes of QoS 2 receipts and of enhanced authentication.
+//! Deliberately absent: codes of enhanced authentication.
 
 use std::borrow::Cow;
 
@@ -36,6 +36,8 @@ pub const TAKEN_OVER: u8 = 0x8E;
 pub const FILTER_INVALID: u8 = 0x8F;
 /// Topic name invalid.
 pub const TOPIC_INVALID: u8 = 0x90;
+/// Packet identifier in use.
+pub const PACKET_ID_IN_USE: u8 = 0x91;
 /// Packet identifier not found.
 pub const PACKET_ID_NOT_FOUND: u8 = 0x92;
 /// Receive maximum exceeded.
@@ -48,12 +50,6 @@ pub const PACKET_TOO_LARGE: u8 = 0x95;
 pub const QUOTA_EXCEEDED: u8 = 0x97;
 /// Administrative action.
 pub const ADMINISTRATIVE_ACTION: u8 = 0x98;
-/// Retain not supported.
-pub const RETAIN_NOT_SUPPORTED: u8 = 0x9A;
-/// QoS not supported.
-pub const QOS_NOT_SUPPORTED: u8 = 0x9B;
-/// Shared subscriptions not supported.
-pub const SHARED_NOT_SUPPORTED: u8 = 0x9E;
 /// Success; as a SUBACK code: granted QoS 0.
 pub const SUCCESS: u8 = 0x00;
 /// UNSUBACK: no subscription existed.

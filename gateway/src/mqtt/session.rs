@@ -1,13 +1,17 @@
 //! What a connection has agreed on, and what each packet does: the protocol as a pure state machine.
 //!
 //! Owns: the rules of MQTT 3.1.1 and 5 beyond single packets: CONNECT, keep-alive, windows both
-//! ways, topic aliases, the will, the order of acks.
-//! Invariant: PUBACKs leave in the order in which their PUBLISHes came, each only after it was
-//! completed [MQTT-4.6.0-2].
+//! ways, topic aliases, the will, the order of acks. `inbound` is what the client is owed, `outbound`
+//! what it owes.
+//! Invariant: acks leave in the order in which their packets came, each only after it was completed
+//! [MQTT-4.6.0-2].
 //! Deliberately absent: I/O, clocks, tokio. Time is an argument; what is to be sent is appended to
-//! the caller's buffer; what the caller must do comes back as an [`Effect`]. Sessions end with their
-//! connection: session present is always false, and v5 clients are told so.
+//! the caller's buffer; what the caller must do comes back as an [`Effect`].
 
+mod inbound;
+mod outbound;
+
+use std::collections::VecDeque;
 use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
@@ -17,17 +21,27 @@ use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5;
 
 use super::codec::{self, Connect, Delivery, Packet, Version, Welcome};
+use super::downlink::Options;
 use super::reason::{self, Violation};
-use crate::ingest::AckLedger;
+pub use inbound::Inbound;
+use inbound::{Arrival, Release};
+use outbound::{Received, Stage, Window};
 
 /// Topic aliases a v5 client may use.
 pub const TOPIC_ALIAS_MAX: u16 = 16;
 
-/// QoS 1 messages on their way to one client, at most; fewer if it asks so by Receive Maximum.
+/// QoS 1 and 2 messages on their way to one client, at most; fewer if it asks so by Receive Maximum.
 pub const DOWNLINK_IN_FLIGHT_MAX: u16 = 64;
 
 /// Longest client id taken, in bytes.
 pub const CLIENT_ID_BYTES_MAX: usize = 1024;
+
+/// QoS 2 exchanges of a v3 client, which knows no Receive Maximum, as a multiple of what a v5 client
+/// may have under way: it learns of our limit only by being disconnected.
+const RECEIPTS_FACTOR: usize = 4;
+
+/// Answers of other kinds than acks of publishes that may wait; more are not read.
+const TURNS_MAX: usize = 64;
 
 /// A client that takes no packet of this size, in bytes, gets no reason strings.
 const REASON_STRING_BYTES_MIN: usize = 128;
@@ -37,8 +51,10 @@ const REASON_STRING_BYTES_MIN: usize = 128;
 pub struct Limits {
     /// Largest packet taken, in bytes.
     pub packet_bytes_max: usize,
-    /// QoS 1 publishes that wait for their ack, at most.
+    /// QoS 1 and 2 publishes under way, at most.
     pub in_flight_max: NonZeroU16,
+    /// Longest keep-alive; a v5 client is told, and one that has none gets it. 0: none.
+    pub keep_alive_s_max: u16,
 }
 
 /// A publish to be stored.
@@ -46,8 +62,10 @@ pub struct Limits {
 pub struct Publishing {
     /// The packet; its topic is whole, aliases are resolved.
     pub publish: Box<Publish>,
-    /// Its number in the order of acks; `None` for QoS 0.
+    /// Its number in the order of acks; `None` for QoS 0 that nothing waits for.
     pub number: Option<u64>,
+    /// Packet id of the receipt that is to be stored with it: QoS 2.
+    pub receipt: Option<u16>,
 }
 
 /// What the caller must do about a packet.
@@ -57,12 +75,70 @@ pub enum Effect {
     None,
     /// Store it, then [`Session::complete`] its number; or [`Session::refuse`] it.
     Publish(Publishing),
-    /// Subscribe, then [`Session::subscribed`].
-    Subscribe(v5::Subscribe),
-    /// Unsubscribe, then [`Session::unsubscribed`].
-    Unsubscribe(v5::Unsubscribe),
+    /// Make the end of a receipt durable, then [`Session::complete`] the number.
+    Release {
+        /// Packet id of the receipt.
+        packet_id: u16,
+        /// Its number in the order of acks.
+        number: u64,
+    },
+    /// A message that the session keeps has reached the client for good: it is done with.
+    Acked(u16),
+    /// A QoS 2 message that the session keeps has reached the client: make durable that it is
+    /// released, then [`Session::complete`] the number.
+    Received {
+        /// Packet id of the message.
+        packet_id: u16,
+        /// Its number in the order of acks.
+        number: u64,
+    },
     /// The client has said goodbye: close.
     Disconnect,
+}
+
+/// What waits for its turn among the acks: everything that came before it is durable then.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Subscribe, then [`Session::await_suback`] or [`Session::subscribed`].
+    Subscribe(v5::Subscribe),
+    /// Unsubscribe, then [`Session::await_unsuback`] or [`Session::unsubscribed`].
+    Unsubscribe(v5::Unsubscribe),
+    /// A subscription is durable.
+    SubAck {
+        /// Packet id of the SUBSCRIBE.
+        packet_id: NonZeroU16,
+        /// Code of each filter.
+        codes: Vec<u8>,
+        /// Retained messages that are due then.
+        retained: Vec<Retained>,
+    },
+    /// Messages for the client are durable, at these places of its queue.
+    Settled(Vec<u64>),
+    /// An unsubscription is durable.
+    UnsubAck {
+        /// Packet id of the UNSUBSCRIBE.
+        packet_id: NonZeroU16,
+        /// Code of each filter.
+        codes: Vec<u8>,
+    },
+}
+
+/// A new subscription that wants what is retained.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retained {
+    /// The filter.
+    pub filter: ByteString,
+    /// What was asked for.
+    pub options: Options,
+}
+
+/// A will, and how long it waits.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Will {
+    /// The PUBLISH that it becomes.
+    pub publish: Box<Publish>,
+    /// Seconds from the end of the connection.
+    pub delay_s: u32,
 }
 
 /// What became of a message for the client.
@@ -79,47 +155,42 @@ pub enum Delivered {
 pub struct Session {
     version: Version,
     client_id: ByteString,
-    in_flight_max: usize,
+    nameless: bool,
+    clean_start: bool,
+    expiry_s: u32,
+    expiry_asked_s: u32,
+    /// Whether messages and receipts are kept beyond the connection.
+    keeps: bool,
+    limits: Limits,
     packet_bytes_max: usize,
-    expiry_asked: bool,
     keep_alive: Option<Duration>,
+    keep_alive_told_s: Option<u16>,
     heard: Instant,
-    will: Option<Box<Publish>>,
+    will: Option<Will>,
     aliases: Vec<ByteString>,
-    /// Packet ids that wait for their ack, by their number.
-    acks: AckLedger<u16>,
-    last_number: u64,
-    /// Numbers that get another code than success. Empty but for refused publishes.
-    refused: Vec<(u64, u8)>,
+    inbound: Inbound,
+    /// What waits for a turn, in order, and how many of them have it.
+    turns: VecDeque<Turn>,
+    turns_due: usize,
     window: Window,
 }
 
+/// Session expiry that means never.
+pub const NEVER_S: u32 = u32::MAX;
+
 impl Session {
-    /// Opens a session for a CONNECT and appends its CONNACK. `random` names a client that does not
-    /// name itself.
+    /// Agrees to a CONNECT. `random` names a client that does not name itself.
+    /// [`Session::welcome`] says so.
     ///
     /// # Errors
-    /// The reason for which it is refused; the CONNACK, where there is one for it, is in `out`.
+    /// The reason for which it is refused.
     pub fn open(
         connect: Connect,
         limits: &Limits,
         random: u64,
         now: Instant,
-        out: &mut BytesMut,
     ) -> Result<Self, Violation> {
-        let Connect { version, packet } = connect;
-        Self::agree(version, *packet, limits, random, now, out)
-            .inspect_err(|violation| codec::put_refusal(out, version, violation))
-    }
-
-    fn agree(
-        version: Version,
-        connect: v5::Connect,
-        limits: &Limits,
-        random: u64,
-        now: Instant,
-        out: &mut BytesMut,
-    ) -> Result<Self, Violation> {
+        let Connect { version, packet: connect } = connect;
         let id = &connect.client_id;
         let nameless = id.is_empty();
         if id.len() > CLIENT_ID_BYTES_MAX {
@@ -136,34 +207,84 @@ impl Session {
         } else {
             ByteString::from(&**id)
         };
-        let will = connect.last_will.map(|will| will_of(version, will)).transpose()?;
-
-        let welcome = Welcome {
-            assigned_client_id: nameless.then(|| client_id.clone()),
-            session_expiry_asked: connect.session_expiry_interval_secs > 0,
-            receive_max: limits.in_flight_max,
-            packet_bytes_max: limits.packet_bytes_max as u32,
-            topic_alias_max: TOPIC_ALIAS_MAX,
+        // In 3.1.1 the flag says both: begin anew, and end with the connection.
+        let expiry_s = match version {
+            Version::V3 if connect.clean_start => 0,
+            Version::V3 => NEVER_S,
+            Version::V5 => connect.session_expiry_interval_secs,
         };
-        codec::put_welcome(out, version, &welcome);
+        let keep_alive_s = match limits.keep_alive_s_max {
+            max if version == Version::V5
+                && max > 0
+                && !(1..=max).contains(&connect.keep_alive) =>
+            {
+                max
+            }
+            _ => connect.keep_alive,
+        };
         let receive_max = connect.receive_max.map_or(u16::MAX, NonZeroU16::get);
         Ok(Self {
             version,
             client_id,
-            in_flight_max: usize::from(limits.in_flight_max.get()),
+            nameless,
+            clean_start: connect.clean_start,
+            expiry_s,
+            expiry_asked_s: expiry_s,
+            keeps: false,
+            limits: *limits,
             packet_bytes_max: connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize),
-            expiry_asked: connect.session_expiry_interval_secs > 0,
             // [MQTT-3.1.2-22]: one and a half times; 0 turns it off.
-            keep_alive: (connect.keep_alive > 0)
-                .then(|| Duration::from_millis(u64::from(connect.keep_alive) * 1500)),
+            keep_alive: (keep_alive_s > 0)
+                .then(|| Duration::from_millis(u64::from(keep_alive_s) * 1500)),
+            keep_alive_told_s: (keep_alive_s != connect.keep_alive).then_some(keep_alive_s),
             heard: now,
-            will,
+            will: connect.last_will.map(|will| will_of(version, will)),
             aliases: Vec::new(),
-            acks: AckLedger::default(),
-            last_number: 0,
-            refused: Vec::new(),
+            inbound: Inbound::default(),
+            turns: VecDeque::new(),
+            turns_due: 0,
             window: Window::new(receive_max.min(DOWNLINK_IN_FLIGHT_MAX)),
         })
+    }
+
+    /// Appends the CONNACK. `expiry_s` is what the client gets of the expiry that it asked for;
+    /// `keeps` says whether messages and receipts are kept in the store, and `before` is what the
+    /// session has from earlier connections.
+    pub fn welcome(
+        &mut self,
+        before: Option<Inbound>,
+        keeps: bool,
+        expiry_s: u32,
+        out: &mut BytesMut,
+    ) {
+        let welcome = Welcome {
+            session_present: before.is_some(),
+            assigned_client_id: self.nameless.then(|| self.client_id.clone()),
+            session_expiry_s: (expiry_s != self.expiry_asked_s).then_some(expiry_s),
+            keep_alive_s: self.keep_alive_told_s,
+            receive_max: self.limits.in_flight_max,
+            packet_bytes_max: self.limits.packet_bytes_max as u32,
+            topic_alias_max: TOPIC_ALIAS_MAX,
+        };
+        codec::put_welcome(out, self.version, &welcome);
+        self.inbound = before.unwrap_or_default();
+        self.expiry_s = expiry_s;
+        self.keeps = keeps;
+    }
+
+    /// Whether the client wants nothing of an earlier session.
+    pub fn is_clean_start(&self) -> bool {
+        self.clean_start
+    }
+
+    /// Seconds that the session outlives its connection.
+    pub fn expiry_s(&self) -> u32 {
+        self.expiry_s
+    }
+
+    /// Whether messages and receipts are kept beyond the connection.
+    pub fn keeps(&self) -> bool {
+        self.keeps
     }
 
     /// Protocol version.
@@ -186,15 +307,20 @@ impl Session {
         self.keep_alive.map(|keep_alive| self.heard + keep_alive)
     }
 
-    /// Whether another publish may be decoded: v5 clients are bound by Receive Maximum, and a v3
+    /// Whether another packet may be decoded: v5 clients are bound by Receive Maximum, and a v3
     /// client, which has no such word, is not read from while its unacked publishes are at the bound.
     pub fn takes_publishes(&self) -> bool {
-        self.version == Version::V5 || self.acks.len() < self.in_flight_max
+        let in_flight_max = usize::from(self.limits.in_flight_max.get());
+        let waiting_max = match self.version {
+            Version::V3 => in_flight_max,
+            Version::V5 => in_flight_max + TURNS_MAX,
+        };
+        self.inbound.waiting() < waiting_max && self.turns.len() < TURNS_MAX
     }
 
-    /// Number of publishes that wait for their ack.
+    /// Number of answers that wait for something to become durable.
     pub fn unacked(&self) -> usize {
-        self.acks.len()
+        self.inbound.waiting()
     }
 
     /// Takes a packet. Answers that need nothing else are appended to `out`.
@@ -203,25 +329,32 @@ impl Session {
     /// A [`Violation`]: close the connection after [`Session::close`].
     pub fn receive(&mut self, packet: Packet, out: &mut BytesMut) -> Result<Effect, Violation> {
         match packet {
-            Packet::Publish(publish) => return self.publish(publish).map(Effect::Publish),
-            Packet::PubAck(packet_id) => self.window.acked(packet_id),
-            // No message goes out with QoS 2, and none is taken: both name ids unknown here.
-            Packet::PubRec(packet_id) => {
-                codec::put_pubrel(out, self.version, packet_id, reason::PACKET_ID_NOT_FOUND);
+            Packet::Publish(publish) => return self.publish(publish, out),
+            Packet::PubAck(packet_id) => {
+                if self.window.ended(packet_id, Stage::Ack) && self.keeps {
+                    return Ok(Effect::Acked(packet_id));
+                }
             }
-            Packet::PubRel(packet_id) => {
-                codec::put_pubcomp(out, self.version, packet_id, reason::PACKET_ID_NOT_FOUND);
+            Packet::PubRec(packet_id, code) => return Ok(self.pubrec(packet_id, code, out)),
+            Packet::PubRel(packet_id) => return self.pubrel(packet_id, out),
+            Packet::PubComp(packet_id) => {
+                if self.window.ended(packet_id, Stage::Comp) && self.keeps {
+                    return Ok(Effect::Acked(packet_id));
+                }
             }
-            Packet::PubComp(_) => {}
-            Packet::Subscribe(subscribe) => return Ok(Effect::Subscribe(subscribe)),
-            Packet::Unsubscribe(unsubscribe) => return Ok(Effect::Unsubscribe(unsubscribe)),
+            Packet::Subscribe(subscribe) => self.take_turn(Turn::Subscribe(subscribe), out),
+            Packet::Unsubscribe(unsubscribe) => {
+                self.take_turn(Turn::Unsubscribe(unsubscribe), out);
+            }
             Packet::PingReq => codec::put_pingresp(out),
             Packet::Disconnect(disconnect) => {
-                let expiry = disconnect.session_expiry_interval_secs.unwrap_or(0);
-                if expiry > 0 && !self.expiry_asked {
-                    return Err(Violation::protocol(
-                        "a session expiry that CONNECT did not ask for",
-                    ));
+                if let Some(expiry_s) = disconnect.session_expiry_interval_secs {
+                    // [MQTT-3.1.2-23], 3.14.2.2.2
+                    if expiry_s > 0 && self.expiry_asked_s == 0 {
+                        let why = "a session expiry that CONNECT did not ask for";
+                        return Err(Violation::protocol(why));
+                    }
+                    self.expiry_s = expiry_s;
                 }
                 // [MQTT-3.14.4-3]
                 if disconnect.reason_code == v5::DisconnectReasonCode::NormalDisconnection {
@@ -235,28 +368,83 @@ impl Session {
         Ok(Effect::None)
     }
 
-    fn publish(&mut self, mut publish: Box<Publish>) -> Result<Publishing, Violation> {
-        if publish.qos == QoS::ExactlyOnce {
-            return Err(Violation::new(reason::QOS_NOT_SUPPORTED, "QoS 2 is not supported"));
-        }
-        if publish.retain && self.version == Version::V5 {
-            return Err(Violation::new(reason::RETAIN_NOT_SUPPORTED, "retain is not supported"));
-        }
+    fn publish(
+        &mut self,
+        mut publish: Box<Publish>,
+        out: &mut BytesMut,
+    ) -> Result<Effect, Violation> {
         if let Some(alias) = publish.properties.as_ref().and_then(|p| p.topic_alias) {
             self.resolve_alias(alias, &mut publish.topic)?;
         }
-        let number = match publish.packet_id {
-            None => None,
-            Some(_) if self.version == Version::V5 && self.acks.len() >= self.in_flight_max => {
-                let why = "more unacked publishes than Receive Maximum";
-                return Err(Violation::new(reason::RECEIVE_MAX_EXCEEDED, why));
+        let in_flight_max = usize::from(self.limits.in_flight_max.get());
+        let (number, receipt) = match (publish.qos, publish.packet_id.map(NonZeroU16::get)) {
+            (QoS::AtLeastOnce, Some(packet_id)) => {
+                if self.version == Version::V5 && self.inbound.under_way() >= in_flight_max {
+                    return Err(too_many_under_way());
+                }
+                (Some(self.inbound.qos1(packet_id)), None)
             }
-            Some(packet_id) => {
-                self.last_number = self.acks.enter(packet_id.get());
-                Some(self.last_number)
+            (QoS::ExactlyOnce, Some(packet_id)) => {
+                let full = match self.version {
+                    Version::V5 => self.inbound.under_way() >= in_flight_max,
+                    Version::V3 => self.inbound.receipts() >= RECEIPTS_FACTOR * in_flight_max,
+                };
+                if full && !self.inbound.knows(packet_id) {
+                    return Err(too_many_under_way());
+                }
+                match self.inbound.qos2(packet_id) {
+                    Arrival::New(number) => (Some(number), Some(packet_id)),
+                    Arrival::Repeated => {
+                        self.release(out);
+                        return Ok(Effect::None);
+                    }
+                    Arrival::InUse => {
+                        let why = "a packet id that was released and has no PUBCOMP yet";
+                        return Err(Violation::protocol(why));
+                    }
+                }
             }
+            // Somebody may subscribe right after it, and must find it.
+            _ if publish.retain => (Some(self.inbound.unacknowledged()), None),
+            _ => (None, None),
         };
-        Ok(Publishing { publish, number })
+        Ok(Effect::Publish(Publishing { publish, number, receipt }))
+    }
+
+    fn pubrec(&mut self, packet_id: u16, code: u8, out: &mut BytesMut) -> Effect {
+        match self.window.received(packet_id, code) {
+            Received::Now if self.keeps => {
+                return Effect::Received { packet_id, number: self.inbound.our_pubrel(packet_id) };
+            }
+            Received::Now => codec::put_pubrel(out, self.version, packet_id, reason::SUCCESS),
+            Received::Again => {
+                // Behind the first, which may wait to be durable.
+                let number = self.inbound.our_pubrel(packet_id);
+                self.complete(&[number], out);
+            }
+            Received::Refused if self.keeps => return Effect::Acked(packet_id),
+            Received::Refused => {}
+            Received::Unknown => {
+                codec::put_pubrel(out, self.version, packet_id, reason::PACKET_ID_NOT_FOUND);
+            }
+        }
+        Effect::None
+    }
+
+    fn pubrel(&mut self, packet_id: u16, out: &mut BytesMut) -> Result<Effect, Violation> {
+        match self.inbound.pubrel(packet_id) {
+            Release::Receipt(number) if self.keeps => {
+                return Ok(Effect::Release { packet_id, number });
+            }
+            // The receipt of a session that ends with the connection is in memory only.
+            Release::Receipt(number) => self.complete(&[number], out),
+            Release::Repeated => self.release(out),
+            Release::Unknown => {
+                codec::put_pubcomp(out, self.version, packet_id, reason::PACKET_ID_NOT_FOUND);
+            }
+            Release::Early => return Err(Violation::protocol("a PUBREL before its PUBREC")),
+        }
+        Ok(Effect::None)
     }
 
     fn resolve_alias(
@@ -283,16 +471,16 @@ impl Session {
         Ok(())
     }
 
-    /// These publishes are durable: appends every ack whose turn has come.
+    /// These are durable: appends every ack whose turn has come.
     pub fn complete(&mut self, numbers: &[u64], out: &mut BytesMut) {
         for &number in numbers {
-            self.acks.complete(number);
+            self.inbound.complete(number);
         }
         self.release(out);
     }
 
-    /// A publish is not taken. v5 says so in its PUBACK, in turn; a QoS 0 publish has none and is the
-    /// caller's to count.
+    /// A publish is not taken. v5 says so in its PUBACK or PUBREC, in turn; a QoS 0 publish has none
+    /// and is the caller's to count.
     ///
     /// # Errors
     /// v3 has no negative ack, and must not get a positive one: the connection has to be closed.
@@ -303,29 +491,53 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<(), Violation> {
         let Some(number) = number else { return Ok(()) };
-        if self.version == Version::V3 {
+        let closes = self.version == Version::V3 && self.inbound.is_acked(number);
+        self.inbound.refuse(number, violation.code);
+        if closes {
             return Err(violation);
         }
-        self.refused.push((number, violation.code));
-        self.complete(&[number], out);
+        self.release(out);
         Ok(())
     }
 
     fn release(&mut self, out: &mut BytesMut) {
-        loop {
-            let unacked = self.acks.len() as u64;
-            let Some(packet_id) = self.acks.release() else {
-                break;
-            };
-            let mut code = reason::SUCCESS;
-            if !self.refused.is_empty() {
-                let number = self.last_number + 1 - unacked;
-                if let Some(at) = self.refused.iter().position(|&(refused, _)| refused == number) {
-                    (_, code) = self.refused.swap_remove(at);
-                }
-            }
-            codec::put_puback(out, self.version, packet_id, code);
-        }
+        self.turns_due += self.inbound.release(self.version, out);
+    }
+
+    fn take_turn(&mut self, turn: Turn, out: &mut BytesMut) {
+        let number = self.inbound.turn();
+        self.turns.push_back(turn);
+        self.complete(&[number], out);
+    }
+
+    /// What has its turn now.
+    pub fn next_turn(&mut self) -> Option<Turn> {
+        self.turns_due = self.turns_due.checked_sub(1)?;
+        self.turns.pop_front()
+    }
+
+    /// A subscription is to be made durable before its SUBACK: [`Session::complete`] the number then,
+    /// and the turn comes.
+    pub fn await_suback(
+        &mut self,
+        packet_id: NonZeroU16,
+        codes: Vec<u8>,
+        retained: Vec<Retained>,
+    ) -> u64 {
+        self.turns.push_back(Turn::SubAck { packet_id, codes, retained });
+        self.inbound.turn()
+    }
+
+    /// As [`Session::await_suback`], for an UNSUBACK.
+    pub fn await_unsuback(&mut self, packet_id: NonZeroU16, codes: Vec<u8>) -> u64 {
+        self.turns.push_back(Turn::UnsubAck { packet_id, codes });
+        self.inbound.turn()
+    }
+
+    /// As [`Session::await_suback`], for messages at these places of the client's queue.
+    pub fn await_settled(&mut self, places: Vec<u64>) -> u64 {
+        self.turns.push_back(Turn::Settled(places));
+        self.inbound.turn()
     }
 
     /// Appends the SUBACK.
@@ -338,29 +550,52 @@ impl Session {
         codec::put_unsuback(out, self.version, packet_id.get(), codes);
     }
 
-    /// Whether the client takes another QoS 1 message now [MQTT-3.3.4-9].
+    /// Whether the client takes another QoS 1 or 2 message now [MQTT-3.3.4-9].
     pub fn takes_delivery(&self) -> bool {
         self.window.has_room()
     }
 
-    /// Appends a message for the client. `qos1` gives it a packet id: see
+    /// QoS 1 and 2 messages that the client takes now.
+    pub fn room_for_deliveries(&self) -> usize {
+        self.window.room()
+    }
+
+    /// Appends a message for the client. One of QoS 1 or 2 gets a packet id, unless it has one: see
     /// [`Session::takes_delivery`].
-    pub fn deliver(
-        &mut self,
-        mut delivery: Delivery<'_>,
-        qos1: bool,
-        out: &mut BytesMut,
-    ) -> Delivered {
-        if qos1 {
-            delivery.packet_id = Some(self.window.next_id());
+    pub fn deliver(&mut self, mut delivery: Delivery<'_>, out: &mut BytesMut) -> Delivered {
+        let stage = match delivery.qos {
+            0 => None,
+            1 => Some(Stage::Ack),
+            _ => Some(Stage::Rec),
+        };
+        if stage.is_some() {
+            delivery.packet_id.get_or_insert_with(|| self.window.next_id());
         }
         if !codec::put_publish(out, self.version, &delivery, self.packet_bytes_max) {
             return Delivered::TooLarge;
         }
-        if let Some(packet_id) = delivery.packet_id {
-            self.window.sent(packet_id);
+        if let (Some(packet_id), Some(stage)) = (delivery.packet_id, stage) {
+            self.window.sent(packet_id, stage);
         }
         Delivered::Sent
+    }
+
+    /// A QoS 2 message reached the client over an earlier connection, which may have ended before that
+    /// was durable: make it so, then [`Session::complete`] the number, and its PUBREL leaves.
+    pub fn release_again(&mut self, packet_id: u16) -> u64 {
+        self.window.sent(packet_id, Stage::Comp);
+        self.inbound.our_pubrel(packet_id)
+    }
+
+    /// A publish was given up before it entered a ring: there will be no event of it.
+    pub fn forget(&mut self, number: u64) {
+        self.inbound.forget(number);
+    }
+
+    /// What the session takes with it when the connection ends.
+    pub fn into_inbound(mut self) -> Inbound {
+        self.inbound.part();
+        self.inbound
     }
 
     /// Appends what is said before the server closes the connection: DISCONNECT in v5.
@@ -374,23 +609,24 @@ impl Session {
         }
     }
 
-    /// The will, if the connection has ended otherwise than by a DISCONNECT with reason 0. The will
-    /// delay never applies: the session ends with the connection, and then the will is due
-    /// [MQTT-3.1.2-8].
-    pub fn take_will(&mut self) -> Option<Box<Publish>> {
+    /// The will, as long as no DISCONNECT with reason 0 has cancelled it [MQTT-3.1.2-8].
+    pub fn will(&self) -> Option<&Will> {
+        self.will.as_ref()
+    }
+
+    /// Takes the will.
+    pub fn take_will(&mut self) -> Option<Will> {
         self.will.take()
     }
 }
 
+fn too_many_under_way() -> Violation {
+    Violation::new(reason::RECEIVE_MAX_EXCEEDED, "more publishes under way than Receive Maximum")
+}
+
 /// The will as the PUBLISH that it becomes.
-fn will_of(version: Version, will: v5::LastWill) -> Result<Box<Publish>, Violation> {
-    if will.qos == QoS::ExactlyOnce {
-        return Err(Violation::new(reason::QOS_NOT_SUPPORTED, "a will of QoS 2 is not supported"));
-    }
-    if will.retain && version == Version::V5 {
-        // [MQTT-3.2.2-13]
-        return Err(Violation::new(reason::RETAIN_NOT_SUPPORTED, "retain is not supported"));
-    }
+fn will_of(version: Version, will: v5::LastWill) -> Will {
+    let delay_s = will.will_delay_interval_sec.unwrap_or(0);
     let properties = v5::PublishProperties {
         correlation_data: will.correlation_data,
         message_expiry_interval: will.message_expiry_interval,
@@ -400,7 +636,7 @@ fn will_of(version: Version, will: v5::LastWill) -> Result<Box<Publish>, Violati
         response_topic: will.response_topic,
         ..v5::PublishProperties::default()
     };
-    Ok(Box::new(Publish {
+    let publish = Box::new(Publish {
         dup: false,
         retain: will.retain,
         qos: will.qos,
@@ -408,47 +644,8 @@ fn will_of(version: Version, will: v5::LastWill) -> Result<Box<Publish>, Violati
         packet_id: None,
         payload: Bytes::copy_from_slice(&will.message),
         properties: (version == Version::V5).then_some(properties),
-    }))
-}
-
-/// Packet ids of QoS 1 messages that the client has not acked.
-#[derive(Debug)]
-struct Window {
-    max: usize,
-    last_id: u16,
-    unacked: Vec<u16>,
-}
-
-impl Window {
-    fn new(max: u16) -> Self {
-        Self { max: usize::from(max), last_id: 0, unacked: Vec::new() }
-    }
-
-    fn has_room(&self) -> bool {
-        self.unacked.len() < self.max
-    }
-
-    /// The next id that is not in use: the window is far smaller than the range of ids.
-    fn next_id(&self) -> u16 {
-        let mut id = self.last_id;
-        loop {
-            id = id.checked_add(1).unwrap_or(1);
-            if !self.unacked.contains(&id) {
-                return id;
-            }
-        }
-    }
-
-    fn sent(&mut self, id: u16) {
-        self.last_id = id;
-        self.unacked.push(id);
-    }
-
-    fn acked(&mut self, id: u16) {
-        if let Some(at) = self.unacked.iter().position(|&unacked| unacked == id) {
-            self.unacked.swap_remove(at);
-        }
-    }
+    });
+    Will { publish, delay_s }
 }
 
 #[cfg(test)]

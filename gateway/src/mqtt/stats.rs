@@ -12,7 +12,7 @@ pub struct FrontStats {
     pub connections_total: AtomicU64,
     /// Connections turned away: too many, no CONNECT in time, or refused in CONNACK.
     pub connections_refused: AtomicU64,
-    /// Publishes and subscriptions that the rules do not allow.
+    /// Publishes, subscriptions and messages that waited which the rules do not allow.
     pub denied: AtomicU64,
     /// Times that a client was not read for a while because it was over its rate.
     pub paced: AtomicU64,
@@ -20,8 +20,8 @@ pub struct FrontStats {
     pub protocol_errors: AtomicU64,
     /// Connections that ended in a panic: a bug, which ended that connection only.
     pub panics: AtomicU64,
-    /// PUBLISH packets read, by QoS 0 and 1.
-    pub publishes: [AtomicU64; 2],
+    /// PUBLISH packets read, by QoS.
+    pub publishes: [AtomicU64; 3],
     /// Publishes refused: no route, reserved topic, or the store stands still.
     pub publishes_refused: AtomicU64,
     /// QoS 0 publishes and wills that were dropped at the end of a connection for want of room.

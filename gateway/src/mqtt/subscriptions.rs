@@ -1,16 +1,21 @@
 //! Which filters are subscribed to, and which of them a topic matches.
 //!
 //! Owns: the trie of filters, and per filter what the follower has published for it and how far its
-//! subscribers have taken that.
+//! subscribers have taken that; the groups of shared subscriptions, and whose turn it is in each.
 //! Invariant: a filter is in the trie exactly as long as it has subscribers; its slot is the lowest
 //! free one, so that whatever is kept per slot stays as small as the most filters there ever were.
-//! Deliberately absent: what a subscriber asked for (its connection knows), networks, locks.
+//! Deliberately absent: networks, locks, and what a connection asked for (it knows); sessions that
+//! outlive theirs are told what they asked for by their entry here.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytestring::ByteString;
+
+use super::downlink::Options;
+use super::sessions::Kept;
+use super::topic;
 
 /// Distinct filters, at most.
 pub const FILTERS_MAX: usize = 10_000;
@@ -57,13 +62,73 @@ struct Filter {
     /// Messages published for it so far.
     seq: u64,
     subscribers: Vec<Subscriber>,
+    watchers: Vec<Watcher>,
+    /// It is one member's part in this group, and not in the trie itself.
+    group: Option<usize>,
 }
 
 impl Filter {
-    fn new(number: u64, text: &str) -> Self {
-        let (text, subscribers) = (ByteString::from(text), Vec::new());
-        Self { number, text, position: 0, seq: 0, subscribers }
+    fn new(number: u64, text: &str, group: Option<usize>) -> Self {
+        Self {
+            number,
+            text: ByteString::from(text),
+            position: 0,
+            seq: 0,
+            subscribers: Vec::new(),
+            watchers: Vec::new(),
+            group,
+        }
     }
+
+    fn is_unused(&self) -> bool {
+        self.subscribers.is_empty() && self.watchers.is_empty()
+    }
+}
+
+/// A session that outlives its connections, and what it asked for.
+#[derive(Clone, Debug)]
+pub struct Watcher {
+    /// The session.
+    pub kept: Arc<Kept>,
+    /// What it asked for.
+    pub options: Options,
+    /// What stands before this offset is not for it.
+    pub from: u64,
+}
+
+/// A shared subscription: each message goes to one member.
+#[derive(Debug)]
+struct Group {
+    /// As subscribed to, `$share` included.
+    text: ByteString,
+    members: Vec<Member>,
+    /// Whose turn it is.
+    next: usize,
+}
+
+#[derive(Clone, Debug)]
+enum Member {
+    /// A connection, by the slot that is its own.
+    Slot(usize),
+    Kept(Watcher),
+}
+
+/// Who gets a message of a group.
+#[derive(Clone, Debug)]
+pub enum Choice {
+    /// The connection whose slot this is.
+    Slot(usize),
+    /// This session.
+    Kept(Watcher),
+}
+
+/// What a topic matches.
+#[derive(Debug, Default)]
+pub struct Matched {
+    /// Slots of filters, each once.
+    pub slots: Vec<usize>,
+    /// Groups, each once.
+    pub groups: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -93,6 +158,8 @@ pub struct Subscriptions {
     root: Node,
     slots: Vec<Option<Filter>>,
     by_text: HashMap<ByteString, usize>,
+    groups: Vec<Option<Group>>,
+    group_by_text: HashMap<ByteString, usize>,
     last_number: u64,
 }
 
@@ -103,18 +170,25 @@ struct Node {
     here: Option<usize>,
     /// Filter that ends with `#` below here.
     below: Option<usize>,
+    /// As `here` and `below`, of shared subscriptions.
+    groups_here: Vec<usize>,
+    groups_below: Vec<usize>,
 }
 
 impl Node {
     fn is_empty(&self) -> bool {
-        self.children.is_empty() && self.here.is_none() && self.below.is_none()
+        self.children.is_empty()
+            && self.here.is_none()
+            && self.below.is_none()
+            && self.groups_here.is_empty()
+            && self.groups_below.is_empty()
     }
 }
 
 impl Subscriptions {
     /// Whether nobody subscribes to anything.
     pub fn is_empty(&self) -> bool {
-        self.by_text.is_empty()
+        self.by_text.is_empty() && self.group_by_text.is_empty()
     }
 
     /// Adds a connection to a valid filter. A second call for the same pair is the caller's to avoid.
@@ -122,12 +196,15 @@ impl Subscriptions {
     /// # Errors
     /// [`Full`] past [`FILTERS_MAX`] or [`FILTER_LEVELS_MAX`].
     pub fn add(&mut self, text: &str, connection: u64) -> Result<Entry, Full> {
-        let slot = match self.by_text.get(text) {
-            Some(&slot) => slot,
-            None => self.insert(text)?,
+        let slot = if topic::shared(text).is_some() {
+            let group = self.group_of(text)?;
+            let slot = self.new_slot(text, Some(group));
+            self.members(group).push(Member::Slot(slot));
+            slot
+        } else {
+            self.slot_of(text)?
         };
-        let number = self.last_number;
-        let filter = self.slots[slot].get_or_insert_with(|| Filter::new(number, text));
+        let Some(filter) = &mut self.slots[slot] else { return Err(Full) };
         let progress = Progress::default();
         progress.set(filter.position);
         filter.subscribers.push(Subscriber {
@@ -138,44 +215,167 @@ impl Subscriptions {
         Ok(Entry { slot, number: filter.number, progress })
     }
 
-    /// Gives a new filter its slot, number and place in the trie.
-    fn insert(&mut self, text: &str) -> Result<usize, Full> {
-        if self.by_text.len() >= FILTERS_MAX || text.split('/').count() > FILTER_LEVELS_MAX {
-            return Err(Full);
+    /// Adds a session to a valid filter, or changes what it asked for. Gives the offset at which the
+    /// subscription begins: that of the first time.
+    ///
+    /// # Errors
+    /// As [`Subscriptions::add`].
+    pub fn watch(&mut self, text: &str, watcher: Watcher) -> Result<u64, Full> {
+        if let Some(known) = self.watcher(text, &watcher.kept) {
+            known.options = watcher.options;
+            return Ok(known.from);
         }
-        let slot = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() - 1
-        });
-        self.last_number += 1;
-        *end_of(&mut self.root, text) = Some(slot);
+        let from = watcher.from;
+        if topic::shared(text).is_some() {
+            let group = self.group_of(text)?;
+            self.members(group).push(Member::Kept(watcher));
+        } else {
+            let slot = self.slot_of(text)?;
+            let Some(filter) = &mut self.slots[slot] else { return Err(Full) };
+            filter.watchers.push(watcher);
+        }
+        Ok(from)
+    }
+
+    /// A session's part in a filter.
+    fn watcher(&mut self, text: &str, kept: &Arc<Kept>) -> Option<&mut Watcher> {
+        if let Some(&group) = self.group_by_text.get(text) {
+            return self.members(group).iter_mut().find(|m| m.is(kept))?.watcher();
+        }
+        let slot = *self.by_text.get(text)?;
+        let watchers = &mut self.slots[slot].as_mut()?.watchers;
+        watchers.iter_mut().find(|watcher| Arc::ptr_eq(&watcher.kept, kept))
+    }
+
+    /// Takes a session off a filter.
+    pub fn unwatch(&mut self, text: &str, kept: &Arc<Kept>) {
+        if let Some(&group) = self.group_by_text.get(text) {
+            self.members(group).retain(|member| !member.is(kept));
+            self.drop_unused_group(group);
+        } else if let Some(&slot) = self.by_text.get(text) {
+            if let Some(filter) = &mut self.slots[slot] {
+                filter.watchers.retain(|other| !Arc::ptr_eq(&other.kept, kept));
+            }
+            self.drop_unused(slot);
+        }
+    }
+
+    /// The slot of a filter, a new one if need be.
+    fn slot_of(&mut self, text: &str) -> Result<usize, Full> {
+        if let Some(&slot) = self.by_text.get(text) {
+            return Ok(slot);
+        }
+        self.has_room_for(text)?;
+        let slot = self.new_slot(text, None);
+        let (node, below) = end_of(&mut self.root, text);
+        *(if below { &mut node.below } else { &mut node.here }) = Some(slot);
         self.by_text.insert(ByteString::from(text), slot);
         Ok(slot)
     }
 
+    fn has_room_for(&self, text: &str) -> Result<(), Full> {
+        let full = self.by_text.len() + self.group_by_text.len() >= FILTERS_MAX;
+        if full || text.split('/').count() > FILTER_LEVELS_MAX { Err(Full) } else { Ok(()) }
+    }
+
+    fn new_slot(&mut self, text: &str, group: Option<usize>) -> usize {
+        self.last_number += 1;
+        let filter = Some(Filter::new(self.last_number, text, group));
+        place(&mut self.slots, filter)
+    }
+
+    /// The group of a shared subscription, a new one if need be.
+    fn group_of(&mut self, text: &str) -> Result<usize, Full> {
+        if let Some(&group) = self.group_by_text.get(text) {
+            return Ok(group);
+        }
+        let (_, filter) = topic::shared(text).ok_or(Full)?;
+        self.has_room_for(text)?;
+        let text = ByteString::from(text);
+        let new = Some(Group { text: text.clone(), members: Vec::new(), next: 0 });
+        let group = place(&mut self.groups, new);
+        let (node, below) = end_of(&mut self.root, filter);
+        (if below { &mut node.groups_below } else { &mut node.groups_here }).push(group);
+        self.group_by_text.insert(text, group);
+        Ok(group)
+    }
+
+    fn members(&mut self, group: usize) -> &mut Vec<Member> {
+        let group = self.groups[group].as_mut();
+        &mut group.expect("a group is there as long as its text is").members
+    }
+
     /// Takes a connection off the filter in `slot`.
     pub fn remove(&mut self, slot: usize, connection: u64) {
-        let Some(Some(filter)) = self.slots.get_mut(slot) else {
-            return;
-        };
-        filter.subscribers.retain(|subscriber| subscriber.connection != connection);
-        if filter.subscribers.is_empty() {
-            prune(&mut self.root, &filter.text);
-            self.by_text.remove(&filter.text);
-            self.slots[slot] = None;
+        if let Some(Some(filter)) = self.slots.get_mut(slot) {
+            filter.subscribers.retain(|subscriber| subscriber.connection != connection);
+            self.drop_unused(slot);
         }
     }
 
-    /// Slots of the filters that match a topic, each once.
-    pub fn matches(&self, topic: &str, slots: &mut Vec<usize>) {
-        slots.clear();
-        // [MQTT-4.7.2-1]
-        walk(&self.root, Some(topic), !topic.starts_with('$'), slots);
+    fn drop_unused(&mut self, slot: usize) {
+        let Some(filter) = self.slots[slot].take_if(|filter| filter.is_unused()) else {
+            return;
+        };
+        if let Some(group) = filter.group {
+            self.members(group).retain(|m| !matches!(m, Member::Slot(own) if *own == slot));
+            self.drop_unused_group(group);
+        } else {
+            prune(&mut self.root, &filter.text, &|node, below| {
+                *(if below { &mut node.below } else { &mut node.here }) = None;
+            });
+            self.by_text.remove(&filter.text);
+        }
     }
 
-    /// Takes the next turn of a filter for a message of `size_bytes`.
+    fn drop_unused_group(&mut self, group: usize) {
+        let Some(unused) = self.groups[group].take_if(|group| group.members.is_empty()) else {
+            return;
+        };
+        if let Some((_, filter)) = topic::shared(&unused.text) {
+            prune(&mut self.root, filter, &|node, below| {
+                let groups = if below { &mut node.groups_below } else { &mut node.groups_here };
+                groups.retain(|other| *other != group);
+            });
+        }
+        self.group_by_text.remove(&unused.text);
+    }
+
+    /// What a topic matches.
+    pub fn matches(&self, topic: &str, matched: &mut Matched) {
+        matched.slots.clear();
+        matched.groups.clear();
+        // [MQTT-4.7.2-1]
+        walk(&self.root, Some(topic), !topic.starts_with('$'), matched);
+    }
+
+    /// The sessions that subscribe to the filter in `slot`.
+    pub fn watchers(&self, slot: usize) -> &[Watcher] {
+        self.slots.get(slot).and_then(Option::as_ref).map_or(&[], |filter| &filter.watchers)
+    }
+
+    /// Who is next in a group: its members in turn, those without a connection only where none has
+    /// one.
+    pub fn choose(&mut self, group: usize) -> Option<Choice> {
+        let group = self.groups.get_mut(group)?.as_mut()?;
+        let len = group.members.len();
+        let in_turn = |from: usize| (0..len).map(move |i| (from + i) % len);
+        let at = in_turn(group.next)
+            .find(|&at| group.members[at].is_online())
+            .or_else(|| in_turn(group.next).next())?;
+        group.next = (at + 1) % len;
+        Some(match &group.members[at] {
+            Member::Slot(slot) => Choice::Slot(*slot),
+            Member::Kept(watcher) => Choice::Kept(watcher.clone()),
+        })
+    }
+
+    /// Takes the next turn of a filter for a message of `size_bytes`, if any connection subscribes.
     pub fn turn(&mut self, slot: usize, size_bytes: u64) -> Option<Turn> {
         let filter = self.slots.get_mut(slot)?.as_mut()?;
+        if filter.subscribers.is_empty() {
+            return None;
+        }
         let turn = Turn { slot, number: filter.number, position: filter.position, seq: filter.seq };
         filter.position += size_bytes;
         filter.seq += 1;
@@ -213,34 +413,64 @@ impl Subscriptions {
     }
 }
 
-/// The place for the slot of a filter, with the nodes on the way to it.
-fn end_of<'a>(root: &'a mut Node, filter: &str) -> &'a mut Option<usize> {
+impl Member {
+    fn is(&self, kept: &Arc<Kept>) -> bool {
+        matches!(self, Self::Kept(watcher) if Arc::ptr_eq(&watcher.kept, kept))
+    }
+
+    fn watcher(&mut self) -> Option<&mut Watcher> {
+        match self {
+            Self::Slot(_) => None,
+            Self::Kept(watcher) => Some(watcher),
+        }
+    }
+
+    fn is_online(&self) -> bool {
+        match self {
+            Self::Slot(_) => true,
+            Self::Kept(watcher) => watcher.kept.is_online(),
+        }
+    }
+}
+
+/// Puts something into the lowest free place.
+fn place<T>(places: &mut Vec<Option<T>>, new: Option<T>) -> usize {
+    let free = places.iter().position(Option::is_none).unwrap_or_else(|| {
+        places.push(None);
+        places.len() - 1
+    });
+    places[free] = new;
+    free
+}
+
+/// The node at the end of a filter, with those on the way to it, and whether the filter ends with
+/// `#` below it.
+fn end_of<'a>(root: &'a mut Node, filter: &str) -> (&'a mut Node, bool) {
     let mut node = root;
     for level in filter.split('/') {
         if level == "#" {
-            return &mut node.below;
+            return (node, true);
         }
         node = node.children.entry(level.into()).or_default();
     }
-    &mut node.here
+    (node, false)
 }
 
-/// Takes a filter out, and the nodes that only it needed.
-fn prune(node: &mut Node, filter: &str) {
+/// Takes a filter out at its end, and the nodes that only it needed.
+fn prune(node: &mut Node, filter: &str, take_out: &dyn Fn(&mut Node, bool)) {
     let (level, rest) = match filter.split_once('/') {
         Some((level, rest)) => (level, Some(rest)),
         None => (filter, None),
     };
     if level == "#" {
-        node.below = None;
-        return;
+        return take_out(node, true);
     }
     let Some(child) = node.children.get_mut(level) else {
         return;
     };
     match rest {
-        Some(rest) => prune(child, rest),
-        None => child.here = None,
+        Some(rest) => prune(child, rest, take_out),
+        None => take_out(child, false),
     }
     if child.is_empty() {
         node.children.remove(level);
@@ -248,13 +478,15 @@ fn prune(node: &mut Node, filter: &str) {
 }
 
 /// Visits every node at most once: each is reached over one path only.
-fn walk(node: &Node, topic: Option<&str>, wildcards: bool, slots: &mut Vec<usize>) {
+fn walk(node: &Node, topic: Option<&str>, wildcards: bool, matched: &mut Matched) {
     if wildcards {
         // `a/#` matches `a` itself too (4.7.1.2).
-        slots.extend(node.below);
+        matched.slots.extend(node.below);
+        matched.groups.extend(&node.groups_below);
     }
     let Some(topic) = topic else {
-        slots.extend(node.here);
+        matched.slots.extend(node.here);
+        matched.groups.extend(&node.groups_here);
         return;
     };
     let (level, rest) = match topic.split_once('/') {
@@ -262,10 +494,10 @@ fn walk(node: &Node, topic: Option<&str>, wildcards: bool, slots: &mut Vec<usize
         None => (topic, None),
     };
     if let Some(child) = node.children.get(level) {
-        walk(child, rest, true, slots);
+        walk(child, rest, true, matched);
     }
     if wildcards && let Some(child) = node.children.get("+") {
-        walk(child, rest, true, slots);
+        walk(child, rest, true, matched);
     }
 }
 
@@ -294,10 +526,10 @@ mod tests {
     }
 
     fn matched(table: &Subscriptions, topic: &str) -> Vec<String> {
-        let mut slots = Vec::new();
-        table.matches(topic, &mut slots);
+        let mut matched = Matched::default();
+        table.matches(topic, &mut matched);
         let text = |slot: &usize| table.slots[*slot].as_ref().unwrap().text.to_string();
-        let mut filters: Vec<_> = slots.iter().map(text).collect();
+        let mut filters: Vec<_> = matched.slots.iter().map(text).collect();
         filters.sort();
         filters
     }
@@ -392,10 +624,38 @@ mod tests {
         let mut table = Subscriptions::default();
         assert_eq!(table.add(&"/".repeat(FILTER_LEVELS_MAX), 1).unwrap_err(), Full);
         assert!(table.is_empty());
-        let mut slots = Vec::new();
+        let mut matched = Matched::default();
         table.add(&"+/".repeat(FILTER_LEVELS_MAX - 1), 1).unwrap();
-        table.matches(&"/".repeat(60_000), &mut slots);
-        assert!(slots.is_empty());
+        table.matches(&"/".repeat(60_000), &mut matched);
+        assert!(matched.slots.is_empty());
+    }
+
+    #[test]
+    fn the_members_of_a_group_take_turns_mqtt_4_8_2_4() {
+        let mut table = Subscriptions::default();
+        let members: Vec<_> =
+            (1..=3).map(|member| table.add("$share/g/a/+", member).unwrap()).collect();
+        table.add("$share/other/a/#", 4).unwrap();
+        let mut matched = Matched::default();
+        let mut chosen = Vec::new();
+        for _ in 0..6 {
+            table.matches("a/b", &mut matched);
+            assert_eq!((matched.slots.len(), matched.groups.len()), (0, 2));
+            let group = table.group_by_text["$share/g/a/+"];
+            match table.choose(group) {
+                Some(Choice::Slot(slot)) => chosen.push(slot),
+                other => panic!("{other:?}"),
+            }
+        }
+        let slots: Vec<_> = members.iter().map(|entry| entry.slot).collect();
+        assert_eq!(chosen, [&slots[..], &slots].concat());
+        for (member, entry) in (1..=3).zip(&members) {
+            table.remove(entry.slot, member);
+        }
+        table.matches("a/b", &mut matched);
+        assert_eq!(matched.groups.len(), 1);
+        table.remove(members.len(), 4);
+        assert!(table.is_empty() && table.root.is_empty());
     }
 
     #[test]

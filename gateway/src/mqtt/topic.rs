@@ -28,6 +28,31 @@ pub fn is_valid_filter(filter: &str) -> bool {
     true
 }
 
+/// Group and filter of a shared subscription: a name of at least one character without wildcards
+/// [MQTT-4.8.2-1], and a filter behind it [MQTT-4.8.2-2].
+pub fn shared(filter: &str) -> Option<(&str, &str)> {
+    let (group, filter) = filter.strip_prefix("$share/")?.split_once('/')?;
+    let valid = !group.is_empty() && !group.contains(['+', '#']) && is_valid_filter(filter);
+    valid.then_some((group, filter))
+}
+
+/// Whether a valid filter matches a valid topic.
+pub fn matches(filter: &str, topic: &str) -> bool {
+    // [MQTT-4.7.2-1]
+    if topic.starts_with('$') && filter.starts_with(['#', '+']) {
+        return false;
+    }
+    let (mut filter, mut topic) = (filter.split('/'), topic.split('/'));
+    loop {
+        match (filter.next(), topic.next()) {
+            (Some("#"), _) | (None, None) => return true,
+            (Some("+"), Some(_)) => {}
+            (Some(level), Some(other)) if level == other => {}
+            _ => return false,
+        }
+    }
+}
+
 /// Whether a filter names a shared subscription (MQTT 5, 4.8.2).
 pub fn is_shared(filter: &str) -> bool {
     filter == "$share" || filter.starts_with("$share/")
@@ -62,6 +87,30 @@ mod tests {
         }
         for bad in ["", "a#", "#/a", "a/#/b", "a+", "+a/b", "a\0"] {
             assert!(!is_valid_filter(bad), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn shared_subscriptions_mqtt_4_8_2_1_and_2() {
+        assert_eq!(shared("$share/g/a/#"), Some(("g", "a/#")));
+        assert_eq!(shared("$share/g//"), Some(("g", "/")));
+        for bad in ["$share", "$share/", "$share/g", "$share/g/", "$share//a", "$share/+/a", "a/b"]
+        {
+            assert_eq!(shared(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn matching() {
+        for (filter, topic) in
+            [("a/#", "a"), ("a/#", "a/b/c"), ("+/b", "a/b"), ("/+", "/a"), ("#", "/")]
+        {
+            assert!(matches(filter, topic), "{filter} {topic}");
+        }
+        for (filter, topic) in
+            [("a/+", "a"), ("a", "a/b"), ("#", "$SYS/x"), ("+/x", "$SYS/x"), ("a/b/#", "a")]
+        {
+            assert!(!matches(filter, topic), "{filter} {topic}");
         }
     }
 

@@ -76,6 +76,16 @@ impl Projection {
         let key = (namespace, Bytes::copy_from_slice(key));
         self.changes.get(&key).or_else(|| self.saving.get(&key))
     }
+
+    /// Every key of a namespace that has changed since the checkpoint, with what became of it.
+    pub(super) fn changes_in(
+        &self,
+        namespace: u16,
+    ) -> impl Iterator<Item = (&Bytes, &Option<Bytes>)> {
+        // The later ones come last: they win.
+        let both = self.saving.iter().chain(&self.changes);
+        both.filter(move |((of, _), _)| *of == namespace).map(|((_, key), value)| (key, value))
+    }
 }
 
 impl Progress {

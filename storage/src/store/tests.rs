@@ -113,6 +113,9 @@ fn cursors_and_state_ride_in_commits_without_events() {
         assert_eq!(store.state(7, b"a").unwrap(), None);
         assert_eq!(store.state(7, b"b").unwrap().as_deref(), Some(&b"2"[..]));
         assert_eq!(store.state(8, b"b").unwrap(), None);
+        let all = [(Bytes::from_static(b"b"), Bytes::from_static(b"2"))];
+        assert_eq!(store.states(7).unwrap(), all, "what was deleted is not among them");
+        assert_eq!(store.states(6).unwrap(), []);
         assert_eq!(read_all(store, 0).len(), 3);
     };
     look(&store);

@@ -22,11 +22,13 @@ enum Answer {
     Panic,
 }
 
-/// A commit as the log saw it: (partition, number) of its events, and its cursors.
+/// A commit as the log saw it: (partition, number) of its events, its cursors, and the first byte of
+/// the key of each other change.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Seen {
     events: Vec<(u16, u64)>,
     cursors: Vec<(String, u64)>,
+    changes: Vec<u8>,
 }
 
 #[derive(Debug, Default)]
@@ -84,7 +86,13 @@ impl Append for ScriptedLog {
             Control::Cursor { sink, offset } => Some((sink.to_string(), *offset)),
             Control::Put { .. } | Control::Delete { .. } => None,
         };
+        let change = |control: &Control| match control {
+            Control::Put { key, .. } => key.first().copied(),
+            // A probe is one of these, without a key.
+            Control::Delete { .. } | Control::Cursor { .. } => None,
+        };
         record.commits.push(Seen {
+            changes: control.iter().filter_map(change).collect(),
             events: events.iter().map(|e| (e.partition, e.received_us)).collect(),
             cursors: control.iter().filter_map(cursor).collect(),
         });
@@ -174,7 +182,7 @@ impl Client {
             payload: vec![0; 10].into(),
         };
         let ticket = Ticket { mailbox: Arc::clone(&self.mailbox), number };
-        Pending { event, read_at: Instant::now(), ticket: Some(ticket) }
+        Pending { event, read_at: Instant::now(), ticket: Some(ticket), riders: None }
     }
     fn push(&mut self, ingest: &Ingest, partition: u16) {
         let pending = self.next(partition);
@@ -193,11 +201,11 @@ impl Client {
 }
 
 fn events(list: &[(u16, u64)]) -> Seen {
-    Seen { events: list.to_vec(), cursors: Vec::new() }
+    Seen { events: list.to_vec(), ..Seen::default() }
 }
 
 fn cursor(sink: &str, offset: u64) -> Seen {
-    Seen { events: Vec::new(), cursors: vec![(sink.to_owned(), offset)] }
+    Seen { cursors: vec![(sink.to_owned(), offset)], ..Seen::default() }
 }
 
 #[test]
@@ -398,6 +406,80 @@ fn cursors_ride_with_events_and_go_alone_when_there_are_none() {
     bench.turn();
     let with_events = Seen { cursors: vec![("cloud".to_owned(), 5)], ..events(&[(1, 0)]) };
     assert_eq!(bench.commits(), [with_events, cursor("file", 6)]);
+}
+
+fn put(key: u8) -> Control {
+    Control::Put { namespace: 1, key: vec![key].into(), value: Bytes::new() }
+}
+
+#[test]
+fn changes_ride_with_events_or_go_alone_and_complete_their_tickets() {
+    let mut bench = Bench::new(&[], AtQuota::Hold, &config());
+    let mut client = Client::default();
+    let mut pending = client.next(1);
+    pending.riders = Some([put(2), put(3)].into());
+    bench.ingest.try_push(pending).expect("room");
+    bench.ingest.submit(vec![put(1)], None);
+    bench.turn();
+    let number = client.ledger.enter(0);
+    let ticket = Ticket { mailbox: Arc::clone(&client.mailbox), number };
+    bench.ingest.submit(vec![put(4)], Some(ticket));
+    assert_eq!(client.acks(), Some(1));
+    bench.turn();
+    assert_eq!(client.acks(), Some(1));
+    let with_event = Seen { changes: vec![1, 2, 3], ..events(&[(1, 0)]) };
+    assert_eq!(bench.commits(), [with_event, Seen { changes: vec![4], ..Seen::default() }]);
+}
+
+#[test]
+fn changes_pass_while_events_wait_at_the_quota() {
+    use Answer::{Ok, Quota};
+    let mut bench = Bench::new(&[Quota, Quota, Ok, Quota, Ok], AtQuota::Hold, &config());
+    let mut client = Client::default();
+    let mut pending = client.next(1);
+    pending.riders = Some([put(9)].into());
+    bench.ingest.try_push(pending).expect("room");
+    bench.turn();
+    bench.turn();
+    bench.ingest.submit(vec![put(1)], None);
+    bench.turn_awake();
+    assert_eq!(bench.commits(), [Seen { changes: vec![1], ..Seen::default() }]);
+    bench.turn_awake();
+    let with_event = Seen { changes: vec![9], ..events(&[(1, 0)]) };
+    assert_eq!(bench.commits().last(), Some(&with_event));
+}
+
+#[test]
+fn a_failed_commit_fails_those_who_wait_for_a_change_and_keeps_the_others() {
+    let mut bench = Bench::new(&[Answer::Io], AtQuota::Hold, &config());
+    let client = Client::default();
+    bench.ingest.submit(vec![put(1)], None);
+    let ticket = Ticket { mailbox: Arc::clone(&client.mailbox), number: 0 };
+    bench.ingest.submit(vec![put(2)], Some(ticket));
+    bench.turn();
+    assert!(client.mailbox.is_failed());
+    bench.turn_awake();
+    assert_eq!(bench.commits(), [Seen { changes: vec![1], ..Seen::default() }]);
+}
+
+#[test]
+fn changes_that_ran_ahead_of_a_failed_sync_are_committed_again_in_their_order() {
+    let script = [Answer::Ok, Answer::RunAhead, Answer::Io];
+    let mut bench = Bench::new(&script, AtQuota::Hold, &config());
+    let client = Client::default();
+    for key in 1..=2 {
+        bench.ingest.submit(vec![put(key)], None);
+        bench.turn();
+    }
+    bench.ingest.submit(vec![put(3)], None);
+    let ticket = Ticket { mailbox: Arc::clone(&client.mailbox), number: 0 };
+    bench.ingest.submit(vec![put(4)], Some(ticket));
+    bench.turn();
+    assert!(client.mailbox.is_failed());
+    bench.turn_awake();
+    // The first was durable.
+    let again = Seen { changes: vec![2, 3], ..Seen::default() };
+    assert_eq!(bench.commits().last(), Some(&again));
 }
 
 #[test]

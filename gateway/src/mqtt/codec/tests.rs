@@ -331,11 +331,11 @@ fn what_follows_a_packet_stays_in_the_buffer() {
 #[test]
 fn a_suback_of_v3_knows_one_failure() {
     let mut out = BytesMut::new();
-    put_suback(&mut out, V3, 7, &[0, 1, reason::SHARED_NOT_SUPPORTED]);
+    put_suback(&mut out, V3, 7, &[0, 1, reason::QUOTA_EXCEEDED]);
     assert_eq!(&out[..], [0x90, 5, 0, 7, 0, 1, 0x80]);
     out.clear();
-    put_suback(&mut out, V5, 7, &[0, 1, reason::SHARED_NOT_SUPPORTED]);
-    assert_eq!(&out[..], [0x90, 6, 0, 7, 0, 0, 1, 0x9E]);
+    put_suback(&mut out, V5, 7, &[0, 1, reason::QUOTA_EXCEEDED]);
+    assert_eq!(&out[..], [0x90, 6, 0, 7, 0, 0, 1, 0x97]);
 }
 
 #[test]
@@ -389,7 +389,9 @@ proptest! {
             topic: &topic,
             payload: &payload,
             attributes: &attributes,
+            qos: u8::from(packet_id.is_some()),
             packet_id,
+            dup: false,
             retain,
             expiry_s,
             subscription_id,

@@ -12,7 +12,10 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::*;
-use crate::config::{AuthConfig, Bind, IngestConfig, ListenerConfig, RouteConfig, Transport};
+use crate::config::{
+    AclConfig, AuthConfig, Bind, IngestConfig, ListenerConfig, RouteConfig, SessionsConfig,
+    Transport,
+};
 use crate::ingest::device_key::DeviceFrom;
 use crate::ingest::{Append, CommitterHandle};
 use crate::mqtt::Front;
@@ -50,10 +53,25 @@ pub(crate) fn listener_config() -> ListenerConfig {
     }
 }
 
+pub(crate) fn sessions_config() -> SessionsConfig {
+    SessionsConfig {
+        sessions_max: 8,
+        expiry_max: Duration::from_hours(1),
+        queue_messages_max: 8,
+        queue_bytes_max: 1 << 20,
+        queued_bytes_max: 1 << 20,
+        queue_drops_oldest: true,
+        keep_alive_max: Duration::ZERO,
+    }
+}
+
+fn no_users() -> AuthConfig {
+    AuthConfig { users_file: None, credential_cache: Duration::ZERO, jwt: None }
+}
+
 /// No users and no rules.
 pub(crate) fn open_access() -> Access {
-    let auth = AuthConfig { users_file: None, credential_cache: Duration::ZERO, jwt: None };
-    Access::load(&auth, &[]).unwrap()
+    Access::load(&no_users(), &[]).unwrap()
 }
 
 fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
@@ -93,13 +111,33 @@ impl Rig {
     }
 
     async fn with(listener: ListenerConfig, ingest: IngestConfig, routes: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::at(tempfile::tempdir().unwrap(), listener, ingest, routes).await
+    }
+
+    /// Over the store that is in a folder.
+    async fn at(
+        dir: tempfile::TempDir,
+        listener: ListenerConfig,
+        ingest: IngestConfig,
+        routes: &[&str],
+    ) -> Self {
         let (store, writer) = open_store(&dir);
-        let mut rig = Self::over(writer, listener, &ingest, AtQuota::Hold, routes).await;
-        let follow = rig.shared.downlink.clone().follow(store.clone(), rig.stop.clone());
-        rig.tasks.spawn(follow);
+        let (watermark, rows) = (store.mark().watermark, store.clone());
+        let rows = move |namespace, key: &[u8]| rows.state(namespace, key).unwrap();
+        let retained = Retained::new(8, 1 << 20, rows);
+        let front = (watermark, retained, Some(&store));
+        let mut rig = Self::wired(writer, listener, &ingest, AtQuota::Hold, routes, front).await;
+        let (downlink, ingest) = (rig.shared.downlink.clone(), rig.shared.ingest.clone());
+        rig.tasks.spawn(downlink.follow(store, ingest, rig.stop.clone()));
+        rig.tasks.spawn(rig.shared.sessions.clone().keep(rig.stop.clone()));
         rig.dir = Some(dir);
         rig
+    }
+
+    /// Ends everything in order, and begins again over the same store.
+    async fn restarted(self) -> Self {
+        let dir = self.end().await.unwrap();
+        Self::at(dir, listener_config(), ingest_config(), &[]).await
     }
 
     async fn over<A: Append>(
@@ -109,8 +147,20 @@ impl Rig {
         at_quota: AtQuota,
         routes: &[&str],
     ) -> Self {
+        let front = (0, Retained::new(8, 1 << 20, |_, _| None), None);
+        Self::wired(log, listener, ingest_config, at_quota, routes, front).await
+    }
+
+    async fn wired<A: Append>(
+        log: A,
+        listener: ListenerConfig,
+        ingest_config: &IngestConfig,
+        at_quota: AtQuota,
+        routes: &[&str],
+        (watermark, retained, store): (u64, Retained, Option<&Store>),
+    ) -> Self {
         let (ingest, committer) =
-            Ingest::start(log, 0, ingest_config, at_quota, Duration::from_mins(1)).unwrap();
+            Ingest::start(log, watermark, ingest_config, at_quota, Duration::from_mins(1)).unwrap();
         let routes: Vec<_> = routes
             .iter()
             .map(|filter| RouteConfig {
@@ -122,9 +172,14 @@ impl Rig {
         let downlink = Downlink::new(ingest.watermark(), 16);
         let held_bytes_max = ingest_config.held_bytes_max;
         let routes = Routes::new(&routes).unwrap();
-        let access = open_access();
-        let mut shared = Shared::new(ingest, routes, access, downlink, held_bytes_max, PATIENCE);
+        let bounds =
+            Bounds { sessions: &sessions_config(), held_bytes_max, shutdown_grace: PATIENCE };
+        let mut shared = Shared::new(ingest, routes, open_access(), downlink, retained, bounds);
         shared.write_stall = Duration::from_secs(1);
+        if let Some(store) = store {
+            shared.retained.load(store).unwrap();
+            shared.sessions.load(store, Instant::now(), shared.ingest.now_us()).unwrap();
+        }
         let shared = Arc::new(shared);
         let front = Front::bind(&listener, None, shared.clone()).await.unwrap();
         let Bind::Tcp(address) = *front.bound() else { panic!("it is on TCP") };
@@ -387,13 +442,13 @@ async fn a_violation_is_answered_and_ends_that_connection_only() {
     let other = ConnectPacket { client_id: "other", ..ConnectPacket::new(V3) };
     let mut other = rig.client_with(&other).await;
     let mut client = rig.client(V5).await;
-    client.send(&wire::publish_with(V5, 0x34, "t", Some(1), &[], "")).await;
+    client.send(&wire::publish(V5, "a/+", Some(1), "")).await;
     let disconnect = client.packet().await;
-    assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::QOS_NOT_SUPPORTED));
+    assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::TOPIC_INVALID));
     client.expect_closed().await;
 
     let mut client = rig.client(V3).await;
-    client.send(&wire::publish_with(V3, 0x34, "t", Some(1), &[], "")).await;
+    client.send(&wire::publish(V3, "a/+", Some(1), "")).await;
     client.expect_closed().await;
     other.ping().await;
     assert_eq!(rig.count(|s| &s.protocol_errors), 2);
@@ -510,7 +565,7 @@ async fn subscribers_get_what_was_stored_with_their_qos() {
         let mut publisher = rig.client_with(&named("pub")).await;
         subscriber.send(&wire::subscribe(version, 1, &[("a/+", 2), ("b", 0)])).await;
         let suback = subscriber.packet().await;
-        assert_eq!(suback[suback.len() - 2..], [1, 0], "QoS 2 is granted as 1");
+        assert_eq!(suback[suback.len() - 2..], [2, 0]);
         publisher.send(&wire::publish(version, "a/é", Some(1), "one")).await;
         publisher.send(&wire::publish(version, "b", Some(2), "two")).await;
         publisher.send(&wire::publish(version, "a/x", None, "three")).await;
@@ -789,4 +844,163 @@ async fn a_client_that_does_not_read_is_closed_and_its_keep_alive_rests() {
         tokio::task::yield_now().await;
     }
     assert_eq!(rig.count(|s| &s.protocol_errors), 0);
+}
+
+mod kept;
+
+fn rule(publish: &[&str], subscribe: &[&str]) -> Vec<AclConfig> {
+    let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+    vec![AclConfig { users: Vec::new(), publish: owned(publish), subscribe: owned(subscribe) }]
+}
+
+impl Rig {
+    /// From now on these rules are in force.
+    fn rule(&self, publish: &[&str], subscribe: &[&str]) {
+        self.shared.access.reload(&no_users(), &rule(publish, subscribe)).unwrap();
+    }
+}
+
+/// A CONNECT whose session is kept.
+fn keeps(version: Version, client_id: &'static str) -> ConnectPacket {
+    let mut connect = ConnectPacket { flags: 0, client_id, ..ConnectPacket::new(version) };
+    if version == V5 {
+        connect.properties = vec![0x11, 0, 0, 0x0E, 0x10];
+    }
+    connect
+}
+
+#[tokio::test]
+async fn a_qos_2_publish_that_the_rules_deny_is_refused_by_the_book_and_not_stored() {
+    let rig = Rig::new().await;
+    rig.rule(&["mine/#"], &[]);
+    let mut v5 = rig.client(V5).await;
+    v5.send(&wire::publish_with(V5, 0x34, "others/a", Some(7), &[], "no")).await;
+    v5.expect(&packet(0x50, [0, 7, 0x87])).await;
+    // The exchange is over with that: its id is free, and belongs to a new publish.
+    v5.send(&wire::publish_with(V5, 0x34, "mine/a", Some(7), &[], "yes")).await;
+    v5.expect(&packet(0x50, [0, 7])).await;
+    v5.send(&packet(0x62, [0, 7])).await;
+    v5.expect(&packet(0x70, [0, 7])).await;
+
+    let other = ConnectPacket { client_id: "v3", ..ConnectPacket::new(V3) };
+    let mut v3 = rig.client_with(&other).await;
+    v3.send(&wire::publish_with(V3, 0x34, "others/a", Some(7), &[], "no")).await;
+    v3.expect_closed().await;
+    assert_eq!(rig.count(|stats| &stats.denied), 2);
+    assert_eq!(rig.stored().await, [("mine/a".to_owned(), b"yes".to_vec())]);
+}
+
+#[tokio::test]
+async fn denied_filters_among_allowed_ones_keep_their_places_mqtt_3_9_3_1() {
+    let rig = Rig::new().await;
+    rig.rule(&[], &["a/#", "b"]);
+    let filters = [("no", 0), ("a/x", 2), ("#", 1), ("$share/g", 1), ("b", 1), ("$share/g/no", 0)];
+    let connects = [ConnectPacket::new(V5), keeps(V5, "kept"), keeps(V3, "old")];
+    for (connect, denied) in connects.iter().zip([0x87, 0x87, 0x80]) {
+        let mut client = rig.client_with(connect).await;
+        client.send(&wire::subscribe(connect.version, 3, &filters)).await;
+        let codes = [denied, 2, denied, denied, 1, denied];
+        let head = [&[0, 3][..], &wire::properties(connect.version, &[])].concat();
+        client.expect(&packet(0x90, [&head[..], &codes].concat())).await;
+    }
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_will_is_not_published_once_the_rules_deny_its_topic() {
+    let rig = Rig::new().await;
+    rig.rule(&["wills/#"], &["#"]);
+    let allowed = ConnectPacket::new(V5).will(1, "wills/kept", "gone");
+    let denied = ConnectPacket { client_id: "2", ..ConnectPacket::new(V5) }.will(1, "no", "gone");
+    assert_eq!(refused(&rig, &denied).await, 0x87);
+
+    let watcher = ConnectPacket { client_id: "watcher", ..ConnectPacket::new(V3) };
+    let mut watcher = rig.client_with(&watcher).await;
+    watcher.send(&wire::subscribe(V3, 1, &[("wills/#", 0)])).await;
+    watcher.expect(&[0x90, 3, 0, 1, 0]).await;
+    let other = ConnectPacket { client_id: "3", ..ConnectPacket::new(V5) };
+    let mut two = rig.client_with(&other.will(1, "wills/lost", "gone")).await;
+    drop(rig.client_with(&allowed).await);
+    assert_eq!(event_of(&watcher.packet().await).1, "wills/kept");
+    rig.rule(&["wills/kept"], &["#"]);
+    two.send(&[0xC0, 0]).await;
+    let farewell = two.packet().await;
+    assert_eq!((farewell[0], farewell[2]), (0xE0, 0x98), "{farewell:x?}");
+    two.expect_closed().await;
+    assert_eq!(rig.stored().await, [("wills/kept".to_owned(), b"gone".to_vec())]);
+}
+
+#[tokio::test]
+async fn a_session_that_is_kept_is_its_users_alone() {
+    let mut rig = Rig::new().await;
+    let (alice, bob) = (ByteString::from_static("alice"), ByteString::from_static("bob"));
+    let (id, other_id) = (ByteString::from_static("d1"), ByteString::from_static("d2"));
+    let leave = |rig: &Rig, id, user| {
+        let attached = rig.shared.sessions.attach(id, user, false, 60).unwrap();
+        let inbound = crate::mqtt::session::Inbound::default();
+        rig.shared.sessions.detach(&attached.kept.unwrap(), inbound, 60, Instant::now());
+        attached.before.is_some()
+    };
+    assert!(!leave(&rig, &id, Some(&alice)));
+    assert!(!leave(&rig, &other_id, None));
+    for restarted in [false, true] {
+        if restarted {
+            rig = rig.restarted().await;
+        }
+        for user in [None, Some(&bob)] {
+            for (clean_start, expiry_s) in [(false, 60), (true, 0)] {
+                let refused = rig.shared.sessions.attach(&id, user, clean_start, expiry_s);
+                assert_eq!(refused.err(), Some(Unattached::Anothers), "{user:?}");
+            }
+        }
+        assert!(leave(&rig, &id, Some(&alice)), "it is still there");
+        assert!(leave(&rig, &other_id, None));
+    }
+    assert!(!leave(&rig, &other_id, Some(&bob)), "what an anonymous client left is not taken over");
+    assert!(leave(&rig, &other_id, Some(&bob)));
+
+    // The client id's own client, over a connection: nobody is closed for who is not let in.
+    let connect = ConnectPacket { client_id: "d1", ..ConnectPacket::new(V5) };
+    assert_eq!(refused(&rig, &connect).await, 0x87);
+    let connect = ConnectPacket { client_id: "d1", ..ConnectPacket::new(V3) };
+    assert_eq!(refused(&rig, &connect).await, 5);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn who_comes_back_under_other_rules_gets_nothing_that_they_deny() {
+    let rig = Rig::new().await;
+    rig.rule(&["#"], &["a/#", "b/#"]);
+    let mut reader = rig.client_with(&keeps(V3, "reader")).await;
+    reader.send(&wire::subscribe(V3, 1, &[("a/#", 1), ("b/#", 1)])).await;
+    reader.expect(&[0x90, 4, 0, 1, 1, 1]).await;
+    reader.send(&[0xE0, 0]).await;
+    reader.expect_closed().await;
+    let mut writer = rig.client(V3).await;
+    let payload = "x".repeat(100);
+    for (id, topic) in [(1, "a/1"), (2, "b/1")] {
+        writer.send(&wire::publish(V3, topic, Some(id), &payload)).await;
+        writer.expect(&wire::puback(id)).await;
+    }
+    let queued = async {
+        while rig.shared.sessions.stats().queued_bytes.load(Ordering::Relaxed) < 200 {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PATIENCE, queued).await.unwrap();
+
+    rig.rule(&["#"], &["b/#"]);
+    let mut reader = rig.socket().await;
+    reader.send(&keeps(V3, "reader").bytes()).await;
+    reader.expect(&[0x20, 2, 1, 0]).await;
+    assert_eq!(event_of(&reader.packet().await).1, "b/1", "a/1 waited before it");
+    let mut writer = rig.client(V3).await;
+    for (id, topic) in [(3, "a/2"), (4, "b/2")] {
+        writer.send(&wire::publish(V3, topic, Some(id), "x")).await;
+        writer.expect(&wire::puback(id)).await;
+    }
+    assert_eq!(event_of(&reader.packet().await).1, "b/2");
+    // One subscription and the message that waited for it.
+    assert_eq!(rig.count(|stats| &stats.denied), 2);
+    rig.end().await;
 }

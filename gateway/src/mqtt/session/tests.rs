@@ -5,9 +5,14 @@ use crate::mqtt::wire::{self, BOTH, ConnectPacket, V3, V5, buf, field, packet};
 
 const BYTES_MAX: usize = 1 << 20;
 const NOTHING: [u8; 0] = [];
+const EXPIRY_S_MAX: u32 = 9;
 
 fn limits() -> Limits {
-    Limits { packet_bytes_max: BYTES_MAX, in_flight_max: NonZeroU16::new(3).unwrap() }
+    Limits {
+        packet_bytes_max: BYTES_MAX,
+        in_flight_max: NonZeroU16::new(3).unwrap(),
+        keep_alive_s_max: 0,
+    }
 }
 
 /// A session, and everything that it has said so far.
@@ -19,7 +24,14 @@ struct Client {
 fn open(bytes: &[u8], limits: Limits) -> (Result<Session, Violation>, BytesMut) {
     let connect = codec::decode_connect(&mut buf(bytes), BYTES_MAX).unwrap().unwrap();
     let mut out = BytesMut::new();
-    let session = Session::open(connect, &limits, 0xABC, Instant::now(), &mut out);
+    let version = connect.version;
+    let session = Session::open(connect, &limits, 0xABC, Instant::now());
+    let session = session.map(|mut session| {
+        let expiry_s = session.expiry_s().min(EXPIRY_S_MAX);
+        session.welcome(None, expiry_s > 0, expiry_s, &mut out);
+        session
+    });
+    let session = session.inspect_err(|violation| codec::put_refusal(&mut out, version, violation));
     (session, out)
 }
 
@@ -79,26 +91,19 @@ fn connack_comes_first_and_without_a_session_mqtt_3_2_0_1() {
 
 #[test]
 fn connack_of_v5_tells_every_limit() {
-    let asked = ConnectPacket { properties: vec![0x11, 0, 0, 0, 9], ..ConnectPacket::new(V5) };
-    let (session, out) = open(&asked.bytes(), limits());
-    assert!(session.is_ok());
+    let asked = ConnectPacket { properties: vec![0x11, 0, 0, 0, 10], ..ConnectPacket::new(V5) };
+    let (session, out) = open(&asked.bytes(), Limits { keep_alive_s_max: 60, ..limits() });
+    assert_eq!(session.unwrap().deadline().map(|_| ()), Some(()), "the keep-alive that it is told");
     let list = [
-        &[0x11, 0, 0, 0, 0][..], // session expiry 0
+        &[0x11, 0, 0, 0, 9][..], // session expiry: less than it asked for
         &[0x21, 0, 3],           // receive maximum
-        &[0x24, 1],              // maximum QoS
-        &[0x25, 0],              // no retain
         &[0x27, 0, 0x10, 0, 0],  // maximum packet size
         &[0x22, 0, 16],          // topic alias maximum
-        &[0x2A, 0],              // no shared subscriptions
+        &[0x13, 0, 60],          // server keep-alive
     ]
     .concat();
     assert_eq!(&out[..5], [0x20, list.len() as u8 + 3, 0, 0, list.len() as u8]);
-    let mut rest = &out[5..];
-    for property in [&list[..5], &list[5..8], &list[8..10], &list[10..12], &list[12..17]] {
-        assert!(rest.starts_with(property), "{property:x?} in {rest:x?}");
-        rest = &rest[property.len()..];
-    }
-    assert_eq!(rest, &list[17..]);
+    assert_eq!(&out[5..], list);
 }
 
 #[test]
@@ -202,36 +207,122 @@ fn a_publish_of_qos_0_has_no_ack() {
     }
 }
 
+fn qos2(version: Version, id: u16) -> Vec<u8> {
+    wire::publish_with(version, 0x34, "t", Some(id), &[], "")
+}
+
+fn pubrel(id: u16) -> Vec<u8> {
+    packet(0x62, id.to_be_bytes())
+}
+
+impl Client {
+    fn publish_qos2(&mut self, id: u16) -> Option<u64> {
+        match self.send(&qos2(self.session.version(), id)).unwrap() {
+            Effect::Publish(publishing) => {
+                assert_eq!(publishing.receipt, Some(id));
+                publishing.number
+            }
+            Effect::None => None,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A client whose session is kept.
+    fn kept(version: Version) -> Self {
+        Self::with(&ConnectPacket {
+            flags: 0,
+            properties: if version == V5 { vec![0x11, 0, 0, 0, 9] } else { Vec::new() },
+            ..ConnectPacket::new(version)
+        })
+    }
+}
+
 #[test]
-fn qos_2_is_refused_mqtt_3_2_2_11() {
+fn a_pubrec_waits_for_the_event_and_a_pubcomp_for_the_end_of_the_receipt_mqtt_4_3_3_2() {
     for version in BOTH {
-        let bytes = wire::publish_with(version, 0x34, "t", Some(1), &[], "");
-        assert_eq!(Client::new(version).code(&bytes), reason::QOS_NOT_SUPPORTED);
+        let mut client = Client::kept(version);
+        let number = client.publish_qos2(5).unwrap();
+        assert_eq!(client.said(), NOTHING);
+        assert_eq!(client.complete(&[number]), [0x50, 2, 0, 5]);
+        let Ok(Effect::Release { packet_id: 5, number }) = client.send(&pubrel(5)) else {
+            panic!("no release")
+        };
+        assert_eq!(client.said(), NOTHING);
+        assert_eq!(client.complete(&[number]), [0x70, 2, 0, 5]);
+        assert_eq!(client.session.inbound.receipts(), 0);
     }
 }
 
 #[test]
-fn a_will_of_qos_2_is_refused_mqtt_3_2_2_12() {
-    for (version, code) in [(V3, None), (V5, Some(reason::QOS_NOT_SUPPORTED))] {
-        let connect = ConnectPacket::new(version).will(2, "will", "gone");
-        let (session, out) = open(&connect.bytes(), limits());
-        assert_eq!(session.unwrap_err().code, reason::QOS_NOT_SUPPORTED);
-        assert_eq!(connack_of_refusal(version, &out), code);
+fn a_repeated_packet_id_gets_its_pubrec_and_no_second_event() {
+    for version in BOTH {
+        let mut client = Client::kept(version);
+        let number = client.publish_qos2(5).unwrap();
+        assert_eq!(client.publish_qos2(5), None);
+        assert_eq!(client.said(), NOTHING, "not before the event is durable");
+        assert_eq!(client.complete(&[number]), [0x50, 2, 0, 5, 0x50, 2, 0, 5]);
+        assert_eq!(client.publish_qos2(5), None);
+        assert_eq!(client.said(), [0x50, 2, 0, 5]);
     }
 }
 
 #[test]
-fn retain_is_refused_in_v5_and_marked_in_v3_mqtt_3_2_2_13_and_14() {
-    let mut connect = ConnectPacket::new(V5).will(1, "will", "gone");
-    connect.flags |= 0x20;
-    assert!(open(&connect.bytes(), limits()).0.is_err());
-    let bytes = wire::publish_with(V5, 0x31, "t", None, &[], "");
-    assert_eq!(Client::new(V5).code(&bytes), reason::RETAIN_NOT_SUPPORTED);
+fn a_pubrel_before_its_pubrec_and_an_id_before_its_pubcomp_are_errors() {
+    for version in BOTH {
+        let mut client = Client::kept(version);
+        let number = client.publish_qos2(5).unwrap();
+        assert_eq!(client.code(&pubrel(5)), reason::PROTOCOL_ERROR);
+        client.complete(&[number]);
+        client.send(&pubrel(5)).unwrap();
+        assert_eq!(client.code(&qos2(version, 5)), reason::PROTOCOL_ERROR);
+    }
+}
 
-    let bytes = wire::publish_with(V3, 0x31, "t", None, &[], "");
-    match Client::new(V3).send(&bytes).unwrap() {
-        Effect::Publish(publishing) => assert!(publishing.publish.retain),
-        other => panic!("{other:?}"),
+#[test]
+fn receipts_are_bounded() {
+    let mut client = Client::new(V5);
+    for id in 1..=3 {
+        let number = client.publish_qos2(id).unwrap();
+        client.complete(&[number]);
+    }
+    assert_eq!(client.code(&qos2(V5, 4)), reason::RECEIVE_MAX_EXCEEDED);
+    assert_eq!(client.code(&wire::publish(V5, "t", Some(4), "")), reason::RECEIVE_MAX_EXCEEDED);
+    assert_eq!(client.publish_qos2(1), None, "a repetition is none too many");
+    let mut client = Client::new(V3);
+    for id in 1..=12 {
+        let number = client.publish_qos2(id).unwrap();
+        client.complete(&[number]);
+    }
+    assert_eq!(client.code(&qos2(V3, 13)), reason::RECEIVE_MAX_EXCEEDED);
+}
+
+#[test]
+fn a_refused_qos_2_publish_leaves_no_receipt() {
+    let mut client = Client::kept(V5);
+    let number = client.publish_qos2(5).unwrap();
+    client.publish_qos2(5);
+    let full = Violation::new(reason::QUOTA_EXCEEDED, "full");
+    client.session.refuse(Some(number), full, &mut client.out).unwrap();
+    assert_eq!(
+        client.said(),
+        [0x50, 3, 0, 5, reason::QUOTA_EXCEEDED, 0x50, 3, 0, 5, reason::IMPLEMENTATION_SPECIFIC],
+        "its repetition was not stored either"
+    );
+    assert!(client.publish_qos2(5).is_some(), "the id is free");
+}
+
+#[test]
+fn retain_is_taken_and_whoever_comes_after_it_waits_for_it() {
+    for version in BOTH {
+        let mut client = Client::new(version);
+        let bytes = wire::publish_with(version, 0x31, "t", None, &[], "");
+        let Ok(Effect::Publish(publishing)) = client.send(&bytes) else { panic!("no publish") };
+        assert!(publishing.publish.retain);
+        assert_eq!(client.send(&wire::subscribe(version, 1, &[("t", 0)])), Ok(Effect::None));
+        assert_eq!(client.session.next_turn(), None);
+        assert_eq!(client.complete(&[publishing.number.unwrap()]), NOTHING, "it has no ack");
+        assert!(matches!(client.session.next_turn(), Some(Turn::Subscribe(_))));
+        assert_eq!(client.session.next_turn(), None);
     }
 }
 
@@ -301,7 +392,6 @@ fn a_refused_publish_gets_its_reason_in_turn_in_v5() {
         client.complete(&[numbers[0]]),
         [0x40, 2, 0, 1, 0x40, 3, 0, 2, 0x97, 0x40, 3, 0, 3, 0x90]
     );
-    assert!(client.session.refused.is_empty());
 }
 
 #[test]
@@ -328,7 +418,7 @@ fn a_normal_disconnect_cancels_the_will_mqtt_3_14_4_3() {
 fn any_other_end_leaves_the_will_mqtt_3_1_2_8() {
     for version in BOTH {
         let mut client = Client::with(&ConnectPacket::new(version).will(1, "will", "gone"));
-        let will = client.session.take_will().unwrap();
+        let will = client.session.take_will().unwrap().publish;
         assert_eq!(
             (&*will.topic, &will.payload[..], will.qos),
             ("will", &b"gone"[..], QoS::AtLeastOnce)
@@ -381,7 +471,9 @@ fn delivery<'a>(payload: &'a [u8], attributes: &'a storage::Attributes) -> Deliv
         topic: "t",
         payload,
         attributes,
+        qos: 0,
         packet_id: None,
+        dup: false,
         retain: false,
         expiry_s: None,
         subscription_id: None,
@@ -393,12 +485,14 @@ fn no_packet_is_larger_than_the_client_takes_mqtt_3_1_2_24() {
     let small = ConnectPacket { properties: vec![0x27, 0, 0, 0, 20], ..ConnectPacket::new(V5) };
     let mut client = Client::with(&small);
     let none = storage::Attributes::default();
-    for qos1 in [false, true] {
-        let sent = client.session.deliver(delivery(&[0; 20], &none), qos1, &mut client.out);
+    for qos in 0..3 {
+        let large = Delivery { qos, ..delivery(&[0; 20], &none) };
+        let sent = client.session.deliver(large, &mut client.out);
         assert_eq!(sent, Delivered::TooLarge);
         assert_eq!(client.said(), NOTHING);
     }
-    let sent = client.session.deliver(delivery(&[0; 10], &none), true, &mut client.out);
+    let small = Delivery { qos: 1, ..delivery(&[0; 10], &none) };
+    let sent = client.session.deliver(small, &mut client.out);
     assert_eq!(sent, Delivered::Sent);
     assert_eq!(client.said().len(), 18);
     client.session.close(&Violation::new(reason::SHUTTING_DOWN, "long"), &mut client.out);
@@ -412,7 +506,8 @@ fn deliveries_keep_to_the_clients_receive_maximum_mqtt_3_3_4_9() {
     let none = storage::Attributes::default();
     let deliver = |client: &mut Client| {
         assert!(client.session.takes_delivery());
-        client.session.deliver(delivery(b"", &none), true, &mut client.out);
+        let message = Delivery { qos: 1, ..delivery(b"", &none) };
+        client.session.deliver(message, &mut client.out);
         let said = client.said();
         u16::from_be_bytes([said[5], said[6]])
     };
@@ -428,16 +523,63 @@ fn deliveries_keep_to_the_clients_receive_maximum_mqtt_3_3_4_9() {
 fn packet_ids_are_never_zero_and_not_reused_while_unacked_mqtt_2_2_1_3() {
     let mut window = Window::new(3);
     let stuck = window.next_id();
-    window.sent(stuck);
+    window.sent(stuck, Stage::Rec);
     let mut seen = std::collections::HashSet::new();
     for _ in 0..u16::MAX {
         let id = window.next_id();
         assert!(id != 0 && id != stuck);
         seen.insert(id);
-        window.sent(id);
-        window.acked(id);
+        window.sent(id, Stage::Ack);
+        assert!(window.ended(id, Stage::Ack));
     }
     assert_eq!(seen.len(), usize::from(u16::MAX) - 1);
+}
+
+#[test]
+fn a_qos_2_delivery_is_released_and_ends_with_pubcomp_mqtt_4_3_3() {
+    for version in BOTH {
+        let none = storage::Attributes::default();
+        let mut client = Client::new(version);
+        let message = Delivery { qos: 2, ..delivery(b"", &none) };
+        client.session.deliver(message, &mut client.out);
+        assert_eq!(client.said()[0], 0x34);
+        assert_eq!(client.session.room_for_deliveries(), usize::from(DOWNLINK_IN_FLIGHT_MAX) - 1);
+        for _ in 0..2 {
+            client.send(&packet(0x50, [0, 1])).unwrap();
+            assert_eq!(client.said(), [0x62, 2, 0, 1]);
+        }
+        client.send(&wire::puback(1)).unwrap();
+        client.send(&packet(0x70, [0, 1])).unwrap();
+        assert_eq!(client.session.room_for_deliveries(), usize::from(DOWNLINK_IN_FLIGHT_MAX));
+        client.send(&packet(0x50, [0, 1])).unwrap();
+        let unknown: &[u8] = if version == V5 { &[0x62, 3, 0, 1, 0x92] } else { &[0x62, 2, 0, 1] };
+        assert_eq!(client.said(), unknown);
+    }
+}
+
+#[test]
+fn a_kept_message_is_released_only_when_that_is_durable() {
+    let none = storage::Attributes::default();
+    let mut client = Client::kept(V5);
+    let message = Delivery { qos: 2, packet_id: Some(77), ..delivery(b"", &none) };
+    client.session.deliver(message, &mut client.out);
+    client.said();
+    let Ok(Effect::Received { packet_id: 77, number }) = client.send(&packet(0x50, [0, 77])) else {
+        panic!("not received")
+    };
+    assert_eq!(client.send(&packet(0x50, [0, 77])), Ok(Effect::None));
+    assert_eq!(client.said(), NOTHING);
+    assert_eq!(client.complete(&[number]), [0x62, 2, 0, 77, 0x62, 2, 0, 77]);
+    assert_eq!(client.send(&packet(0x70, [0, 77])), Ok(Effect::Acked(77)));
+    // Over a later connection it is released again, and again not before that is durable.
+    let number = client.session.release_again(79);
+    assert_eq!(client.said(), NOTHING);
+    assert_eq!(client.complete(&[number]), [0x62, 2, 0, 79]);
+    assert_eq!(client.send(&packet(0x70, [0, 79])), Ok(Effect::Acked(79)));
+    // One that the client refuses is over at once.
+    let message = Delivery { qos: 2, packet_id: Some(78), ..delivery(b"", &none) };
+    client.session.deliver(message, &mut client.out);
+    assert_eq!(client.send(&packet(0x50, [0, 78, 0x97])), Ok(Effect::Acked(78)));
 }
 
 #[derive(Clone, Debug)]

@@ -1,0 +1,322 @@
+//! PUBLISH and its answers: sections 3.3 to 3.7, 4.3 to 4.6, 4.9.
+
+use crate::harness::wire::{BOTH, Connect, V5, V311, Version, ack, field, packet, publish};
+use crate::server::{Client, name, server};
+
+/// A client, and another one that subscribes to its topic with QoS 2.
+fn pair(version: Version, topic: &str) -> (Client, Client) {
+    let server = server();
+    let mut subscriber = server.client(version, &format!("{topic}-sub"));
+    subscriber.subscribe(topic, 2);
+    (server.client(version, &format!("{topic}-pub")), subscriber)
+}
+
+#[test]
+fn mqtt_3_3_1_1_and_3_a_delivery_is_not_marked_because_the_publish_was() {
+    for version in BOTH {
+        let (mut publisher, mut subscriber) = pair(version, &name(version, "dup"));
+        publisher.send(&publish(version, 0x3A, &name(version, "dup"), 1, &[], "x"));
+        publisher.expect_ack(0x40, 1);
+        assert_eq!(subscriber.message().first, 0x32);
+    }
+}
+
+#[test]
+fn mqtt_3_3_1_2_dup_and_qos_0_do_not_go_together() {
+    for version in BOTH {
+        let mut raw = server().client(version, "dup-0");
+        raw.send(&publish(version, 0x38, "dup-0", 0, &[], ""));
+        raw.expect_end(0x81);
+    }
+}
+
+#[test]
+fn mqtt_3_3_1_4_there_is_no_qos_3() {
+    for version in BOTH {
+        let mut raw = server().client(version, "qos-3");
+        raw.send(&publish(version, 0x36, "qos-3", 1, &[], ""));
+        raw.expect_end(0x81);
+    }
+}
+
+#[test]
+fn mqtt_3_3_1_5_to_8_the_last_retained_message_is_kept_until_an_empty_one() {
+    for version in BOTH {
+        let topic = name(version, "retained/one");
+        let mut raw = server().client(version, "retainer");
+        for payload in ["old", "new"] {
+            raw.send(&publish(version, 0x31, &topic, 0, &[], payload));
+        }
+        // Not retained: it changes nothing.
+        raw.send(&publish(version, 0x30, &topic, 0, &[], "other"));
+        raw.send(&publish(version, 0x32, &topic, 1, &[], "other"));
+        raw.expect_ack(0x40, 1);
+        raw.subscribe(&topic, 0);
+        let message = raw.message();
+        assert_eq!((message.first, message.text()), (0x31, "new"));
+        // An empty one goes to who is there, and is kept for nobody.
+        raw.send(&publish(version, 0x31, &topic, 0, &[], ""));
+        let message = raw.message();
+        assert_eq!((message.first, message.text()), (0x30, ""));
+        let mut late = server().client(version, "late");
+        late.subscribe(&topic, 0);
+        late.ping();
+    }
+}
+
+#[test]
+fn mqtt_3_3_1_9_to_11_retain_handling() {
+    let mut raw = server().client(V5, "handling");
+    raw.send(&publish(V5, 0x31, "handling", 0, &[], "x"));
+    raw.subscribe("handling", 0x20);
+    raw.ping();
+    raw.subscribe("handling", 0x10);
+    raw.ping();
+    raw.subscribe("handling", 0x00);
+    assert_eq!(raw.message().first, 0x31);
+    raw.send(&publish(V5, 0x31, "handling", 0, &[], ""));
+    raw.message();
+}
+
+#[test]
+fn mqtt_3_3_1_12_and_13_retain_as_published() {
+    let server = server();
+    let (mut plain, mut as_published) = (server.client(V5, "rap-0"), server.client(V5, "rap-1"));
+    plain.subscribe("rap", 0);
+    as_published.subscribe("rap", 0x08);
+    let mut publisher = server.client(V5, "rap-pub");
+    publisher.send(&publish(V5, 0x31, "rap", 0, &[], ""));
+    assert_eq!(plain.message().first, 0x30);
+    assert_eq!(as_published.message().first, 0x31);
+}
+
+#[test]
+fn mqtt_3_3_2_1_and_2_a_topic_is_there_and_has_no_wildcards() {
+    for version in BOTH {
+        for (topic, code) in [("", 0x82), ("a/+", 0x90), ("#", 0x90), ("a#", 0x90)] {
+            let mut raw = server().client(version, "names");
+            raw.send(&publish(version, 0x30, topic, 0, &[], ""));
+            raw.expect_end(code);
+        }
+    }
+}
+
+#[test]
+fn mqtt_3_3_2_4_to_20_what_a_publisher_says_reaches_the_subscriber_unchanged() {
+    let (mut publisher, mut subscriber) = pair(V5, "said");
+    let said = [
+        &[0x01, 1][..],
+        &[&[0x03][..], &field("text/plain")].concat(),
+        &[&[0x08][..], &field("answers/here")].concat(),
+        &[&[0x09][..], &field(b"\x00\xFF")].concat(),
+        &[&[0x26][..], &field("b"), &field("1")].concat(),
+        &[&[0x26][..], &field("a"), &field("2")].concat(),
+        &[&[0x26][..], &field("b"), &field("3")].concat(),
+    ]
+    .concat();
+    publisher.send(&publish(V5, 0x30, "said", 0, &said, "payload"));
+    let message = subscriber.message();
+    for property in [
+        &[0x01, 1][..],
+        &[&[0x03][..], &field("text/plain")].concat(),
+        &[&[0x08][..], &field("answers/here")].concat(),
+        &[&[0x09][..], &field(b"\x00\xFF")].concat(),
+    ] {
+        assert!(message.properties.windows(property.len()).any(|w| w == property));
+    }
+    let users = &said[said.len() - 24 + 3..];
+    assert!(message.properties.ends_with(users), "in their order: {:x?}", message.properties);
+    assert_eq!(message.text(), "payload");
+}
+
+#[test]
+fn mqtt_3_3_2_6_an_expiry_is_passed_on_less_what_it_waited() {
+    let (mut publisher, mut subscriber) = pair(V5, "expiry");
+    publisher.send(&publish(V5, 0x30, "expiry", 0, &[0x02, 0, 0, 0, 100], "x"));
+    let properties = subscriber.message().properties;
+    assert_eq!(properties[..4], [0x02, 0, 0, 0]);
+    assert!(properties[4] <= 100, "{properties:x?}");
+}
+
+#[test]
+fn mqtt_3_3_2_7_to_12_topic_aliases() {
+    let (mut publisher, mut subscriber) = pair(V5, "alias");
+    publisher.send(&publish(V5, 0x30, "alias", 0, &[0x23, 0, 1], "whole"));
+    publisher.send(&publish(V5, 0x30, "", 0, &[0x23, 0, 1], "short"));
+    for text in ["whole", "short"] {
+        let message = subscriber.message();
+        assert_eq!((message.topic.as_str(), message.text()), ("alias", text));
+    }
+    for (alias, code) in [(17_u16, 0x94), (2, 0x82)] {
+        let mut raw = server().client(V5, "alias-bad");
+        let [high, low] = alias.to_be_bytes();
+        raw.send(&publish(V5, 0x30, "", 0, &[0x23, high, low], ""));
+        raw.expect_end(code);
+    }
+    // An alias lives as long as its connection.
+    let mut raw = server().client(V5, "alias-pub");
+    raw.send(&publish(V5, 0x30, "", 0, &[0x23, 0, 1], ""));
+    raw.expect_end(0x82);
+}
+
+#[test]
+fn mqtt_3_3_2_14_a_response_topic_has_no_wildcards() {
+    let mut raw = server().client(V5, "response");
+    raw.send(&publish(V5, 0x30, "t", 0, &[&[0x08][..], &field("a/#")].concat(), ""));
+    raw.expect_end(0x90);
+}
+
+#[test]
+fn mqtt_3_3_4_6_a_client_sends_no_subscription_identifier() {
+    let mut raw = server().client(V5, "identifier");
+    raw.send(&publish(V5, 0x30, "t", 0, &[0x0B, 1], ""));
+    raw.expect_end(0x82);
+}
+
+#[test]
+fn mqtt_3_3_4_7_receive_maximum_counts_until_pubcomp() {
+    let mut raw = server().client(V5, "receive-max");
+    for id in 1..=20 {
+        raw.send(&publish(V5, 0x34, "receive-max", id, &[], ""));
+        raw.expect_ack(0x50, id);
+    }
+    raw.send(&publish(V5, 0x32, "receive-max", 21, &[], ""));
+    raw.expect_end(0x93);
+    let mut raw = server().client(V5, "receive-max");
+    for id in 1..=40 {
+        raw.send(&publish(V5, 0x34, "receive-max", id, &[], ""));
+        raw.expect_ack(0x50, id);
+        raw.send(&ack(0x62, id));
+        raw.expect_ack(0x70, id);
+    }
+}
+
+#[test]
+fn mqtt_3_3_4_9_no_more_is_sent_than_the_client_takes() {
+    let server = server();
+    let connect = Connect { properties: vec![0x21, 0, 2], ..Connect::new(V5, "narrow") };
+    let (mut raw, _) = server.enter(&connect);
+    raw.subscribe("narrow", 1);
+    let mut publisher = server.client(V5, "narrow-pub");
+    for id in 1..=4 {
+        publisher.send(&publish(V5, 0x32, "narrow", id, &[], ""));
+        publisher.expect_ack(0x40, id);
+    }
+    let ids = [raw.message().id, raw.message().id];
+    raw.ping();
+    for id in ids {
+        raw.send(&ack(0x40, id));
+        raw.message();
+    }
+}
+
+#[test]
+fn mqtt_4_3_1_to_3_every_qos_reaches_the_subscriber_with_it() {
+    for version in BOTH {
+        let topic = name(version, "qos");
+        let (mut publisher, mut subscriber) = pair(version, &topic);
+        publisher.send(&publish(version, 0x30, &topic, 0, &[], "0"));
+        publisher.send(&publish(version, 0x32, &topic, 7, &[], "1"));
+        publisher.expect_ack(0x40, 7);
+        publisher.send(&publish(version, 0x34, &topic, 8, &[], "2"));
+        publisher.expect_ack(0x50, 8);
+        publisher.send(&ack(0x62, 8));
+        publisher.expect_ack(0x70, 8);
+        let messages = [subscriber.message(), subscriber.message(), subscriber.message()];
+        for (qos, message) in (0..).zip(&messages) {
+            assert_eq!((message.qos(), message.text()), (qos, &*qos.to_string()));
+        }
+        assert_ne!(messages[1].id, messages[2].id);
+        subscriber.send(&ack(0x40, messages[1].id));
+        subscriber.send(&ack(0x50, messages[2].id));
+        subscriber.expect_ack(0x62, messages[2].id);
+        subscriber.send(&ack(0x70, messages[2].id));
+        subscriber.ping();
+    }
+}
+
+#[test]
+fn mqtt_4_3_3_10_to_12_a_repeated_qos_2_publish_is_not_passed_on_again() {
+    for version in BOTH {
+        let topic = name(version, "once");
+        let (mut publisher, mut subscriber) = pair(version, &topic);
+        for first in [0x34, 0x3C, 0x3C] {
+            publisher.send(&publish(version, first, &topic, 5, &[], "once"));
+            publisher.expect_ack(0x50, 5);
+        }
+        for _ in 0..2 {
+            publisher.send(&ack(0x62, 5));
+            let pubcomp = publisher.packet();
+            assert_eq!((pubcomp[0], &pubcomp[2..4]), (0x70, &[0, 5][..]));
+        }
+        publisher.send(&publish(version, 0x34, &topic, 5, &[], "again"));
+        publisher.expect_ack(0x50, 5);
+        assert_eq!(subscriber.message().text(), "once");
+        assert_eq!(subscriber.message().text(), "again");
+    }
+}
+
+#[test]
+fn mqtt_4_3_3_an_unknown_pubrel_gets_a_pubcomp() {
+    for version in BOTH {
+        let mut raw = server().client(version, "unknown-pubrel");
+        raw.send(&ack(0x62, 77));
+        let expected: &[u8] = if version.is_v5() { &[0, 77, 0x92] } else { &[0, 77] };
+        raw.expect(&packet(0x70, expected));
+    }
+}
+
+#[test]
+fn mqtt_4_3_2_an_unknown_ack_changes_nothing() {
+    for version in BOTH {
+        let mut raw = server().client(version, "unknown-ack");
+        raw.send(&[ack(0x40, 9), ack(0x70, 9)].concat());
+        raw.ping();
+    }
+}
+
+#[test]
+fn mqtt_4_6_0_2_and_4_acks_come_in_the_order_of_the_publishes() {
+    for version in BOTH {
+        let mut raw = server().client(version, "ordered");
+        let publishes: Vec<u8> = (1..=18)
+            .flat_map(|id| {
+                let first = if id % 2 == 0 { 0x32 } else { 0x34 };
+                publish(version, first, &format!("ordered/{id}"), id, &[], "")
+            })
+            .collect();
+        raw.send(&publishes);
+        for id in 1..=18 {
+            raw.expect_ack(if id % 2 == 0 { 0x40 } else { 0x50 }, id);
+        }
+        let releases: Vec<u8> = (1..=9).flat_map(|n| ack(0x62, 2 * n - 1)).collect();
+        raw.send(&releases);
+        for n in 1..=9 {
+            raw.expect_ack(0x70, 2 * n - 1);
+        }
+    }
+}
+
+#[test]
+fn mqtt_4_6_0_6_messages_of_a_topic_keep_their_order() {
+    for version in BOTH {
+        let topic = name(version, "in-order");
+        let (mut publisher, mut subscriber) = pair(version, &topic);
+        for n in 0..100 {
+            publisher.send(&publish(version, 0x30, &topic, 0, &[], &n.to_string()));
+        }
+        for n in 0..100 {
+            assert_eq!(subscriber.message().text(), n.to_string());
+        }
+    }
+}
+
+#[test]
+fn mqtt_4_7_2_a_client_cannot_publish_to_the_servers_topics() {
+    let mut raw = server().client(V5, "sys");
+    raw.send(&publish(V5, 0x32, "$SYS/broker/uptime", 1, &[], ""));
+    raw.expect(&packet(0x40, [0, 1, 0x90]));
+    let mut raw = server().client(V311, "sys");
+    raw.send(&publish(V311, 0x32, "$SYS/broker/uptime", 1, &[], ""));
+    raw.expect_closed();
+}

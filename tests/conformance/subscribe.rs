@@ -1,0 +1,258 @@
+//! SUBSCRIBE, UNSUBSCRIBE and who gets what: sections 3.8 to 3.11, 4.7, 4.8.
+
+use crate::harness::wire::{
+    BOTH, V5, V311, ack, packet, properties, publish, subscribe, subscribe_with, unsubscribe,
+};
+use crate::server::{name, server};
+
+#[test]
+fn mqtt_3_8_3_1_and_2_a_subscribe_names_a_filter_at_least() {
+    for version in BOTH {
+        for first in [0x82, 0xA2] {
+            let mut raw = server().client(version, "no-filter");
+            raw.send(&packet(first, [&[0, 1][..], &properties(version, &[])].concat()));
+            if version.is_v5() {
+                let disconnect = raw.packet();
+                assert_eq!(disconnect[0], 0xE0);
+                assert!([0x81, 0x82].contains(&disconnect[2]), "{disconnect:x?}");
+            }
+            raw.expect_closed();
+        }
+    }
+}
+
+#[test]
+fn mqtt_3_8_3_3_no_local() {
+    let server = server();
+    let (mut own, mut other) = (server.client(V5, "local"), server.client(V5, "local-other"));
+    own.subscribe("local", 0x04);
+    other.subscribe("local", 0);
+    own.send(&publish(V5, 0x30, "local", 0, &[], "own"));
+    assert_eq!(other.message().text(), "own");
+    other.send(&publish(V5, 0x30, "local", 0, &[], "other"));
+    assert_eq!(own.message().text(), "other");
+}
+
+#[test]
+fn mqtt_3_8_3_4_no_local_on_a_shared_subscription_is_an_error() {
+    let mut raw = server().client(V5, "shared-local");
+    raw.send(&subscribe(V5, 1, &[("$share/g/t", 0x04)]));
+    raw.expect_end(0x82);
+}
+
+#[test]
+fn mqtt_3_8_3_5_reserved_bits_are_zero() {
+    for (version, options) in [(V311, 0x03), (V311, 0x04), (V5, 0x03), (V5, 0x40), (V5, 0x30)] {
+        let mut raw = server().client(version, "reserved");
+        raw.send(&subscribe(version, 1, &[("t", options)]));
+        if version.is_v5() {
+            let disconnect = raw.packet();
+            assert_eq!(disconnect[0], 0xE0);
+            assert!([0x81, 0x82].contains(&disconnect[2]), "{disconnect:x?}");
+        }
+        raw.expect_closed();
+    }
+}
+
+#[test]
+fn mqtt_3_8_4_1_to_7_a_suback_has_the_id_and_a_code_per_filter_in_order() {
+    for version in BOTH {
+        let mut raw = server().client(version, "suback");
+        raw.send(&subscribe(version, 0x1234, &[("a/0", 0), ("a/2", 2), ("a/1", 1)]));
+        let list: &[u8] = if version.is_v5() { &[0] } else { &[] };
+        raw.expect(&packet(0x90, [&[0x12, 0x34][..], list, &[0, 2, 1]].concat()));
+    }
+}
+
+#[test]
+fn mqtt_3_8_4_3_the_same_filter_again_replaces_the_subscription() {
+    for version in BOTH {
+        let topic = name(version, "replaced");
+        let mut raw = server().client(version, "replacing");
+        raw.subscribe(&topic, 0);
+        raw.subscribe(&topic, 1);
+        raw.send(&publish(version, 0x32, &topic, 1, &[], "x"));
+        let (mut acked, mut messages) = (false, Vec::new());
+        while !acked || messages.is_empty() {
+            let packet = raw.packet();
+            match packet[0] & 0xF0 {
+                0x40 => acked = true,
+                _ => messages.push(packet[0]),
+            }
+        }
+        assert_eq!(messages, [0x32], "one, with the new QoS");
+        raw.ping();
+    }
+}
+
+#[test]
+fn mqtt_3_8_4_8_the_qos_is_the_lower_of_both() {
+    for version in BOTH {
+        let topic = name(version, "lower");
+        let mut subscriber = server().client(version, "lower-sub");
+        subscriber.subscribe(&topic, 1);
+        let mut publisher = server().client(version, "lower-pub");
+        for (first, id, qos) in [(0x30, 0, 0), (0x32, 1, 1), (0x34, 2, 1)] {
+            publisher.send(&publish(version, first, &topic, id, &[], ""));
+            assert_eq!(subscriber.message().qos(), qos);
+        }
+    }
+}
+
+#[test]
+fn mqtt_3_3_4_2_to_5_overlapping_subscriptions_and_their_identifiers() {
+    let mut raw = server().client(V5, "overlap");
+    raw.send(&subscribe_with(V5, 1, &[0x0B, 7], &[("overlap/+", 0)]));
+    raw.packet();
+    raw.send(&subscribe_with(V5, 2, &[0x0B, 0x80, 0x01], &[("overlap/#", 0)]));
+    raw.packet();
+    raw.send(&publish(V5, 0x30, "overlap/x", 0, &[], ""));
+    let mut properties = [raw.message().properties, raw.message().properties];
+    properties.sort();
+    assert_eq!(properties, [vec![0x0B, 7], vec![0x0B, 0x80, 0x01]]);
+    raw.ping();
+}
+
+#[test]
+fn mqtt_3_8_2_1_2_an_identifier_of_0_is_an_error() {
+    let mut raw = server().client(V5, "identifier-0");
+    raw.send(&subscribe_with(V5, 1, &[0x0B, 0], &[("t", 0)]));
+    let disconnect = raw.packet();
+    assert_eq!(disconnect[0], 0xE0);
+    assert!([0x81, 0x82].contains(&disconnect[2]), "{disconnect:x?}");
+}
+
+#[test]
+fn mqtt_3_10_4_1_to_6_after_an_unsubscribe_nothing_more_comes() {
+    for version in BOTH {
+        let topic = name(version, "over");
+        let mut raw = server().client(version, "leaving");
+        raw.subscribe(&topic, 0);
+        raw.send(&unsubscribe(version, 5, &[&topic, "never/was"]));
+        let codes: &[u8] = if version.is_v5() { &[0, 5, 0, 0, 0x11] } else { &[0, 5] };
+        raw.expect(&packet(0xB0, codes));
+        raw.send(&publish(version, 0x32, &topic, 1, &[], "x"));
+        raw.expect_ack(0x40, 1);
+        raw.ping();
+    }
+}
+
+#[test]
+fn mqtt_4_7_1_1_to_3_wildcards_stand_where_they_may() {
+    for version in BOTH {
+        for filter in ["a#", "a/#/b", "#/a", "a+", "+a/b", "a/b+"] {
+            let mut raw = server().client(version, "wild");
+            raw.send(&subscribe(version, 1, &[(filter, 0)]));
+            raw.expect_end(0x8F);
+        }
+        let mut raw = server().client(version, "wild");
+        let filters = ["wild/+/x/#", "+/+", "/+", "#"];
+        for filter in filters {
+            raw.send(&subscribe(version, 1, &[(filter, 0)]));
+            assert_eq!(raw.packet()[0], 0x90);
+        }
+    }
+}
+
+#[test]
+fn mqtt_4_7_1_what_wildcards_match() {
+    for version in BOTH {
+        let root = name(version, "sport");
+        for (filter, topic, matches) in [
+            ("tennis/#", "tennis", true),
+            ("tennis/#", "tennis/p1/rank", true),
+            ("tennis/+", "tennis", false),
+            ("tennis/+", "tennis/", true),
+            ("tennis/+", "tennis/p1/rank", false),
+            ("+/rank", "p1/rank", true),
+            ("Tennis", "tennis", false),
+            ("tennis", "tennis/", false),
+        ] {
+            let mut raw = server().client(version, "sport");
+            raw.subscribe(&format!("{root}/{filter}"), 0);
+            raw.subscribe(&format!("{root}/end"), 0);
+            raw.send(&publish(version, 0x30, &format!("{root}/{topic}"), 0, &[], "x"));
+            raw.send(&publish(version, 0x30, &format!("{root}/end"), 0, &[], "end"));
+            // Order holds within a topic, not from one to another.
+            let mut got = vec![raw.message()];
+            if matches {
+                got.push(raw.message());
+            }
+            raw.ping();
+            assert_eq!(got.iter().any(|m| m.text() == "x"), matches, "{filter} {topic}");
+        }
+    }
+}
+
+#[test]
+fn mqtt_4_7_2_1_a_leading_wildcard_does_not_match_a_dollar_topic() {
+    for version in BOTH {
+        let topic = format!("${}/x", name(version, "dollar"));
+        let mut raw = server().client(version, "dollar");
+        raw.subscribe("+/x", 0);
+        raw.send(&publish(version, 0x32, &topic, 1, &[], ""));
+        raw.expect_ack(0x40, 1);
+        raw.ping();
+        raw.subscribe(&topic, 0);
+        raw.send(&publish(version, 0x30, &topic, 0, &[], ""));
+        assert_eq!(raw.message().topic, topic);
+    }
+}
+
+#[test]
+fn mqtt_4_7_3_topics_are_compared_as_they_are() {
+    for version in BOTH {
+        let mut raw = server().client(version, "as-is");
+        // A space, a trailing slash, a decomposed umlaut: each its own topic.
+        let topics = ["as is", "as is/", "a\u{308}s", "äs", "/as"].map(|t| name(version, t));
+        for topic in &topics {
+            raw.subscribe(topic, 0);
+        }
+        for topic in &topics {
+            raw.send(&publish(version, 0x30, topic, 0, &[], ""));
+            assert_eq!(&raw.message().topic, topic);
+        }
+        raw.ping();
+    }
+}
+
+#[test]
+fn mqtt_4_8_2_1_and_2_a_share_has_a_name_and_a_filter() {
+    for version in BOTH {
+        let failure = if version.is_v5() { 0x8F } else { 0x80 };
+        for filter in ["$share/g", "$share/g/", "$share//t"] {
+            let mut raw = server().client(version, "bad-share");
+            raw.send(&subscribe(version, 1, &[(filter, 0)]));
+            let suback = raw.packet();
+            assert_eq!((suback[0], *suback.last().unwrap()), (0x90, failure), "{filter}");
+        }
+    }
+}
+
+#[test]
+fn mqtt_4_8_2_4_each_message_of_a_share_goes_to_one_member() {
+    for version in BOTH {
+        let topic = name(version, "shared");
+        let mut members =
+            ["m1", "m2"].map(|member| server().client(version, &format!("shared-{member}")));
+        for member in &mut members {
+            member.subscribe(&format!("$share/g/{topic}"), 1);
+        }
+        let mut outside = server().client(version, "shared-outside");
+        outside.subscribe(&topic, 0);
+        for n in 1..=4 {
+            outside.send(&publish(version, 0x32, &topic, n, &[], &n.to_string()));
+        }
+        let mut got = Vec::new();
+        for member in &mut members {
+            for _ in 0..2 {
+                let message = member.message();
+                member.send(&ack(0x40, message.id));
+                got.push(message.text().to_owned());
+            }
+            member.ping();
+        }
+        got.sort();
+        assert_eq!(got, ["1", "2", "3", "4"]);
+    }
+}
