@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | `id` | `gateway/epoch/partition/seq` ([`EventId`]) |
 //! | `source` | `/gateway/device key`, each percent-encoded (an RFC 3986 absolute-path reference) |
-//! | `type` | the sink's `event_type` |
+//! | `type` | the route's `event_type`, else the sink's |
 //! | `subject` | MQTT topic |
 //! | `time` | the publish's user property `time` if that is RFC 3339, else the time of receipt |
 //! | `datacontenttype` | the publish's or route's; else `application/json` if the payload is JSON; else `application/octet-stream` |
@@ -15,15 +15,18 @@
 //! | `sequence` | sequence number in 20 digits, so that it sorts as text |
 //! | `recordedtime` | time of receipt, only where `time` is the device's |
 //! | `traceparent` | the publish's user property, if it is one (W3C Trace Context) |
+//! | `lane` | `alarm` or `backfill`, as the route says; absent for live events |
+//! | `stream` | `live` or `backfill`, where a sink has more than one stream; order holds per device, lane and stream |
 //!
 //! Deliberately absent: Kafka headers (binary mode), which reuse [`Envelope`] from `kafka`.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::de::IgnoredAny;
-use storage::{Attribute, Event, EventId, StoredEvent};
+use storage::{Attribute, Event, EventId, Lane, StoredEvent};
 
 use crate::origin::Origin;
+use crate::sink::Mark;
 
 const JSON: &str = "application/json";
 const OCTET_STREAM: &str = "application/octet-stream";
@@ -64,29 +67,41 @@ impl Envelope {
         }
     }
 
-    /// Writes events one after the other.
-    pub(crate) fn write_all(&self, out: &mut Vec<u8>, events: &[StoredEvent], framing: Framing) {
+    /// Writes events one after the other, in the stream that they come in.
+    pub(crate) fn write_all(
+        &self,
+        out: &mut Vec<u8>,
+        events: &[StoredEvent],
+        stream: Option<Mark>,
+        framing: Framing,
+    ) {
         out.reserve(events.iter().map(|e| e.event.size_bytes() + ENVELOPE_BYTES).sum());
         match framing {
             Framing::Array => {
                 let mut before = b'[';
                 for event in events {
                     out.push(before);
-                    self.write(out, event, framing);
+                    self.write(out, event, stream, framing);
                     before = b',';
                 }
                 out.push(b']');
             }
             Framing::Lines => {
                 for event in events {
-                    self.write(out, event, framing);
+                    self.write(out, event, stream, framing);
                     out.push(b'\n');
                 }
             }
         }
     }
 
-    fn write(&self, out: &mut Vec<u8>, stored: &StoredEvent, framing: Framing) {
+    fn write(
+        &self,
+        out: &mut Vec<u8>,
+        stored: &StoredEvent,
+        stream: Option<Mark>,
+        framing: Framing,
+    ) {
         let event = &stored.event;
         let context = Context::of(event);
         out.extend_from_slice(br#"{"specversion":"1.0","id":"#);
@@ -95,7 +110,7 @@ impl Envelope {
         out.extend_from_slice(br#","source":""#);
         self.write_source(out, event);
         out.extend_from_slice(br#"","type":"#);
-        write_string(out, &self.event_type);
+        write_string(out, self.event_type(&context));
         if !event.topic.is_empty() {
             out.extend_from_slice(br#","subject":"#);
             write_string(out, &event.topic);
@@ -121,6 +136,17 @@ impl Envelope {
         if let Some(traceparent) = context.traceparent {
             out.extend_from_slice(br#","traceparent":"#);
             write_string(out, traceparent);
+        }
+        // Names of our own, here and below: nothing in them needs escaping.
+        if context.lane != Lane::Live {
+            out.extend_from_slice(br#","lane":""#);
+            out.extend_from_slice(context.lane.name().as_bytes());
+            out.push(b'"');
+        }
+        if let Some(stream) = stream {
+            out.extend_from_slice(br#","stream":""#);
+            out.extend_from_slice(stream.name().as_bytes());
+            out.push(b'"');
         }
         out.extend_from_slice(br#","datacontenttype":"#);
         write_string(out, context.content_type);
@@ -150,9 +176,9 @@ impl Envelope {
         percent_encode(out, &event.device_key);
     }
 
-    #[cfg(feature = "kafka")]
-    pub(crate) fn event_type(&self) -> &str {
-        &self.event_type
+    /// The event's own type, else the sink's.
+    pub(crate) fn event_type<'a>(&'a self, context: &Context<'a>) -> &'a str {
+        context.event_type.unwrap_or(&self.event_type)
     }
 }
 
@@ -162,6 +188,8 @@ pub(crate) struct Context<'a> {
     pub(crate) time: Option<&'a str>,
     pub(crate) traceparent: Option<&'a str>,
     pub(crate) content_type: &'a str,
+    pub(crate) event_type: Option<&'a str>,
+    pub(crate) lane: Lane,
     /// The payload is JSON, and may be called so.
     pub(crate) is_json: bool,
 }
@@ -169,9 +197,12 @@ pub(crate) struct Context<'a> {
 impl<'a> Context<'a> {
     pub(crate) fn of(event: &'a Event) -> Self {
         let (mut time, mut traceparent, mut content_type) = (None, None, None);
+        let (mut event_type, mut lane) = (None, Lane::default());
         for attribute in event.attributes.iter() {
             match attribute {
                 Attribute::ContentType(v) => content_type = content_type.or(Some(v)),
+                Attribute::EventType(v) => event_type = Some(v),
+                Attribute::Lane(v) => lane = v,
                 Attribute::UserProperty("time", v) if is_rfc3339(v) => time = Some(v),
                 Attribute::UserProperty("traceparent", v) if is_traceparent(v) => {
                     traceparent = Some(v);
@@ -181,7 +212,7 @@ impl<'a> Context<'a> {
         }
         let is_json = content_type.is_none_or(is_json_type) && is_json(&event.payload);
         let content_type = content_type.unwrap_or(if is_json { JSON } else { OCTET_STREAM });
-        Self { time, traceparent, content_type, is_json }
+        Self { time, traceparent, content_type, event_type, lane, is_json }
     }
 }
 
@@ -382,7 +413,7 @@ mod tests {
 
     fn written(event: &StoredEvent, framing: Framing) -> String {
         let mut out = Vec::new();
-        envelope().write_all(&mut out, std::slice::from_ref(event), framing);
+        envelope().write_all(&mut out, std::slice::from_ref(event), None, framing);
         String::from_utf8(out).expect("JSON is UTF-8")
     }
 
@@ -439,10 +470,10 @@ mod tests {
     #[test]
     fn a_batch_is_one_array_also_when_empty() {
         let mut out = Vec::new();
-        envelope().write_all(&mut out, &[], Framing::Array);
+        envelope().write_all(&mut out, &[], None, Framing::Array);
         out.clear();
         let event = stored("d", "t", &[], b"1");
-        envelope().write_all(&mut out, &[event.clone(), event], Framing::Array);
+        envelope().write_all(&mut out, &[event.clone(), event], None, Framing::Array);
         let value: Value = serde_json::from_slice(&out).expect("an array");
         assert_eq!(value.as_array().map(Vec::len), Some(2));
     }

@@ -1,24 +1,24 @@
 //! The shell around delivery: one task per sink that reads the log, sends, and moves the cursor.
 //!
 //! Owns: when to read, and the order of effects: a dead letter is durable before the cursor passes
-//! it, and the cursor moves only over what `delivery` calls done. A range that is missing from the
+//! it, and the cursor moves only over what `streams` calls done. A range that is missing from the
 //! log is passed over with a warning; it stands in the loss ledger.
-//! Deliberately absent: decisions about requests (`delivery`), and shared state between sinks.
+//! Deliberately absent: decisions about requests (`delivery`), whose turn it is (`streams`), and shared state between sinks.
 
 mod report;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use storage::{Read, ReadError, StateError, Store};
+use storage::{Passed, Read, ReadError, SinkProgress, StateError, Store};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use self::report::Report;
 use crate::cloudevents::Envelope;
-use crate::config::{SinkConfig, Target};
-use crate::delivery::{Delivery, Limits, Moment, Trouble};
+use crate::config::{Backlog, SinkConfig, Target};
+use crate::delivery::{Limits, Moment, Trouble};
 use crate::file::FileSink;
 use crate::http::HttpSink;
 #[cfg(feature = "kafka")]
@@ -26,6 +26,7 @@ use crate::kafka::KafkaSink;
 use crate::origin::Origin;
 use crate::retry::Backoff;
 use crate::sink::{Answer, RequestId, Sink};
+use crate::streams::{Key, Plan, ReadOrder, StreamStatus, Streams};
 
 /// What a sink is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,21 +63,26 @@ pub struct SinkStatus {
     pub state: SinkState,
     /// Next offset that it needs: the end of the contiguous acknowledged prefix.
     pub cursor: u64,
+    /// Its streams, where it has more than one.
+    pub streams: Vec<StreamStatus>,
     /// Events acknowledged.
     pub delivered_events: u64,
     /// Event bytes acknowledged.
     pub delivered_bytes: u64,
     /// Events sent to the dead letters.
     pub dead_lettered_events: u64,
+    /// Events that its filters kept from it.
+    pub filtered_events: u64,
     /// Requests that failed and were tried again.
     pub retries: u64,
     /// Last acknowledgement, microseconds since the Unix epoch.
     pub last_delivered_us: Option<u64>,
 }
 
-/// Reports that a sink needs nothing below an offset any more. Must not block: the committer
-/// coalesces moves and writes them with its next batch.
-pub type MoveCursor = Arc<dyn Fn(&str, u64) + Send + Sync>;
+/// Reports how far a sink is: it needs nothing below its cursor any more. Must not block: the
+/// committer coalesces moves and writes them with its next batch, a cursor and what was passed beside
+/// it in one commit.
+pub type MoveCursor = Arc<dyn Fn(&str, &SinkProgress) + Send + Sync>;
 
 /// One sink's task.
 pub struct Forwarder {
@@ -85,11 +91,12 @@ pub struct Forwarder {
     store: Store,
     watermark: watch::Receiver<u64>,
     report: Report,
-    cursor: u64,
+    progress: SinkProgress,
 }
 
 impl Forwarder {
-    /// Prepares a forwarder that starts at the store's durable cursor. `watermark` is a wake-up:
+    /// Prepares a forwarder that starts at the store's durable cursor, and goes on with what it has
+    /// passed beside that; what of the latter cannot be read is sent again. `watermark` is a wake-up:
     /// it carries the durable end of the log.
     pub fn new(
         config: SinkConfig,
@@ -99,8 +106,14 @@ impl Forwarder {
         move_cursor: MoveCursor,
     ) -> Self {
         let cursor = store.cursor(&config.name).unwrap_or_else(|| store.stats().first_offset);
-        let report = Report::new(&config.name, config.target.kind(), cursor, move_cursor);
-        Self { config, origin, store, watermark, report, cursor }
+        let passed = store.passed(&config.name).unwrap_or_else(|error| {
+            tracing::error!(sink = config.name, %error, "events ahead of the cursor are sent again");
+            Passed::default()
+        });
+        let progress = SinkProgress { cursor, passed };
+        let kind = config.target.kind();
+        let report = Report::new(&config.name, kind, progress.clone(), move_cursor);
+        Self { config, origin, store, watermark, report, progress }
     }
 
     /// A view of the status that stays valid while the task runs, and after it.
@@ -130,20 +143,30 @@ impl Forwarder {
 
     async fn drive<S: Sink>(self, sink: S, shutdown: CancellationToken) {
         let config = self.config;
-        let limits =
-            Limits::new(config.request_events_max, config.request_bytes_max, sink.window());
+        let window = sink.window();
+        let limits = Limits::new(config.request_events_max, config.request_bytes_max, window);
         let backoff = Backoff::new(config.retry_backoff_min, config.retry_backoff_max);
+        let plan = Plan {
+            filter: config.filter,
+            event_type: config.event_type,
+            lanes: config.lanes,
+            live_first: match config.backlog {
+                Backlog::InOrder => None,
+                Backlog::LiveFirst { after } => Some(after),
+            },
+            backlog_share: f64::from(config.backlog_share_percent) / 100.0,
+        };
+        let name = config.name.clone();
+        let streams = Streams::new(config.name, plan, limits, window, backoff, &self.progress);
         let task = Task {
             sink,
-            name: config.name.clone(),
-            delivery: Delivery::new(config.name, limits, backoff, self.cursor),
-            limits,
+            name,
+            streams,
             store: self.store,
             watermark: self.watermark,
             report: self.report,
             reading: None,
             writing: None,
-            backlog: false,
         };
         task.run(shutdown).await;
     }
@@ -154,18 +177,17 @@ impl Forwarder {
 struct Task<S> {
     sink: S,
     name: String,
-    delivery: Delivery,
-    limits: Limits,
+    streams: Streams,
     store: Store,
     watermark: watch::Receiver<u64>,
     report: Report,
     /// A read of the log, on the blocking pool.
-    reading: Option<JoinHandle<Result<Read, ReadError>>>,
-    /// Dead letters being made durable, on the blocking pool, and how many.
-    writing: Option<JoinHandle<(usize, Result<(), StateError>)>>,
-    /// The last read left something behind.
-    backlog: bool,
+    reading: Option<JoinHandle<(ReadOrder, Result<Read, ReadError>)>>,
+    /// Dead letters of a stream being made durable, on the blocking pool, and how many.
+    writing: Option<JoinHandle<Written>>,
 }
+
+type Written = (Key, usize, Result<(), StateError>);
 
 impl<S: Sink> Task<S> {
     async fn run(mut self, shutdown: CancellationToken) {
@@ -174,25 +196,24 @@ impl<S: Sink> Task<S> {
         loop {
             let now = Moment::now();
             self.write_letters(now);
-            if let Some(passed) = self.store.cursor(&self.name).and_then(|c| self.delivery.pass(c))
-            {
-                self.report.missing(&[passed]);
+            if let Some(cursor) = self.store.cursor(&self.name) {
+                self.report.missing(&self.streams.pass(cursor));
             }
             // One look a turn: a rise after it, and before the wait below, is a change that the
             // wait sees at once.
             let watermark = *self.watermark.borrow_and_update();
-            let caught_up = self.delivery.read_to() >= watermark;
+            let caught_up = self.streams.look(watermark, now);
             if !stopping {
                 self.begin_requests(now);
                 if !caught_up {
                     self.read_on(now);
                 }
             }
-            self.report.update(&self.delivery, caught_up, now);
+            self.report.update(&self.streams, caught_up, now);
             if stopping && self.is_quiet() {
                 break;
             }
-            let resumes_at = self.delivery.resumes_at().filter(|&at| at > now.at && !stopping);
+            let resumes_at = self.streams.resumes_at(now).filter(|_| !stopping);
             debug_assert!(
                 caught_up || resumes_at.is_some() || !self.is_quiet(),
                 "what is owed is under way, or waits for a time"
@@ -200,8 +221,10 @@ impl<S: Sink> Task<S> {
             tokio::select! {
                 () = shutdown.cancelled(), if !stopping => stopping = true,
                 (id, answer) = self.sink.answer() => self.answered(id, &answer),
-                read = finished(&mut self.reading) => self.has_read(read),
-                (count, result) = finished(&mut self.writing) => self.has_written(count, result),
+                (order, read) = finished(&mut self.reading) => self.has_read(order, read),
+                (key, count, result) = finished(&mut self.writing) => {
+                    self.has_written(key, count, result);
+                }
                 // Only once all is read: a busy log is not to wake us with every commit.
                 changed = self.watermark.changed(), if watched && caught_up => {
                     watched = changed.is_ok();
@@ -218,70 +241,67 @@ impl<S: Sink> Task<S> {
     /// Whether nothing is under way any more. Dead letters that the store does not take now are
     /// found again from the cursor.
     fn is_quiet(&self) -> bool {
-        self.delivery.in_flight() == 0 && self.reading.is_none() && self.writing.is_none()
+        self.streams.in_flight() == 0 && self.reading.is_none() && self.writing.is_none()
     }
 
     fn begin_requests(&mut self, now: Moment) {
-        while let Some(request) = self.delivery.next_request(now) {
+        while let Some(request) = self.streams.next_request(now) {
             self.sink.begin(request);
         }
     }
 
     fn read_on(&mut self, now: Moment) {
-        let from = self.delivery.read_to();
-        if self.reading.is_some() || !self.delivery.wants_events(self.backlog, now) {
+        if self.reading.is_some() {
             return;
         }
+        let Some(order) = self.streams.next_read(now) else { return };
         let store = self.store.clone();
-        let (events_max, bytes_max) = (self.limits.read_events_max(), self.limits.read_bytes_max());
-        self.reading =
-            Some(tokio::task::spawn_blocking(move || store.read(from, events_max, bytes_max)));
+        let ReadOrder { from, events_max, bytes_max, .. } = order;
+        self.reading = Some(tokio::task::spawn_blocking(move || {
+            (order, store.read(from, events_max, bytes_max))
+        }));
     }
 
-    fn has_read(&mut self, read: Result<Read, ReadError>) {
-        let from = self.delivery.read_to();
+    fn has_read(&mut self, order: ReadOrder, read: Result<Read, ReadError>) {
         match read {
-            Ok(read) if read.next > from => {
+            Ok(read) => {
                 self.report.missing(&read.missing);
-                self.backlog = read.next < *self.watermark.borrow();
-                self.delivery.push(read);
+                if !self.streams.push(order, read) {
+                    let reason = format!("the log gave nothing at offset {}", order.from);
+                    self.store_failed(order.key, reason);
+                }
             }
-            Ok(_) => self.store_failed(format!("the log gave nothing at offset {from}")),
-            Err(error) => self.store_failed(error.to_string()),
+            Err(error) => self.store_failed(order.key, error.to_string()),
         }
     }
 
     fn answered(&mut self, id: RequestId, answer: &Answer) {
-        self.delivery.answer(id, answer, Moment::now(), fastrand::f64());
+        self.streams.answer(id, answer, Moment::now(), fastrand::f64());
     }
 
     fn write_letters(&mut self, now: Moment) {
-        let letters = self.delivery.letters();
-        if self.writing.is_some() || letters.is_empty() || self.store_is_failing(now) {
+        if self.writing.is_some() {
             return;
         }
+        let Some((key, letters)) = self.streams.letters(now) else { return };
         self.report.dead_letters(letters, now);
         let (store, letters) = (self.store.clone(), letters.to_vec());
         self.writing = Some(tokio::task::spawn_blocking(move || {
-            (letters.len(), store.put_dead_letters(&letters))
+            (key, letters.len(), store.put_dead_letters(&letters))
         }));
     }
 
-    fn has_written(&mut self, count: usize, result: Result<(), StateError>) {
+    fn has_written(&mut self, key: Key, count: usize, result: Result<(), StateError>) {
         match result {
-            Ok(()) => self.delivery.letters_written(count),
-            Err(error) => self.store_failed(error.to_string()),
+            Ok(()) => self.streams.letters_written(key, count),
+            Err(error) => self.store_failed(key, error.to_string()),
         }
     }
 
-    fn store_failed(&mut self, reason: String) {
+    fn store_failed(&mut self, key: Key, reason: String) {
         let now = Moment::now();
         self.report.complain(&Trouble::Store(reason.clone()), now);
-        self.delivery.store_failed(reason, now, fastrand::f64());
-    }
-
-    fn store_is_failing(&self, now: Moment) -> bool {
-        matches!(self.delivery.trouble(), Some(Trouble::Store(_))) && self.delivery.is_paused(now)
+        self.streams.store_failed(key, reason, now, fastrand::f64());
     }
 }
 

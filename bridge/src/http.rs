@@ -213,7 +213,7 @@ impl Upstream {
             HttpFormat::NdJson => Framing::Lines,
         };
         let mut body = Vec::new();
-        self.envelope.write_all(&mut body, &request.events, framing);
+        self.envelope.write_all(&mut body, &request.events, request.stream, framing);
         match self.config.compression {
             Compression::None => body,
             Compression::Gzip => gzip(&body),

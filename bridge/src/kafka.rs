@@ -31,14 +31,14 @@ use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedProducer};
-use storage::StoredEvent;
+use storage::{Lane, StoredEvent};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use self::ledger::{Ledger, Ticket};
 use crate::cloudevents::{Context, Envelope, write_time};
 use crate::config::{KafkaCompression, KafkaConfig, KafkaDelivery};
-use crate::sink::{Answer, Request, RequestId, Sink, Window};
+use crate::sink::{Answer, Mark, Request, RequestId, Sink, Window};
 
 const WINDOW: Window = Window { requests_max: 64, events_max: 10_000, bytes_max: 8 * 1024 * 1024 };
 
@@ -121,8 +121,13 @@ impl KafkaSink {
     }
 
     /// Hands an event to librdkafka, which copies it.
-    fn send(&mut self, stored: &StoredEvent, ticket: Ticket) -> Result<(), RDKafkaErrorCode> {
-        let headers = headers(&self.envelope, stored, &mut self.scratch);
+    fn send(
+        &mut self,
+        stored: &StoredEvent,
+        stream: Option<Mark>,
+        ticket: Ticket,
+    ) -> Result<(), RDKafkaErrorCode> {
+        let headers = headers(&self.envelope, stored, stream, &mut self.scratch);
         let producer = self.producer.as_ref().expect("made before the first event");
         let record = BaseRecord::with_opaque_to(&self.config.topic, ticket as usize)
             .key(&stored.event.device_key[..])
@@ -179,7 +184,7 @@ impl Sink for KafkaSink {
         }
         for (stored, place) in request.events.iter().zip(0..) {
             let ticket = first.wrapping_add(place);
-            if let Err(code) = self.send(stored, ticket) {
+            if let Err(code) = self.send(stored, request.stream, ticket) {
                 let mut ledger = self.shared.ledger();
                 ledger.refused(ticket, code);
                 self.shared.changed.notify_one();
@@ -258,7 +263,12 @@ fn code(error: &KafkaError) -> RDKafkaErrorCode {
 }
 
 /// CloudEvents attributes in binary mode (CloudEvents Kafka protocol binding 1.0).
-fn headers(envelope: &Envelope, stored: &StoredEvent, scratch: &mut Vec<u8>) -> OwnedHeaders {
+fn headers(
+    envelope: &Envelope,
+    stored: &StoredEvent,
+    stream: Option<Mark>,
+    scratch: &mut Vec<u8>,
+) -> OwnedHeaders {
     let event = &stored.event;
     let context = Context::of(event);
     scratch.clear();
@@ -277,7 +287,7 @@ fn headers(envelope: &Envelope, stored: &StoredEvent, scratch: &mut Vec<u8>) -> 
         ("ce_specversion", &b"1.0"[..]),
         ("ce_id", id),
         ("ce_source", source),
-        ("ce_type", envelope.event_type().as_bytes()),
+        ("ce_type", envelope.event_type(&context).as_bytes()),
         ("ce_subject", event.topic.as_bytes()),
         ("ce_time", time),
         ("content-type", context.content_type.as_bytes()),
@@ -286,6 +296,12 @@ fn headers(envelope: &Envelope, stored: &StoredEvent, scratch: &mut Vec<u8>) -> 
     }
     if let Some(traceparent) = context.traceparent {
         headers = headers.insert(Header { key: "ce_traceparent", value: Some(traceparent) });
+    }
+    if context.lane != Lane::Live {
+        headers = headers.insert(Header { key: "ce_lane", value: Some(context.lane.name()) });
+    }
+    if let Some(stream) = stream {
+        headers = headers.insert(Header { key: "ce_stream", value: Some(stream.name()) });
     }
     headers
 }

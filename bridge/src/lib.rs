@@ -9,6 +9,8 @@
 //! - [`config`]: validated settings of a sink.
 //! - `sink`: the trait, and how an upstream's answers are sorted.
 //! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
+//! - `streams` (pure): several of them over one sink, and whose turn it is; [`filter`]: what a sink
+//!   is to have.
 //! - [`forwarder`]: the shell around it; `retry`: backoff.
 //! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
@@ -20,6 +22,7 @@ mod export;
 #[cfg(test)]
 mod fake;
 mod file;
+pub mod filter;
 pub mod forwarder;
 mod http;
 #[cfg(feature = "kafka")]
@@ -27,7 +30,9 @@ mod kafka;
 mod origin;
 mod retry;
 mod sink;
+mod streams;
 
 pub use export::Export;
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;
+pub use streams::StreamStatus;

@@ -19,8 +19,29 @@ pub(crate) type RequestId = u64;
 pub(crate) struct Request {
     /// Names it in the answer.
     pub(crate) id: RequestId,
+    /// What its events say of their stream, where a sink has more than one.
+    pub(crate) stream: Option<Mark>,
     /// Never empty. The indexes of an [`Answer`] are positions in here.
     pub(crate) events: Arc<Vec<StoredEvent>>,
+}
+
+/// Which stream of a sink an event comes in. Order holds per device within one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mark {
+    /// As it comes.
+    Live,
+    /// What an outage held up, while later events go ahead of it.
+    Backfill,
+}
+
+impl Mark {
+    /// Value of the CloudEvents attribute `stream`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Live => "live",
+            Self::Backfill => "backfill",
+        }
+    }
 }
 
 /// How much may be in flight at once.

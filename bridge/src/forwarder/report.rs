@@ -7,11 +7,12 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use storage::DeadLetter;
+use storage::{DeadLetter, SinkProgress};
 use tokio::sync::watch;
 
 use super::{MoveCursor, SinkState, SinkStatus};
-use crate::delivery::{Counts, Delivery, Moment, Trouble};
+use crate::delivery::{Counts, Moment, Trouble};
+use crate::streams::Streams;
 
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
 const REPEAT_INTERVAL: Duration = Duration::from_secs(10);
@@ -20,7 +21,7 @@ pub(super) struct Report {
     name: String,
     status: watch::Sender<SinkStatus>,
     move_cursor: MoveCursor,
-    cursor: u64,
+    progress: SinkProgress,
     counts: Counts,
     published_at: Option<Instant>,
     /// The upstream has answered once.
@@ -35,17 +36,19 @@ impl Report {
     pub(super) fn new(
         name: &str,
         kind: &'static str,
-        cursor: u64,
+        progress: SinkProgress,
         move_cursor: MoveCursor,
     ) -> Self {
         let status = SinkStatus {
             name: name.to_owned(),
             kind,
             state: SinkState::Starting,
-            cursor,
+            cursor: progress.cursor,
+            streams: Vec::new(),
             delivered_events: 0,
             delivered_bytes: 0,
             dead_lettered_events: 0,
+            filtered_events: 0,
             retries: 0,
             last_delivered_us: None,
         };
@@ -53,7 +56,7 @@ impl Report {
             name: name.to_owned(),
             status: watch::Sender::new(status),
             move_cursor,
-            cursor,
+            progress,
             counts: Counts::default(),
             published_at: None,
             connected: false,
@@ -68,17 +71,18 @@ impl Report {
     }
 
     /// Tells what has changed since the last call.
-    pub(super) fn update(&mut self, delivery: &Delivery, caught_up: bool, now: Moment) {
-        if delivery.cursor() != self.cursor {
-            self.cursor = delivery.cursor();
-            (self.move_cursor)(&self.name, self.cursor);
+    pub(super) fn update(&mut self, streams: &Streams, caught_up: bool, now: Moment) {
+        let progress = streams.progress();
+        if progress != self.progress {
+            self.progress = progress;
+            (self.move_cursor)(&self.name, &self.progress);
         }
-        let counts = delivery.counts();
+        let counts = streams.counts();
         let delivered = counts.delivered_events != self.counts.delivered_events;
         let failed = counts.retries != self.counts.retries;
         self.connected |= counts != self.counts;
         self.counts = counts;
-        match delivery.trouble() {
+        match streams.trouble() {
             Some(trouble) if failed => self.complain(trouble, now),
             None if self.complained => {
                 self.complained = false;
@@ -87,12 +91,12 @@ impl Report {
             _ => {}
         }
 
-        let state = match delivery.trouble() {
+        let state = match streams.trouble() {
             Some(Trouble::Held(error)) => SinkState::Held { error: error.clone() },
             Some(Trouble::Upstream(error) | Trouble::Store(error)) => {
                 SinkState::Retrying { error: error.clone() }
             }
-            None if delivery.is_idle() && caught_up => SinkState::Idle,
+            None if streams.is_idle() && caught_up => SinkState::Idle,
             None if self.connected => SinkState::Sending,
             None => SinkState::Starting,
         };
@@ -104,10 +108,12 @@ impl Report {
                 status.last_delivered_us = Some(now.unix_us);
             }
             status.state = state;
-            status.cursor = self.cursor;
+            status.cursor = self.progress.cursor;
+            status.streams = streams.status();
             status.delivered_events = counts.delivered_events;
             status.delivered_bytes = counts.delivered_bytes;
             status.dead_lettered_events = counts.dead_lettered_events;
+            status.filtered_events = counts.filtered_events;
             status.retries = counts.retries;
             if changed || due {
                 self.published_at = Some(now.at);

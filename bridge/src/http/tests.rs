@@ -14,7 +14,7 @@ fn sink(config: HttpConfig) -> HttpSink {
 
 fn request(id: RequestId) -> Request {
     let events = vec![fake::stored(5, "dev-1", "{\"t\":1}"), fake::stored(6, "dev-2", "\u{1}")];
-    Request { id, events: Arc::new(events) }
+    Request { id, stream: None, events: Arc::new(events) }
 }
 
 async fn ask(sink: &mut HttpSink, id: RequestId) -> Answer {

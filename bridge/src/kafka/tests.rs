@@ -43,7 +43,7 @@ fn events(offsets: std::ops::Range<u64>) -> Vec<StoredEvent> {
 }
 
 fn request(id: RequestId, events: Vec<StoredEvent>) -> Request {
-    Request { id, events: Arc::new(events) }
+    Request { id, stream: None, events: Arc::new(events) }
 }
 
 /// A record that arrived.

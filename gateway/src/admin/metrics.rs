@@ -128,9 +128,10 @@ fn sinks(out: &mut DescriptorEncoder<'_>, sinks: &[SinkStatus]) -> fmt::Result {
             metric.encode_family(&of(sink))?.encode_gauge(&value(sink))?;
         }
     }
-    let totals: [(&str, &str, OfSink); 4] = [
+    let totals: [(&str, &str, OfSink); 5] = [
         ("sink_delivered_events", "Events acknowledged", |s| s.delivered_events_total),
         ("sink_delivered_bytes", "Event bytes acknowledged", |s| s.delivered_bytes_total),
+        ("sink_filtered_events", "Events kept from it by its filters", |s| s.filtered_events_total),
         ("sink_dead_lettered_events", "Events refused for good", |s| s.dead_lettered_events_total),
         ("sink_retries", "Requests tried again", |s| s.retries_total),
     ];

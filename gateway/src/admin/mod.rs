@@ -28,7 +28,7 @@ use crate::ingest::{Health, Ingest, LatencyStats, clock};
 use crate::mqtt;
 use status::{
     AbsentSink, GatewayStatus, IngestStatus, MqttStatus, PartitionStatus, Quantiles, SinkStatus,
-    Status, StoreStatus,
+    Status, StoreStatus, StreamStatus,
 };
 
 /// Everything that is looked at.
@@ -196,16 +196,22 @@ impl Parts {
             state: state.to_owned(),
             error,
             cursor: sink.cursor,
+            streams: sink.streams.iter().map(stream).collect(),
             lag_events,
             lag_bytes: if lag_events == 0 { 0 } else { self.store.lag_bytes(sink.cursor) },
             lag_seconds: age_us as f64 / 1e6,
             delivered_events_total: sink.delivered_events,
             delivered_bytes_total: sink.delivered_bytes,
+            filtered_events_total: sink.filtered_events,
             dead_lettered_events_total: sink.dead_lettered_events,
             dead_letters: dead_letters.map_or(0, |(_, count)| *count),
             retries_total: sink.retries,
         }
     }
+}
+
+fn stream(stream: &bridge::StreamStatus) -> StreamStatus {
+    StreamStatus { name: stream.name.to_owned(), cursor: stream.cursor, end: stream.end }
 }
 
 fn quantiles(latency: LatencyStats) -> Quantiles {

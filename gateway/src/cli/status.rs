@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{DONE, FAILED, small_runtime};
-use crate::admin::status::Status;
+use crate::admin::status::{SinkStatus, Status};
 use crate::text::{bytes, count, duration, table};
 
 #[derive(Args)]
@@ -140,6 +140,7 @@ fn render(status: &Status) -> String {
         ]);
     }
     out += &table(&rows);
+    status.sinks.iter().for_each(|sink| render_streams(&mut out, sink));
     for sink in &status.sinks {
         if let Some(error) = &sink.error {
             // Writing to a String cannot fail.
@@ -147,4 +148,13 @@ fn render(status: &Status) -> String {
         }
     }
     out
+}
+
+/// What goes ahead of what.
+fn render_streams(out: &mut String, sink: &SinkStatus) {
+    for stream in &sink.streams {
+        let end = stream.end.map_or("the end".to_owned(), |end| format!("offset {end}"));
+        // Writing to a String cannot fail.
+        writeln!(out, "{}: {} at offset {} of {end}", sink.name, stream.name, stream.cursor).ok();
+    }
 }

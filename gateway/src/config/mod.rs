@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bridge::config::SinkConfig;
-use storage::{AtQuota, JournalMode, SinkRetention, StoreOptions};
+use storage::{AtQuota, JournalMode, Lane, SinkRetention, StoreOptions};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key;
@@ -82,6 +82,10 @@ pub struct RouteConfig {
     pub filter: String,
     /// Media type of payloads that name none themselves.
     pub content_type: Option<String>,
+    /// CloudEvents type of its events; none: the sink's.
+    pub event_type: Option<String>,
+    /// Priority class of its events.
+    pub lane: Lane,
 }
 
 /// `[ingest]`.
@@ -252,11 +256,12 @@ const SECOND: Duration = Duration::from_secs(1);
 const DAY: Duration = Duration::from_hours(24);
 
 fn read(root: &Section<'_, '_>) -> Config {
-    let sinks = sinks::read(root);
+    let routes = read_routes(root);
+    let sinks = sinks::read(root, &routes);
     Config {
         gateway: read_gateway(&root.section("gateway")),
         listeners: read_listeners(root),
-        routes: read_routes(root),
+        routes,
         ingest: read_ingest(&root.section("ingest")),
         storage: read_storage(&root.section("storage"), !sinks.is_empty()),
         sinks,
@@ -348,7 +353,17 @@ fn read_routes(root: &Section<'_, '_>) -> Vec<RouteConfig> {
         if let (false, Err(wrong)) = (filter.is_empty(), device_key::RouteFilter::parse(&filter)) {
             section.problem("filter", wrong.to_string());
         }
-        routes.push(RouteConfig { filter, content_type: section.string("content_type") });
+        let event_type = section.string("event_type");
+        if event_type.as_deref() == Some("") {
+            section.problem("event_type", "must not be empty: CloudEvents asks for a type");
+        }
+        let lanes = Lane::ALL.map(|lane| (lane.name(), lane));
+        routes.push(RouteConfig {
+            filter,
+            content_type: section.string("content_type"),
+            event_type,
+            lane: section.choice("lane", &lanes, Lane::default()),
+        });
     }
     routes
 }

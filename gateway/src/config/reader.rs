@@ -147,6 +147,25 @@ impl<'s, 'a> Section<'s, 'a> {
         }
     }
 
+    /// A list of texts; an absent one reads as empty. `${NAME}` is replaced as in [`Section::string`].
+    pub(super) fn strings(&self, key: &'static str) -> Vec<String> {
+        let Some((name, value)) = self.get(key) else {
+            return Vec::new();
+        };
+        let texts = value.get_ref().as_array().and_then(|items| {
+            items.iter().map(|item| item.get_ref().as_str()).collect::<Option<Vec<_>>>()
+        });
+        let Some(texts) = texts else {
+            self.wrong_type(name, key, value, "a list of texts, such as [\"a\", \"b\"]");
+            return Vec::new();
+        };
+        let texts = texts.into_iter().map(|text| interpolate(text, self.reader.env));
+        texts.collect::<Result<_, _>>().unwrap_or_else(|message| {
+            self.problem(key, message);
+            Vec::new()
+        })
+    }
+
     /// A text that must be there and must not be empty.
     pub(super) fn required(&self, key: &'static str, what: &str) -> String {
         if !self.has(key) {

@@ -3,10 +3,14 @@
 use std::ops::RangeInclusive;
 
 use bridge::config::{
-    Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, Secret, SecretSource, SinkConfig,
-    Target,
+    Backlog, Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, Secret, SecretSource,
+    SinkConfig, Target,
 };
 
+use bridge::filter::{Filter, TopicFilter};
+use storage::{Lane, Lanes};
+
+use super::RouteConfig;
 use super::reader::Section;
 
 /// Range of `lag_bytes_max`, where there is a limit.
@@ -20,12 +24,16 @@ enum Kind {
     File,
 }
 
-pub(super) fn read(root: &Section<'_, '_>) -> Vec<SinkConfig> {
+pub(super) fn read(root: &Section<'_, '_>, routes: &[RouteConfig]) -> Vec<SinkConfig> {
+    let given = |lane| routes.iter().any(|route| route.lane == lane);
+    let own = [Lane::Alarm, Lane::Backfill].into_iter().filter(|&lane| given(lane));
+    let lanes = own.fold(Lanes::NONE, Lanes::with);
     let mut sinks: Vec<SinkConfig> = Vec::new();
     for section in root.sections("sink") {
-        let Some(sink) = read_sink(&section) else {
+        let Some(mut sink) = read_sink(&section) else {
             continue;
         };
+        sink.lanes = lanes;
         if sinks.iter().any(|other| other.name == sink.name) {
             section.problem("name", format!("{:?} is the name of another sink", sink.name));
         }
@@ -83,7 +91,45 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     if (1..LAG_BYTES_MIN).contains(&sink.lag_bytes_max) {
         section.problem("lag_bytes_max", "must be 0 for no limit, or at least 1MiB");
     }
+    sink.filter = read_filter(section);
+    let share = SinkConfig::BACKLOG_SHARE_RANGE;
+    let share = u64::from(*share.start())..=u64::from(*share.end());
+    let default = SinkConfig::BACKLOG_SHARE_PERCENT.into();
+    sink.backlog_share_percent = section.integer("backlog_share_percent", share, default) as u8;
+    let after = section.time(
+        "live_first_after",
+        SinkConfig::LIVE_FIRST_AFTER_RANGE,
+        SinkConfig::LIVE_FIRST_AFTER,
+    );
+    let backlogs = [("in_order", Backlog::InOrder), ("live_first", Backlog::LiveFirst { after })];
+    sink.backlog = section.choice("backlog", &backlogs, Backlog::default());
     Some(sink)
+}
+
+/// What the sink is to have.
+fn read_filter(section: &Section<'_, '_>) -> Filter {
+    let mut filter = Filter::default();
+    for text in section.strings("topics") {
+        match TopicFilter::parse(&text) {
+            Ok(topic) => filter.topics.push(topic),
+            Err(wrong) => section.problem("topics", format!("{text:?}: {wrong}")),
+        }
+    }
+    filter.event_types = section.strings("event_types");
+    let lanes = section.strings("lanes");
+    if !lanes.is_empty() {
+        filter.lanes = Lanes::NONE;
+    }
+    for text in lanes {
+        match Lane::ALL.into_iter().find(|lane| lane.name() == text) {
+            Some(lane) => filter.lanes = filter.lanes.with(lane),
+            None => section.problem(
+                "lanes",
+                format!("must name \"alarm\", \"live\" or \"backfill\", not {text:?}"),
+            ),
+        }
+    }
+    filter
 }
 
 fn wide(range: RangeInclusive<usize>) -> RangeInclusive<u64> {

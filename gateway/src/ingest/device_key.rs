@@ -6,6 +6,7 @@
 //! Deliberately absent: whether a topic is valid at all, which the front checks before.
 
 use bytestring::ByteString;
+use storage::Lane;
 
 use crate::config::RouteConfig;
 
@@ -16,6 +17,10 @@ pub struct Resolved<'a> {
     pub device_key: ByteString,
     /// The route's media type, for payloads that name none themselves.
     pub content_type: Option<&'a str>,
+    /// The route's CloudEvents type.
+    pub event_type: Option<&'a str>,
+    /// The route's lane.
+    pub lane: Lane,
 }
 
 /// The routes in the order in which they are tried; the first that matches decides.
@@ -26,6 +31,8 @@ pub struct Routes(Vec<Route>);
 struct Route {
     filter: RouteFilter,
     content_type: Option<String>,
+    event_type: Option<String>,
+    lane: Lane,
 }
 
 impl Routes {
@@ -36,7 +43,8 @@ impl Routes {
     pub fn new(routes: &[RouteConfig]) -> Result<Self, RouteFilterError> {
         let route = |config: &RouteConfig| {
             let filter = RouteFilter::parse(&config.filter)?;
-            Ok(Route { filter, content_type: config.content_type.clone() })
+            let RouteConfig { content_type, event_type, lane, .. } = config.clone();
+            Ok(Route { filter, content_type, event_type, lane })
         };
         routes.iter().map(route).collect::<Result<_, _>>().map(Self)
     }
@@ -44,11 +52,21 @@ impl Routes {
     /// The device key and defaults of a publish; `None` if no route accepts the topic.
     pub fn resolve(&self, topic: &ByteString, client_id: &ByteString) -> Option<Resolved<'_>> {
         if self.0.is_empty() {
-            return Some(Resolved { device_key: client_id.clone(), content_type: None });
+            return Some(Resolved {
+                device_key: client_id.clone(),
+                content_type: None,
+                event_type: None,
+                lane: Lane::default(),
+            });
         }
         self.0.iter().find_map(|route| {
             let device_key = route.filter.device_key(topic, client_id)?;
-            Some(Resolved { device_key, content_type: route.content_type.as_deref() })
+            Some(Resolved {
+                device_key,
+                content_type: route.content_type.as_deref(),
+                event_type: route.event_type.as_deref(),
+                lane: route.lane,
+            })
         })
     }
 }
@@ -194,6 +212,8 @@ mod tests {
             .map(|filter| RouteConfig {
                 filter: (*filter).to_owned(),
                 content_type: Some(format!("by/{filter}")),
+                event_type: Some(format!("type of {filter}")),
+                lane: if filter.ends_with("alarm") { Lane::Alarm } else { Lane::Live },
             })
             .collect();
         Routes::new(&configs).expect("valid filters")
@@ -262,6 +282,8 @@ mod tests {
             let resolved = routes.resolve(&ByteString::from(topic), &client).expect(topic);
             assert_eq!(resolved.device_key, key, "{topic}");
             assert_eq!(resolved.content_type, Some(by), "{topic}");
+            assert_eq!(resolved.event_type, Some(&*by.replace("by/", "type of ")), "{topic}");
+            assert_eq!(resolved.lane == Lane::Alarm, topic.ends_with("alarm"), "{topic}");
         }
     }
 

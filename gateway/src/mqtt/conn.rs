@@ -21,7 +21,7 @@ use bytes::{Bytes, BytesMut};
 use bytestring::ByteString;
 use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5;
-use storage::{Attribute, Attributes, Event};
+use storage::{Attribute, Attributes, Event, Lane};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -296,6 +296,8 @@ struct Device {
     key: ByteString,
     partition: u16,
     content_type: Option<ByteString>,
+    event_type: Option<ByteString>,
+    lane: Lane,
     /// Attributes of a publish that says nothing beyond its QoS: 0 and 1.
     plain: [Attributes; 2],
 }
@@ -558,16 +560,23 @@ impl Conn<'_> {
         // A copy: a slice of the read buffer would keep all of it.
         let topic = ByteString::from(&**name);
         let resolved = self.shared.routes.resolve(&topic, self.session.client_id())?;
-        let content_type = resolved.content_type.map(ByteString::from);
+        let [content_type, event_type] =
+            [resolved.content_type, resolved.event_type].map(|text| text.map(ByteString::from));
         let plain = [QoS::AtMostOnce, QoS::AtLeastOnce].map(|qos| {
-            let content_type = content_type.as_deref().map(Attribute::ContentType);
-            Attributes::encode([Attribute::QoS(qos.value())].into_iter().chain(content_type))
+            Attributes::encode(
+                [Attribute::QoS(qos.value()), Attribute::Lane(resolved.lane)]
+                    .into_iter()
+                    .chain(content_type.as_deref().map(Attribute::ContentType))
+                    .chain(event_type.as_deref().map(Attribute::EventType)),
+            )
         });
         Some(Device {
             partition: partition::of(&resolved.device_key, self.shared.ingest.partitions()),
             key: resolved.device_key,
             topic,
             content_type,
+            event_type,
+            lane: resolved.lane,
             plain,
         })
     }
@@ -607,8 +616,9 @@ impl Conn<'_> {
         let expiry = said.message_expiry_interval.map(|s| Attribute::MessageExpiry(s.get()));
         let publisher = self.session.client_id().as_bytes();
         Attributes::encode(
-            [Attribute::QoS(publish.qos.value())]
+            [Attribute::QoS(publish.qos.value()), Attribute::Lane(device.lane)]
                 .into_iter()
+                .chain(device.event_type.as_deref().map(Attribute::EventType))
                 .chain(publish.retain.then_some(Attribute::Retain))
                 .chain(content_type.map(Attribute::ContentType))
                 .chain(said.is_utf8_payload.then_some(Attribute::Utf8Payload))

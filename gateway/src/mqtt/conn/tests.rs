@@ -99,7 +99,12 @@ impl Rig {
             Ingest::start(log, 0, ingest_config, at_quota, Duration::from_mins(1)).unwrap();
         let routes: Vec<_> = routes
             .iter()
-            .map(|filter| RouteConfig { filter: (*filter).to_owned(), content_type: None })
+            .map(|filter| RouteConfig {
+                filter: (*filter).to_owned(),
+                content_type: None,
+                event_type: None,
+                lane: storage::Lane::Live,
+            })
             .collect();
         let downlink = Downlink::new(ingest.watermark(), 16);
         let held_bytes_max = ingest_config.held_bytes_max;
