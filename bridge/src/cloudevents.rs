@@ -369,7 +369,7 @@ pub(crate) fn write_time(out: &mut Vec<u8>, unix_us: u64) {
 
 /// Year, month and day of a number of days since 1970-01-01 in the proleptic Gregorian calendar:
 /// years are counted from March, so that the leap day is the last of its year.
-fn civil_from_days(days: u64) -> (u64, u64, u64) {
+pub(crate) fn civil_from_days(days: u64) -> (u64, u64, u64) {
     const DAYS_BEFORE_1970: u64 = 719_468; // since 0000-03-01
     const ERA_DAYS: u64 = 146_097; // 400 years
     let days = days + DAYS_BEFORE_1970;

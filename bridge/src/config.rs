@@ -10,6 +10,7 @@ use std::time::Duration;
 use storage::Lanes;
 
 use crate::filter::Filter;
+use crate::shaper::Shaping;
 
 /// A value that must not reach a log: `Debug` hides it.
 #[derive(Clone, PartialEq, Eq)]
@@ -65,6 +66,8 @@ pub struct SinkConfig {
     /// Share of the requests, by bytes, that what can wait (a backlog that live events go ahead of,
     /// and the lane `backfill`) gets beside live events, in percent.
     pub backlog_share_percent: u8,
+    /// When it may send, and how much.
+    pub shaping: Shaping,
 }
 
 /// What goes first after an outage.
@@ -133,6 +136,7 @@ impl SinkConfig {
             lanes: Lanes::NONE,
             backlog: Backlog::default(),
             backlog_share_percent: Self::BACKLOG_SHARE_PERCENT,
+            shaping: Shaping::default(),
         }
     }
 }

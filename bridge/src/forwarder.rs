@@ -48,6 +48,11 @@ pub enum SinkState {
         /// What the upstream said, and what to do.
         error: String,
     },
+    /// Its rate, windows or budget keep it from sending.
+    Waiting {
+        /// Which of them, and what goes all the same.
+        reason: &'static str,
+    },
     /// Shut down.
     Stopped,
 }
@@ -155,6 +160,7 @@ impl Forwarder {
                 Backlog::LiveFirst { after } => Some(after),
             },
             backlog_share: f64::from(config.backlog_share_percent) / 100.0,
+            shaping: config.shaping,
         };
         let name = config.name.clone();
         let streams = Streams::new(config.name, plan, limits, window, backoff, &self.progress);

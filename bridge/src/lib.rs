@@ -10,7 +10,7 @@
 //! - `sink`: the trait, and how an upstream's answers are sorted.
 //! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
 //! - `streams` (pure): several of them over one sink, and whose turn it is; [`filter`]: what a sink
-//!   is to have.
+//!   is to have; [`shaper`]: when it may send, and how much.
 //! - [`forwarder`]: the shell around it; `retry`: backoff.
 //! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
@@ -29,6 +29,7 @@ mod http;
 mod kafka;
 mod origin;
 mod retry;
+pub mod shaper;
 mod sink;
 mod streams;
 

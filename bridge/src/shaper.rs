@@ -102,6 +102,25 @@ pub(crate) enum Gate {
     Shut(Closed),
 }
 
+impl Gate {
+    /// Whether an event may go.
+    pub(crate) fn lets(self, alarm: bool) -> bool {
+        match self {
+            Self::Open => true,
+            Self::AlarmsOnly(_) => alarm,
+            Self::Shut(_) => false,
+        }
+    }
+
+    /// Why it is not open, if it is not.
+    pub(crate) fn closed(self) -> Option<Closed> {
+        match self {
+            Self::Open => None,
+            Self::AlarmsOnly(closed) | Self::Shut(closed) => Some(closed),
+        }
+    }
+}
+
 /// Why a gate is not open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Closed {
@@ -237,7 +256,8 @@ mod tests {
         let window = DayWindow::parse("22:30-03:00").unwrap();
         assert_eq!(window.opens_in(3 * 3_600), 19 * 3_600 + 1_800);
         assert_eq!(DayWindow::parse("06:15-02:00").unwrap().opens_in(5 * 3_600), 4_500);
-        for wrong in ["", "22:00", "22:00-22:00", "24:00-01:00", "1:00-2:00", "01:60-02:00", "a-b"] {
+        for wrong in ["", "22:00", "22:00-22:00", "24:00-01:00", "1:00-2:00", "01:60-02:00", "a-b"]
+        {
             assert_eq!(DayWindow::parse(wrong), Err(DayWindowError), "{wrong}");
         }
     }

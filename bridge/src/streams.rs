@@ -33,6 +33,7 @@ use storage::{Ahead, DeadLetter, Lane, Lanes, Passed, Read, SinkProgress, Stored
 use crate::delivery::{Counts, Delivery, Limits, Load, Moment, Trouble};
 use crate::filter::Filter;
 use crate::retry::Backoff;
+use crate::shaper::{Shaper, Shaping};
 use crate::sink::{Answer, Mark, Request, RequestId, Window};
 
 /// Backlogs that may be owed at once.
@@ -52,6 +53,8 @@ pub(crate) struct Plan {
     /// Share of the requests, by bytes, that what can wait gets beside live events: 0.0 to 1.0,
     /// both excluded.
     pub(crate) backlog_share: f64,
+    /// When it may send, and how much.
+    pub(crate) shaping: Shaping,
 }
 
 impl Plan {
@@ -246,6 +249,7 @@ pub(crate) struct Streams {
     /// By lanes, and then in offset order. Never empty.
     all: Vec<Stream>,
     turns: Turns,
+    shaper: Shaper,
     /// Events say which stream they come in.
     marked: bool,
     next_id: RequestId,
@@ -273,6 +277,7 @@ impl Streams {
         let mut streams = Self {
             sink,
             marked: plan.live_first.is_some(),
+            shaper: Shaper::new(plan.shaping.clone(), progress.passed.spent),
             plan,
             limits,
             backoff,
@@ -341,7 +346,7 @@ impl Streams {
             }
         }
         let filtered = self.filtered_before + self.counts().filtered_events;
-        SinkProgress { cursor, passed: Passed { filtered, ahead, ..Passed::default() } }
+        SinkProgress { cursor, passed: Passed { filtered, ahead, spent: self.shaper.spent() } }
     }
 
     /// Sums since the start of the process.
@@ -515,6 +520,7 @@ impl Streams {
         if alone && flight.requests > 0 && self.all.len() > 1 {
             return None;
         }
+        let gate = self.shaper.gate(now);
         let shares = self.all.iter().any(|stream| stream.class.can_wait());
         let late = self.flight(|stream| stream.class.can_wait());
         let late_window = self.late_window();
@@ -522,6 +528,9 @@ impl Streams {
             .filter(|&place| self.has_turn(place))
             .filter_map(|place| {
                 let stream = &self.all[place];
+                if !gate.lets(stream.class == Class::Alarm) {
+                    return None;
+                }
                 let size = stream.delivery.next_load(now)?;
                 let can_wait = stream.class.can_wait();
                 (fits(flight, size, self.window)
@@ -551,6 +560,7 @@ impl Streams {
         let request = stream.delivery.next_request(now)?;
         self.next_id = request.id + 1;
         let size_bytes = request.events.iter().map(|e| e.event.size_bytes()).sum();
+        self.shaper.sent(size_bytes, now);
         match stream.class {
             Class::Alarm => {}
             Class::Live => {
@@ -576,7 +586,13 @@ impl Streams {
     /// When a pause ends, if there is one.
     pub(crate) fn resumes_at(&self, now: Moment) -> Option<Instant> {
         let pauses = self.all.iter().filter_map(|stream| stream.delivery.resumes_at());
-        pauses.filter(|&at| at > now.at).min()
+        let closed = self.shaper.gate(now).closed().map(|closed| closed.until);
+        pauses.chain(closed).filter(|&at| at > now.at).min()
+    }
+
+    /// What keeps some of it from being sent, if its rate, windows or budget do.
+    pub(crate) fn waits_for(&self, now: Moment) -> Option<&'static str> {
+        self.shaper.gate(now).closed()?.reason
     }
 
     /// Takes the answer to a request in flight. See [`Delivery::answer`].

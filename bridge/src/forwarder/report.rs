@@ -97,6 +97,7 @@ impl Report {
                 SinkState::Retrying { error: error.clone() }
             }
             None if streams.is_idle() && caught_up => SinkState::Idle,
+            None if let Some(reason) = streams.waits_for(now) => SinkState::Waiting { reason },
             None if self.connected => SinkState::Sending,
             None => SinkState::Starting,
         };

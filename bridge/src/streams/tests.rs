@@ -29,6 +29,7 @@ fn plan() -> Plan {
         lanes: Lanes::NONE,
         live_first: Some(AFTER),
         backlog_share: 0.5,
+        shaping: Shaping::default(),
     }
 }
 
@@ -265,6 +266,31 @@ fn a_failure_of_one_stream_is_the_upstreams_and_stops_all() {
     assert!(streams.next_request(now).is_none(), "alone");
     streams.answer(probe.id, &Answer::delivered(), now, 1.0);
     assert_eq!(streams.next_request(now).map(|r| offsets(&r)[0]), Some(40));
+}
+
+/// Outside of its windows a sink keeps everything but alarms, and wakes when they open.
+#[test]
+fn what_shapes_a_sink_stops_all_but_alarms() {
+    let (mut log, now) = (Log::default(), start());
+    // It is 22:13 UTC.
+    let windows = vec![crate::shaper::DayWindow::parse("22:14-22:15").unwrap()];
+    let plan = Plan {
+        lanes: Lanes::NONE.with(Lane::Alarm),
+        shaping: Shaping { windows, budget_bytes_month: 1 << 20, ..Shaping::default() },
+        ..plan()
+    };
+    let mut streams = streams(plan, window(1), &0.into());
+    log.append(20, Lane::Live, now);
+    log.append(10, Lane::Alarm, now);
+    let sent: Vec<u64> = send(&mut streams, &log, 10, now).into_iter().flat_map(|s| s.1).collect();
+    assert_eq!(sent, (20..30).collect::<Vec<_>>());
+    assert!(streams.waits_for(now).is_some());
+    let spent = streams.progress().passed.spent.size_bytes;
+    assert!(spent > 0, "alarms are paid for, too");
+    let opens = streams.resumes_at(now).expect("it waits for a time");
+    let now = later(now, opens - now.at);
+    assert_eq!((send(&mut streams, &log, 10, now).len(), streams.waits_for(now)), (2, None));
+    assert!(streams.progress().passed.spent.size_bytes > spent);
 }
 
 #[test]

@@ -14,8 +14,8 @@ use prometheus_client::registry::Registry;
 use super::status::{Quantiles, SinkStatus, Status};
 
 /// Every state a sink can be in, in the words of [`SinkStatus::state`].
-pub(super) const SINK_STATES: [&str; 6] =
-    ["starting", "idle", "sending", "retrying", "held", "stopped"];
+pub(super) const SINK_STATES: [&str; 7] =
+    ["starting", "idle", "sending", "retrying", "held", "waiting", "stopped"];
 
 /// Every state of commits, in the words of [`IngestStatus::health`](super::status::IngestStatus).
 pub(super) const HEALTH_STATES: [&str; 4] = ["storing", "at_quota", "disk_full", "failing"];

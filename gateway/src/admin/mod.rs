@@ -184,6 +184,7 @@ impl Parts {
             SinkState::Sending => ("sending", None),
             SinkState::Retrying { error } => ("retrying", Some(error.clone())),
             SinkState::Held { error } => ("held", Some(error.clone())),
+            SinkState::Waiting { reason } => ("waiting", Some((*reason).to_owned())),
             SinkState::Stopped => ("stopped", None),
         };
         let lag_events = store.watermark.saturating_sub(sink.cursor);

@@ -150,9 +150,9 @@ pub struct SinkStatus {
     /// `kafka`, `http` or `file`.
     #[serde(rename = "type")]
     pub kind: String,
-    /// `starting`, `idle`, `sending`, `retrying`, `held` or `stopped`.
+    /// `starting`, `idle`, `sending`, `retrying`, `held`, `waiting` or `stopped`.
     pub state: String,
-    /// What went wrong last, while it is retrying or held.
+    /// What went wrong last, while it is retrying or held; what it waits for, while it is waiting.
     pub error: Option<String>,
     /// Next offset that it needs.
     pub cursor: u64,

@@ -8,6 +8,7 @@ use bridge::config::{
 };
 
 use bridge::filter::{Filter, TopicFilter};
+use bridge::shaper::{AtBudget, DayWindow, Shaping};
 use storage::{Lane, Lanes};
 
 use super::RouteConfig;
@@ -34,6 +35,10 @@ pub(super) fn read(root: &Section<'_, '_>, routes: &[RouteConfig]) -> Vec<SinkCo
             continue;
         };
         sink.lanes = lanes;
+        if sink.shaping.at_budget == AtBudget::AlarmsOnly && !lanes.contains(Lane::Alarm) {
+            section
+                .problem("at_budget", "no [[route]] has lane = \"alarm\": nothing would be sent");
+        }
         if sinks.iter().any(|other| other.name == sink.name) {
             section.problem("name", format!("{:?} is the name of another sink", sink.name));
         }
@@ -103,7 +108,27 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     );
     let backlogs = [("in_order", Backlog::InOrder), ("live_first", Backlog::LiveFirst { after })];
     sink.backlog = section.choice("backlog", &backlogs, Backlog::default());
+    sink.shaping = read_shaping(section);
     Some(sink)
+}
+
+/// When the sink may send, and how much.
+fn read_shaping(section: &Section<'_, '_>) -> Shaping {
+    let windows = section.strings("windows");
+    let windows = windows.iter().filter_map(|text| match DayWindow::parse(text) {
+        Ok(window) => Some(window),
+        Err(wrong) => {
+            section.problem("windows", format!("{text:?} {wrong}"));
+            None
+        }
+    });
+    let policies = [("hold", AtBudget::Hold), ("alarms_only", AtBudget::AlarmsOnly)];
+    Shaping {
+        rate_bytes_per_second: section.size("rate_bytes_per_second", 0..=LAG_BYTES_MAX, 0),
+        windows: windows.collect(),
+        budget_bytes_month: section.size("budget_bytes_month", 0..=LAG_BYTES_MAX, 0),
+        at_budget: section.choice("at_budget", &policies, AtBudget::default()),
+    }
 }
 
 /// What the sink is to have.
