@@ -258,6 +258,73 @@ async fn an_alarm_passes_the_backlog_and_what_is_not_wanted_is_counted() {
     assert_eq!((of("all").delivered, of("all").filtered), (watermark + 2, 0));
 }
 
+/// A replay runs beside live traffic, marked, and the balance knows nothing of it. One at a time; who
+/// hangs up has cancelled it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replay_sends_again_what_it_is_asked_for_and_ends_with_its_asker() {
+    let bench = Bench::new(64);
+    let upstream = Upstream::start().await;
+    upstream.take_all();
+    let retention = "[storage]\nretain_bytes = \"64MiB\"";
+    bench.configure(&sink_to("cloud", &upstream, retention));
+    let gateway = bench.start().await;
+    let fleet = bench.fleet(10, 2_000.0);
+    acks(&fleet, 2_000).await;
+    let admin = gateway.admin().to_string();
+    let replay = |more: &[&'static str]| {
+        let mut words = vec!["replay", "--json", "--sink", "cloud", "--from", "100", "--to", "900"];
+        words.extend(more);
+        words
+            .iter()
+            .map(|&word| word.to_owned())
+            .chain(["--admin".into(), admin.clone()])
+            .collect::<Vec<String>>()
+    };
+    let run = async |words: Vec<String>| {
+        run_words(&words.iter().map(String::as_str).collect::<Vec<_>>()).await
+    };
+    let ended = run(replay(&[])).await;
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!((&report["delivered"], &report["refused"]), (&800.into(), &0.into()), "{report}");
+    let arrived = upstream.arrived();
+    let replayed = || arrived.iter().filter(|a| a.stream.as_deref() == Some("replay"));
+    assert_eq!(replayed().count(), 800);
+
+    // At this rate it would take minutes.
+    let mut slow = tokio::process::Command::new(env!("CARGO_BIN_EXE_edge-gateway"));
+    slow.args(replay(&["--rate", "1KiB"])).kill_on_drop(true).stdin(std::process::Stdio::null());
+    let mut slow = slow.spawn().unwrap();
+    gateway
+        .until("the slow one is under way", |status| {
+            sink(status, "cloud").streams.iter().any(|stream| stream.name == "replay")
+        })
+        .await;
+    let second = run(replay(&[])).await;
+    assert_eq!(second.code, Some(1), "{second:?}");
+    assert!(second.stderr.contains("another replay"), "{second:?}");
+    slow.kill().await.unwrap();
+    let device = replayed().next().unwrap().device.clone();
+    let of_one = [replay(&[]), vec!["--device".into(), device.clone()]].concat();
+    let ended = eventually("the slow one is cancelled", async || {
+        let ended = run(of_one.clone()).await;
+        (ended.code == Some(0)).then_some(ended)
+    })
+    .await;
+    let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+    let expected = replayed().filter(|arrival| arrival.device == device).count();
+    assert_eq!(report["delivered"], expected, "{report}");
+    let wrong =
+        run(["replay", "--admin", &admin, "--sink", "none"].map(str::to_owned).into()).await;
+    assert_eq!(wrong.code, Some(2), "{wrong:?}");
+
+    bench.drain(fleet).await;
+    let status = gateway.until_delivered("cloud").await;
+    assert_eq!(upstream.different().len() as u64, status.store.watermark);
+    assert_eq!(gateway.terminate().await, Some(0));
+    assert_eq!(run_to_end("balance", &bench.path("gateway.toml")).await.code, Some(0));
+}
+
 /// A dead sink with a limit of its own loses its oldest, by name, and the other has everything; the
 /// disk holds little more than the limit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -16,7 +16,7 @@
 //! | `recordedtime` | time of receipt, only where `time` is the device's |
 //! | `traceparent` | the publish's user property, if it is one (W3C Trace Context) |
 //! | `lane` | `alarm` or `backfill`, as the route says; absent for live events |
-//! | `stream` | `live` or `backfill`, where a sink has more than one stream; order holds per device, lane and stream |
+//! | `stream` | `live` or `backfill`, where a sink has more than one stream, and `replay`; order holds per device, lane and stream |
 //!
 //! Deliberately absent: Kafka headers (binary mode), which reuse [`Envelope`] from `kafka`.
 

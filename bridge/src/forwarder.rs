@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use storage::{Passed, Read, ReadError, SinkProgress, StateError, Store};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -24,9 +24,10 @@ use crate::http::HttpSink;
 #[cfg(feature = "kafka")]
 use crate::kafka::KafkaSink;
 use crate::origin::Origin;
+use crate::replay::{Order, Replays, Running};
 use crate::retry::Backoff;
 use crate::sink::{Answer, RequestId, Sink};
-use crate::streams::{Key, Plan, ReadOrder, StreamStatus, Streams};
+use crate::streams::{Key, Plan, ReadOrder, Seen, StreamStatus, Streams};
 
 /// What a sink is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,6 +98,8 @@ pub struct Forwarder {
     watermark: watch::Receiver<u64>,
     report: Report,
     progress: SinkProgress,
+    replays: Replays,
+    orders: mpsc::Receiver<Order>,
 }
 
 impl Forwarder {
@@ -118,12 +121,18 @@ impl Forwarder {
         let progress = SinkProgress { cursor, passed };
         let kind = config.target.kind();
         let report = Report::new(&config.name, kind, progress.clone(), move_cursor);
-        Self { config, origin, store, watermark, report, progress }
+        let (replays, orders) = Replays::new(&config.name);
+        Self { config, origin, store, watermark, report, progress, replays, orders }
     }
 
     /// A view of the status that stays valid while the task runs, and after it.
     pub fn status(&self) -> watch::Receiver<SinkStatus> {
         self.report.subscribe()
+    }
+
+    /// The way to ask for a replay while the task runs.
+    pub fn replays(&self) -> Replays {
+        self.replays.clone()
     }
 
     /// Runs until cancelled; then lets the requests in flight end, within their timeout, and returns.
@@ -173,6 +182,8 @@ impl Forwarder {
             report: self.report,
             reading: None,
             writing: None,
+            orders: self.orders,
+            running: None,
         };
         task.run(shutdown).await;
     }
@@ -191,6 +202,9 @@ struct Task<S> {
     reading: Option<JoinHandle<(ReadOrder, Result<Read, ReadError>)>>,
     /// Dead letters of a stream being made durable, on the blocking pool, and how many.
     writing: Option<JoinHandle<Written>>,
+    orders: mpsc::Receiver<Order>,
+    /// Who is told of the replay that is under way.
+    running: Option<Running>,
 }
 
 type Written = (Key, usize, Result<(), StateError>);
@@ -208,7 +222,7 @@ impl<S: Sink> Task<S> {
             // One look a turn: a rise after it, and before the wait below, is a change that the
             // wait sees at once.
             let watermark = *self.watermark.borrow_and_update();
-            let caught_up = self.streams.look(watermark, now);
+            let Seen { all_read: caught_up, waits_for_more } = self.streams.look(watermark, now);
             if !stopping {
                 self.begin_requests(now);
                 if !caught_up {
@@ -216,6 +230,7 @@ impl<S: Sink> Task<S> {
                 }
             }
             self.report.update(&self.streams, caught_up, now);
+            self.tell_replay();
             if stopping && self.is_quiet() {
                 break;
             }
@@ -231,10 +246,15 @@ impl<S: Sink> Task<S> {
                 (key, count, result) = finished(&mut self.writing) => {
                     self.has_written(key, count, result);
                 }
-                // Only once all is read: a busy log is not to wake us with every commit.
-                changed = self.watermark.changed(), if watched && caught_up => {
+                // Only who has read all: a busy log is not to wake us with every commit.
+                changed = self.watermark.changed(), if watched && waits_for_more => {
                     watched = changed.is_ok();
                 }
+                // Nothing comes where nobody can ask any more.
+                Some(order) = self.orders.recv(), if self.running.is_none() && !stopping => {
+                    self.replay(order);
+                }
+                () = abandoned(self.running.as_ref()) => self.streams.cancel_replay(),
                 () = sleep_until(resumes_at) => {}
             }
         }
@@ -248,6 +268,32 @@ impl<S: Sink> Task<S> {
     /// found again from the cursor.
     fn is_quiet(&self) -> bool {
         self.streams.in_flight() == 0 && self.reading.is_none() && self.writing.is_none()
+    }
+
+    fn replay(&mut self, order: Order) {
+        let Order { again, running } = order;
+        let (from, to) = (again.offsets.start, again.offsets.end);
+        tracing::info!(sink = self.name, from, to, "a replay begins");
+        self.streams.replay(again);
+        self.running = Some(running);
+    }
+
+    /// Says how far the replay is, and that it has ended.
+    fn tell_replay(&mut self) {
+        if let (Some(progress), Some(running)) = (self.streams.replay_progress(), &self.running) {
+            running.tell(progress);
+        }
+        if let Some(end) = self.streams.take_replay_end()
+            && let Some(running) = self.running.take()
+        {
+            tracing::info!(
+                sink = self.name,
+                delivered_events = end.delivered_events,
+                refused_events = end.refused_events,
+                "the replay has ended"
+            );
+            running.tell(end);
+        }
     }
 
     fn begin_requests(&mut self, now: Moment) {
@@ -326,6 +372,14 @@ async fn finished<T>(job: &mut Option<JoinHandle<T>>) -> T {
 /// What a job gave; its panic goes on in this task.
 fn joined<T>(outcome: Result<T, JoinError>) -> T {
     outcome.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+/// Waits until nobody watches the replay any more; pends while there is none.
+async fn abandoned(running: Option<&Running>) {
+    match running {
+        Some(running) => running.abandoned().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn sleep_until(at: Option<Instant>) {

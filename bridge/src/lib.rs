@@ -12,6 +12,7 @@
 //! - `streams` (pure): several of them over one sink, and whose turn it is; [`filter`]: what a sink
 //!   is to have; [`shaper`]: when it may send, and how much.
 //! - [`forwarder`]: the shell around it; `retry`: backoff.
+//! - [`replay`]: asking a sink to send stored events again.
 //! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
 
@@ -28,6 +29,7 @@ mod http;
 #[cfg(feature = "kafka")]
 mod kafka;
 mod origin;
+pub mod replay;
 mod retry;
 pub mod shaper;
 mod sink;
@@ -36,4 +38,5 @@ mod streams;
 pub use export::Export;
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;
-pub use streams::StreamStatus;
+pub use replay::Replays;
+pub use streams::{ReplayProgress, StreamStatus};

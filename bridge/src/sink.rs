@@ -32,6 +32,8 @@ pub(crate) enum Mark {
     Live,
     /// What an outage held up, while later events go ahead of it.
     Backfill,
+    /// Sent again because somebody asked for it: outside the order.
+    Replay,
 }
 
 impl Mark {
@@ -40,6 +42,7 @@ impl Mark {
         match self {
             Self::Live => "live",
             Self::Backfill => "backfill",
+            Self::Replay => "replay",
         }
     }
 }

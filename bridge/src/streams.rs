@@ -9,13 +9,17 @@
 //! at the watermark: what is before it becomes backlog, and what comes after it goes ahead. A split
 //! backlog ends, and its stream with it, when its cursor has reached the split.
 //!
+//! A replay is a stream beside all others, with a range and a rate of its own: nothing of it counts
+//! for the cursor, the balance or the dead letters.
+//!
 //! Invariants:
 //! - Every event belongs to exactly one stream, from the sink's cursor on; none but the one that it
 //!   belongs to passes it.
 //! - Alarms begin before all else. Between live events and what can wait (backlog, the lane
 //!   `backfill`) requests are shared by bytes, the latter by the share that is configured; what the
 //!   one does not use, the other may. While both have events, what can wait has no more in flight
-//!   than its share of the window.
+//!   than its share of the window. A replay can wait, too, with a share of its own
+//!   ([`REPLAY_WEIGHT`]).
 //! - After a failure in any stream nothing begins in any other until everything in flight has ended;
 //!   then one request goes alone, from a stream that failed. A request that is suspected of holding
 //!   poison goes alone, too. So the contract of [`Sink`](crate::sink::Sink) holds per stream.
@@ -28,7 +32,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use storage::{Ahead, DeadLetter, Lane, Lanes, Passed, Read, SinkProgress, StoredEvent};
+use storage::{Ahead, DeadLetter, Lane, Lanes, Passed, Read, SinkProgress, Spent, StoredEvent};
 
 use crate::delivery::{Counts, Delivery, Limits, Load, Moment, Trouble};
 use crate::filter::Filter;
@@ -38,6 +42,9 @@ use crate::sink::{Answer, Mark, Request, RequestId, Window};
 
 /// Backlogs that may be owed at once.
 const BACKLOGS_MAX: usize = 4;
+/// What a replay gets of the requests, by bytes, beside the weights of live events and of what can
+/// wait, which are 1 together.
+const REPLAY_WEIGHT: f64 = 0.1;
 
 /// What a sink is to have, and in which order.
 #[derive(Clone, Debug)]
@@ -87,21 +94,73 @@ enum Class {
     Backlog,
     /// The lane `backfill`.
     Backfill,
+    /// Again.
+    Replay,
 }
 
 impl Class {
     fn can_wait(self) -> bool {
-        matches!(self, Self::Backlog | Self::Backfill)
+        matches!(self, Self::Backlog | Self::Backfill | Self::Replay)
     }
 
     fn mark(self) -> Mark {
-        if self == Self::Backlog { Mark::Backfill } else { Mark::Live }
+        match self {
+            Self::Backlog => Mark::Backfill,
+            Self::Replay => Mark::Replay,
+            Self::Alarm | Self::Live | Self::Backfill => Mark::Live,
+        }
     }
+}
+
+/// What is to be sent again.
+#[derive(Clone, Debug)]
+pub(crate) struct Again {
+    /// Offsets, end-exclusive.
+    pub(crate) offsets: Range<u64>,
+    /// Of this device key only.
+    pub(crate) device: Option<String>,
+    /// Event bytes a second on average; 0 for no limit but its share.
+    pub(crate) rate_bytes_per_second: u64,
+}
+
+/// How far a replay is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ReplayProgress {
+    /// Next offset that it needs.
+    pub cursor: u64,
+    /// Events delivered.
+    pub delivered_events: u64,
+    /// Events that the upstream refused for good; they are in no dead letters for that.
+    pub refused_events: u64,
+    /// Requests that were tried again.
+    pub retries: u64,
+    /// What stands in the way now, if something does.
+    pub error: Option<String>,
+    /// Nothing more comes: it is done, or it was told to stop.
+    pub ended: bool,
+}
+
+/// The replay under way.
+#[derive(Debug)]
+struct Replay {
+    key: Key,
+    device: Option<String>,
+    pace: Shaper,
+    cancelled: bool,
 }
 
 /// Names a stream for as long as it lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Key(u32);
+
+/// What of the log was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Seen {
+    /// Everything.
+    pub(crate) all_read: bool,
+    /// Everything that some stream is to have so far, so that it wants to know when there is more.
+    pub(crate) waits_for_more: bool,
+}
 
 /// A read of the log to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,7 +178,7 @@ pub(crate) struct ReadOrder {
 /// A look at one stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StreamStatus {
-    /// `live`, `backlog`, `alarm` or `backfill`.
+    /// `live`, `backlog`, `alarm`, `backfill` or `replay`.
     pub name: &'static str,
     /// Next offset that it needs.
     pub cursor: u64,
@@ -153,12 +212,17 @@ impl Stream {
         self.delivery.cursor() >= self.offsets.end && self.delivery.is_idle()
     }
 
-    fn take(&mut self, read: Read, plan: &Plan, watermark: u64) {
+    fn take(&mut self, read: Read, plan: &Plan, device: Option<&str>, watermark: u64) {
         let end = self.offsets.end;
         let mut events = read.events;
         let kept = events.partition_point(|stored| stored.offset < end);
         events.truncate(kept);
-        if self.lanes != Lanes::ALL || !plan.filter.is_open() {
+        if self.class == Class::Replay {
+            events.retain(|stored| {
+                device.is_none_or(|key| stored.event.device_key == key)
+                    && plan.filter.wants(&stored.event, &plan.event_type)
+            });
+        } else if self.lanes != Lanes::ALL || !plan.filter.is_open() {
             events.retain(|stored| self.keeps(stored, plan));
         }
         let next = read.next.min(end);
@@ -217,6 +281,19 @@ impl Stream {
 enum Party {
     Live,
     CanWait,
+    Replay,
+}
+
+impl Class {
+    /// Alarms are nobody's party: they go first.
+    fn party(self) -> Option<Party> {
+        match self {
+            Self::Alarm => None,
+            Self::Live => Some(Party::Live),
+            Self::Backlog | Self::Backfill => Some(Party::CanWait),
+            Self::Replay => Some(Party::Replay),
+        }
+    }
 }
 
 /// Start-time fair queueing: who has had less for its weight begins next.
@@ -224,7 +301,7 @@ enum Party {
 struct Turns {
     now: f64,
     /// When the last request of each party ends, on that clock.
-    ends: [f64; 2],
+    ends: [f64; 3],
 }
 
 impl Turns {
@@ -250,6 +327,10 @@ pub(crate) struct Streams {
     all: Vec<Stream>,
     turns: Turns,
     shaper: Shaper,
+    /// Its stream is the last one.
+    replay: Option<Replay>,
+    /// What the last one came to, until somebody has asked.
+    replay_end: Option<ReplayProgress>,
     /// Events say which stream they come in.
     marked: bool,
     next_id: RequestId,
@@ -278,6 +359,8 @@ impl Streams {
             sink,
             marked: plan.live_first.is_some(),
             shaper: Shaper::new(plan.shaping.clone(), progress.passed.spent),
+            replay: None,
+            replay_end: None,
             plan,
             limits,
             backoff,
@@ -329,14 +412,23 @@ impl Streams {
 
     /// Next offset that the sink needs.
     pub(crate) fn cursor(&self) -> u64 {
-        self.all.iter().map(|s| s.delivery.cursor()).min().expect("never empty")
+        self.owed().iter().map(|s| s.delivery.cursor()).min().expect("never empty")
+    }
+
+    /// The streams that the cursor is made of: all but a replay.
+    fn owed(&self) -> &[Stream] {
+        &self.all[..self.owed_count()]
+    }
+
+    fn owed_count(&self) -> usize {
+        self.all.len() - usize::from(self.replay.is_some())
     }
 
     /// How far the sink is, for the store.
     pub(crate) fn progress(&self) -> SinkProgress {
         let cursor = self.cursor();
         let mut ahead = Vec::new();
-        for (place, stream) in self.all.iter().enumerate() {
+        for (place, stream) in self.owed().iter().enumerate() {
             let first = place == 0 || self.all[place - 1].lanes != stream.lanes;
             // What is before the first stream of its lanes is done.
             let start = if first { cursor } else { stream.offsets.start };
@@ -351,7 +443,7 @@ impl Streams {
 
     /// Sums since the start of the process.
     pub(crate) fn counts(&self) -> Counts {
-        let streams = self.all.iter();
+        let streams = self.owed().iter();
         streams.fold(self.ended, |sum, stream| sum + stream.counts())
     }
 
@@ -386,6 +478,7 @@ impl Streams {
                 Class::Live => "live",
                 Class::Backlog => "backlog",
                 Class::Backfill => "backfill",
+                Class::Replay => "replay",
             },
             cursor: stream.delivery.cursor(),
             end: (stream.offsets.end < u64::MAX).then_some(stream.offsets.end),
@@ -399,18 +492,34 @@ impl Streams {
     }
 
     /// The log is durable up to here: splits what has waited for too long, and ends what is done.
-    /// Whether everything was read.
-    pub(crate) fn look(&mut self, watermark: u64, now: Moment) -> bool {
+    pub(crate) fn look(&mut self, watermark: u64, now: Moment) -> Seen {
         self.watermark = watermark;
         self.retire();
         self.split(now);
-        self.all.iter().all(|stream| stream.is_read(watermark))
+        let read = |stream: &Stream| stream.is_read(watermark);
+        let goes_on = |stream: &&Stream| stream.offsets.end == u64::MAX;
+        Seen {
+            all_read: self.all.iter().all(read),
+            waits_for_more: self.all.iter().filter(goes_on).any(read),
+        }
     }
 
     fn retire(&mut self) {
+        if let Some(replay) = &self.replay {
+            let stream = self.all.last_mut().expect("never empty");
+            if replay.cancelled {
+                // What is in flight may still arrive.
+                stream.delivery.pass(stream.offsets.end);
+            }
+            if stream.is_done() {
+                self.replay_end = self.replay_progress();
+                self.all.pop();
+                self.replay = None;
+            }
+        }
         let mut ended = self.ended;
         self.all.retain(|stream| {
-            let done = stream.is_done();
+            let done = stream.class != Class::Replay && stream.is_done();
             if done {
                 ended = ended + stream.counts();
             }
@@ -454,7 +563,7 @@ impl Streams {
             }
         }
         let live = self.stream(Class::Live, lanes, watermark..u64::MAX, watermark);
-        let place = self.all.iter().rposition(|s| s.lanes == lanes).map_or(0, |last| last + 1);
+        let place = self.owed().iter().rposition(|s| s.lanes == lanes).map_or(0, |last| last + 1);
         self.all.insert(place, live);
     }
 
@@ -498,7 +607,8 @@ impl Streams {
         if read.next <= order.from {
             return false;
         }
-        stream.take(read, &self.plan, self.watermark);
+        let device = self.replay.as_ref().and_then(|replay| replay.device.as_deref());
+        stream.take(read, &self.plan, device, self.watermark);
         true
     }
 
@@ -507,7 +617,8 @@ impl Streams {
         if cursor <= self.cursor() {
             return Vec::new();
         }
-        self.all.iter_mut().filter_map(|stream| stream.pass(cursor)).collect()
+        let owed = self.owed_count();
+        self.all[..owed].iter_mut().filter_map(|stream| stream.pass(cursor)).collect()
     }
 
     /// The next request to begin now, if one may.
@@ -528,7 +639,9 @@ impl Streams {
             .filter(|&place| self.has_turn(place))
             .filter_map(|place| {
                 let stream = &self.all[place];
-                if !gate.lets(stream.class == Class::Alarm) {
+                if !gate.lets(stream.class == Class::Alarm)
+                    || stream.class == Class::Replay && self.paced(now).is_some()
+                {
                     return None;
                 }
                 let size = stream.delivery.next_load(now)?;
@@ -542,11 +655,8 @@ impl Streams {
                     let stream = &self.all[place];
                     // Who failed shows whether the upstream is back.
                     let probe = alone && !stream.delivery.wants_alone();
-                    let start = match stream.class {
-                        Class::Alarm => f64::NEG_INFINITY,
-                        Class::Live => self.turns.start(Party::Live),
-                        Class::Backlog | Class::Backfill => self.turns.start(Party::CanWait),
-                    };
+                    let party = stream.class.party();
+                    let start = party.map_or(f64::NEG_INFINITY, |party| self.turns.start(party));
                     (probe, start)
                 };
                 let ((a_probe, a_start), (b_probe, b_start)) = (rank(a), rank(b));
@@ -561,16 +671,20 @@ impl Streams {
         self.next_id = request.id + 1;
         let size_bytes = request.events.iter().map(|e| e.event.size_bytes()).sum();
         self.shaper.sent(size_bytes, now);
-        match stream.class {
-            Class::Alarm => {}
-            Class::Live => {
-                self.turns.took(Party::Live, size_bytes, 1.0 - self.plan.backlog_share);
-            }
-            Class::Backlog | Class::Backfill => {
-                self.turns.took(Party::CanWait, size_bytes, self.plan.backlog_share);
-            }
+        let weight = match stream.class {
+            Class::Live => 1.0 - self.plan.backlog_share,
+            Class::Replay => REPLAY_WEIGHT,
+            Class::Alarm | Class::Backlog | Class::Backfill => self.plan.backlog_share,
+        };
+        if let Some(party) = stream.class.party() {
+            self.turns.took(party, size_bytes, weight);
         }
-        Some(Request { stream: self.marked.then(|| stream.class.mark()), ..request })
+        let mark = stream.class.mark();
+        if let (Class::Replay, Some(replay)) = (stream.class, &mut self.replay) {
+            replay.pace.sent(size_bytes, now);
+        }
+        let marked = self.marked || mark == Mark::Replay;
+        Some(Request { stream: marked.then_some(mark), ..request })
     }
 
     /// What may be in flight of what can wait.
@@ -587,7 +701,7 @@ impl Streams {
     pub(crate) fn resumes_at(&self, now: Moment) -> Option<Instant> {
         let pauses = self.all.iter().filter_map(|stream| stream.delivery.resumes_at());
         let closed = self.shaper.gate(now).closed().map(|closed| closed.until);
-        pauses.chain(closed).filter(|&at| at > now.at).min()
+        pauses.chain(closed).chain(self.paced(now)).filter(|&at| at > now.at).min()
     }
 
     /// What keeps some of it from being sent, if its rate, windows or budget do.
@@ -604,6 +718,64 @@ impl Streams {
             .expect("an answer belongs to a request in flight");
         stream.delivery.answer(id, answer, now, random);
         stream.settle();
+        if stream.class == Class::Replay {
+            // It was delivered once, or stands in the dead letters already.
+            let refused = stream.delivery.letters().len();
+            stream.delivery.letters_written(refused);
+        }
+    }
+
+    /// Begins a replay: its key.
+    ///
+    /// # Panics
+    /// While there is another one.
+    pub(crate) fn replay(&mut self, again: Again) -> Key {
+        assert!(self.replay.is_none(), "one replay at a time");
+        let shaping =
+            Shaping { rate_bytes_per_second: again.rate_bytes_per_second, ..Shaping::default() };
+        let start = again.offsets.start;
+        let stream = self.stream(Class::Replay, Lanes::ALL, again.offsets, start);
+        let key = stream.key;
+        let pace = Shaper::new(shaping, Spent::default());
+        self.replay = Some(Replay { key, device: again.device, pace, cancelled: false });
+        self.all.push(stream);
+        key
+    }
+
+    /// Nothing more of the replay begins.
+    pub(crate) fn cancel_replay(&mut self) {
+        if let Some(replay) = &mut self.replay {
+            replay.cancelled = true;
+        }
+    }
+
+    /// How far the replay is, while there is one.
+    pub(crate) fn replay_progress(&self) -> Option<ReplayProgress> {
+        let stream =
+            self.all.iter().find(|s| self.replay.as_ref().is_some_and(|r| r.key == s.key))?;
+        let counts = stream.delivery.counts();
+        Some(ReplayProgress {
+            cursor: stream.delivery.cursor(),
+            delivered_events: counts.delivered_events,
+            refused_events: counts.dead_lettered_events,
+            retries: counts.retries,
+            error: stream.delivery.trouble().map(|trouble| match trouble {
+                Trouble::Upstream(error) | Trouble::Held(error) | Trouble::Store(error) => {
+                    error.clone()
+                }
+            }),
+            ended: stream.is_done(),
+        })
+    }
+
+    /// What a replay has come to, once.
+    pub(crate) fn take_replay_end(&mut self) -> Option<ReplayProgress> {
+        self.replay_end.take()
+    }
+
+    /// Until when the replay's own rate holds it.
+    fn paced(&self, now: Moment) -> Option<Instant> {
+        Some(self.replay.as_ref()?.pace.gate(now).closed()?.until)
     }
 
     /// The store failed a stream: it waits. See [`Delivery::store_failed`].

@@ -122,6 +122,7 @@ impl Gateway {
             ingest: ingest.clone(),
             store: store.clone(),
             sinks: forwarders.iter().map(Forwarder::status).collect(),
+            replays: forwarders.iter().map(Forwarder::replays).collect(),
         };
         let grace = config.gateway.shutdown_grace;
         let admin = (admin, Arc::new(parts));

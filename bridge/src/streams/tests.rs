@@ -294,6 +294,76 @@ fn what_shapes_a_sink_stops_all_but_alarms() {
 }
 
 #[test]
+fn a_replay_runs_beside_the_others_and_counts_for_nothing_but_itself() {
+    let (mut log, now) = (Log::default(), start());
+    let mut streams = streams(Plan { live_first: None, ..plan() }, window(1), &0.into());
+    log.append(90, Lane::Live, now);
+    send(&mut streams, &log, 100, now);
+    let before = (streams.progress(), streams.counts());
+    let device = Some("dev-1".to_owned());
+    streams.replay(Again { offsets: 30..75, device, rate_bytes_per_second: 0 });
+    let sent = send(&mut streams, &log, 1, now);
+    log.append(30, Lane::Live, now);
+    let mixed = send(&mut streams, &log, 100, now);
+    assert_eq!(mixed.iter().filter(|s| s.0.is_none()).flat_map(|s| s.1.clone()).count(), 30);
+    let replayed = sent.iter().chain(&mixed).filter(|s| s.0 == Some(Mark::Replay));
+    let replayed: Vec<u64> = replayed.flat_map(|s| s.1.clone()).collect();
+    assert_eq!(replayed, (30..75).filter(|n| n % 3 == 1).collect::<Vec<_>>());
+    assert_eq!(streams.replay_progress(), None, "it has ended");
+    let end = streams.take_replay_end().expect("nobody has asked yet");
+    assert_eq!((end.delivered_events, end.ended), (15, true));
+    assert_eq!(streams.progress().cursor, before.0.cursor + 30);
+    assert_eq!(streams.counts().delivered_events, before.1.delivered_events + 30);
+}
+
+#[test]
+fn a_replay_keeps_its_rate_survives_failures_and_can_be_cancelled() {
+    let (mut log, mut now) = (Log::default(), start());
+    let mut streams = streams(Plan { live_first: None, ..plan() }, window(1), &0.into());
+    log.append(100, Lane::Live, now);
+    send(&mut streams, &log, 100, now);
+    let again = Again { offsets: 0..100, device: None, rate_bytes_per_second: 100 };
+    streams.replay(again);
+    log.feed(&mut streams, now);
+    let request = streams.next_request(now).expect("the first goes at once");
+    streams.answer(request.id, &Answer::failed(Failure::Retry { after: None }, "down"), now, 1.0);
+    assert_eq!(streams.replay_progress().unwrap().error.as_deref(), Some("down"));
+    assert!(streams.next_request(later(now, MIN)).is_none(), "what failed is paid for, too");
+    now = later(now, Duration::from_mins(1));
+    let request = streams.next_request(now).expect("again");
+    assert_eq!(offsets(&request)[0], 0);
+    streams.answer(request.id, &Answer::failed(Failure::Suspect, "bad"), now, 1.0);
+    now = later(now, Duration::from_mins(1));
+    let request = streams.next_request(now).expect("the half of it");
+    assert_eq!(offsets(&request), [0, 1, 2, 3, 4]);
+    streams.cancel_replay();
+    log.feed(&mut streams, now);
+    assert!(streams.next_request(now).is_none());
+    assert!(!streams.replay_progress().unwrap().ended, "one is in flight");
+    streams.answer(request.id, &Answer::delivered(), now, 1.0);
+    assert!(streams.replay_progress().is_none_or(|progress| progress.ended));
+    log.feed(&mut streams, now);
+    assert_eq!((streams.replay_progress(), streams.progress()), (None, 100.into()));
+}
+
+/// What the upstream refuses of a replay is counted, and in no dead letters.
+#[test]
+fn a_replay_writes_no_dead_letters() {
+    let (mut log, now) = (Log::default(), start());
+    let mut streams = streams(Plan { live_first: None, ..plan() }, window(1), &0.into());
+    log.append(5, Lane::Live, now);
+    send(&mut streams, &log, 100, now);
+    streams.replay(Again { offsets: 4..5, device: None, rate_bytes_per_second: 0 });
+    log.feed(&mut streams, now);
+    let request = streams.next_request(now).expect("the one");
+    streams.answer(request.id, &Answer::failed(Failure::Suspect, "bad"), now, 1.0);
+    assert!(streams.letters(now).is_none());
+    let progress = streams.replay_progress().expect("not looked at yet");
+    assert_eq!((progress.refused_events, progress.ended), (1, true));
+    assert_eq!(streams.counts().dead_lettered_events, 0);
+}
+
+#[test]
 fn what_a_policy_drops_is_passed_in_every_stream_and_not_called_filtered() {
     let (mut log, now) = (Log::default(), start());
     let filter =

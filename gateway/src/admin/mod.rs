@@ -2,10 +2,11 @@
 //! tools (`store`).
 //!
 //! Owns: putting one [`status::Status`] together from what the parts report, and serving it. It
-//! only looks: nothing here changes anything, and it is bound to loopback by default, because it
+//! only looks, but for `replay`, which has events sent again: it is bound to loopback by default, because it
 //! has no log-in.
 
 pub mod metrics;
+pub(crate) mod replay;
 pub mod status;
 pub(crate) mod store;
 
@@ -18,7 +19,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
-use bridge::SinkState;
+use bridge::{Replays, SinkState};
 use storage::{Store, StoreStats};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -45,6 +46,8 @@ pub struct Parts {
     pub store: Store,
     /// One per configured sink.
     pub sinks: Vec<watch::Receiver<bridge::SinkStatus>>,
+    /// One per configured sink.
+    pub replays: Vec<Replays>,
 }
 
 /// Serves until cancelled; then lets the answers under way end.
@@ -57,13 +60,15 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
     let tools = store::router(parts.store.clone(), &parts.gateway_id, shutdown.clone());
+    let replay = replay::router(parts.store.clone(), &parts.gateway_id, parts.replays.clone());
     let router = Router::new()
         .route("/metrics", get(serve_metrics))
         .route("/health/live", get(|| async { "live\n" }))
         .route("/health/ready", get(serve_ready))
         .route("/api/v1/status", get(serve_status))
         .with_state(parts)
-        .merge(tools);
+        .merge(tools)
+        .merge(replay);
     axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await
 }
 

@@ -54,6 +54,8 @@ enum Verb {
     Status(status::StatusArgs),
     /// Where every event went, per sink: delivered, pending, refused, dropped
     Balance(store::BalanceArgs),
+    /// Send stored events again into one sink of a running gateway, beside live traffic
+    Replay(store::ReplayArgs),
     /// Look at the store, check it, export from it; also beside a running gateway
     #[command(subcommand)]
     Store(store::StoreVerb),
@@ -83,6 +85,7 @@ pub fn main() -> ExitCode {
         Verb::Check(file) => check::check(&file.path),
         Verb::Status(args) => status::status(&args),
         Verb::Balance(args) => store::balance(&args),
+        Verb::Replay(args) => store::replay(&args),
         Verb::Store(verb) => store::store(&verb),
         Verb::Demo(args) => demo::demo(&args),
     };

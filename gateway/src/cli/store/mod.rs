@@ -9,6 +9,7 @@ mod change;
 mod export;
 mod progress;
 mod remote;
+mod replay;
 mod stats;
 mod verify;
 
@@ -24,6 +25,7 @@ use crate::inspection::InspectError;
 use remote::Remote;
 
 pub(super) use balance::{BalanceArgs, balance};
+pub(super) use replay::{ReplayArgs, replay};
 
 #[derive(Subcommand)]
 pub(super) enum StoreVerb {

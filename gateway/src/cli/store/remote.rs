@@ -13,6 +13,7 @@ use tokio::runtime::Runtime;
 
 use super::super::{small_runtime, status};
 use super::progress::Bar;
+use crate::admin::replay::ReplayQuery;
 use crate::admin::store::ExportQuery;
 use crate::config::Config;
 use crate::inspection::report::{Line, StatsReport};
@@ -39,7 +40,23 @@ pub(super) enum Passed {
     Broken(String),
 }
 
+/// Why something that was asked for has no report.
+pub(super) enum Unfollowed {
+    /// What was asked for makes no sense to this gateway.
+    WrongInput(String),
+    /// It could not be done, or broke off.
+    Failed(String),
+}
+
 impl Remote {
+    /// The gateway with this admin address.
+    pub(super) fn at(admin: &str) -> Result<Self, String> {
+        let runtime = small_runtime().map_err(|error| format!("cannot start: {error}"))?;
+        let client = reqwest::Client::builder().read_timeout(SILENCE_MAX).no_proxy().build();
+        let client = client.map_err(|error| format!("cannot start: {error}"))?;
+        Ok(Self { runtime, client, base: format!("http://{admin}/api/v1") })
+    }
+
     /// The gateway that the configuration says has the store, or why it cannot be asked.
     pub(super) fn find(config: &Config) -> Result<Self, String> {
         let bind = config.admin.bind;
@@ -50,10 +67,8 @@ impl Remote {
                     .into(),
             );
         }
-        let runtime = small_runtime().map_err(|error| format!("cannot start: {error}"))?;
-        let client = reqwest::Client::builder().read_timeout(SILENCE_MAX).no_proxy().build();
-        let client = client.map_err(|error| format!("cannot start: {error}"))?;
-        let asked = runtime.block_on(status::fetch(bind)).map_err(|error| {
+        let remote = Self::at(&bind.to_string())?;
+        let asked = remote.runtime.block_on(status::fetch(bind)).map_err(|error| {
             format!(
                 "no answer from {bind}: {}; if no gateway has the store, another tool does",
                 error.root_cause()
@@ -65,7 +80,7 @@ impl Remote {
                 asked.gateway.id, config.gateway.id
             ));
         }
-        Ok(Self { runtime, client, base: format!("http://{bind}/api/v1") })
+        Ok(remote)
     }
 
     pub(super) fn stats(&self) -> Result<StatsReport, String> {
@@ -83,38 +98,37 @@ impl Remote {
         path: &str,
         what: &'static str,
     ) -> Result<T, String> {
-        let mut bar = Bar::new(what);
-        let follow = async {
-            let mut answer = self.get(path).await?;
-            let mut text = Vec::new();
-            while let Some(piece) = answer.chunk().await.map_err(|error| broken(&error))? {
-                text.extend_from_slice(&piece);
-                while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
-                    let line = serde_json::from_slice(&text[..end]);
-                    text.drain(..=end);
-                    match line.map_err(|error| format!("not an answer: {error}"))? {
-                        Line::Progress { done, total } => bar.show(Progress { done, total }),
-                        Line::Report(report) => return Ok(report),
-                        Line::Failed(why) => return Err(why),
-                    }
-                }
-                if text.len() > LINE_BYTES_MAX {
-                    break;
+        self.runtime.block_on(async { follow(self.get(path).await?, what).await })
+    }
+
+    /// Begins a replay and follows it to its report. Ctrl-C ends it, which cancels the replay.
+    pub(super) fn replay<T: DeserializeOwned>(&self, query: &ReplayQuery) -> Result<T, Unfollowed> {
+        let replay = async {
+            let rate = query.rate.to_string();
+            let url = with_query(format!("{}/replay", self.base), query.pairs(&rate));
+            let answer = self.client.post(url).send().await;
+            let answer = answer.map_err(|error| Unfollowed::Failed(broken(&error)))?;
+            if answer.status().is_success() {
+                return follow(answer, "replay").await.map_err(Unfollowed::Failed);
+            }
+            let wrong = answer.status() == reqwest::StatusCode::BAD_REQUEST;
+            let why = answer.text().await.unwrap_or_default().trim_end().to_owned();
+            Err(if wrong { Unfollowed::WrongInput(why) } else { Unfollowed::Failed(why) })
+        };
+        self.runtime.block_on(async {
+            tokio::select! {
+                followed = replay => followed,
+                _ = tokio::signal::ctrl_c() => {
+                    Err(Unfollowed::Failed("cancelled; what was replayed so far stays".to_owned()))
                 }
             }
-            Err("the gateway stopped before the end".to_owned())
-        };
-        self.runtime.block_on(follow)
+        })
     }
 
     /// Passes an export on.
     pub(super) fn export(&self, query: &ExportQuery, out: &mut dyn Write) -> Passed {
         let follow = async {
-            let mut url = format!("{}/store/export", self.base);
-            for (key, value) in query.pairs() {
-                let before = if url.contains('?') { '&' } else { '?' };
-                url = format!("{url}{before}{key}={}", percent_encoded(value));
-            }
+            let url = with_query(format!("{}/store/export", self.base), query.pairs());
             let mut answer = match self.client.get(url).send().await {
                 Ok(answer) if answer.status().is_success() => answer,
                 Ok(answer) => {
@@ -153,6 +167,38 @@ impl Remote {
         }
         Err(answer.text().await.unwrap_or_default().trim_end().to_owned())
     }
+}
+
+/// Follows an answer in lines to its report.
+async fn follow<T: DeserializeOwned>(
+    mut answer: reqwest::Response,
+    what: &'static str,
+) -> Result<T, String> {
+    let mut bar = Bar::new(what);
+    let mut text = Vec::new();
+    while let Some(piece) = answer.chunk().await.map_err(|error| broken(&error))? {
+        text.extend_from_slice(&piece);
+        while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
+            let line = serde_json::from_slice(&text[..end]);
+            text.drain(..=end);
+            match line.map_err(|error| format!("not an answer: {error}"))? {
+                Line::Progress { done, total } => bar.show(Progress { done, total }),
+                Line::Report(report) => return Ok(report),
+                Line::Failed(why) => return Err(why),
+            }
+        }
+        if text.len() > LINE_BYTES_MAX {
+            break;
+        }
+    }
+    Err("the gateway stopped before the end".to_owned())
+}
+
+fn with_query<'a>(url: String, pairs: impl Iterator<Item = (&'static str, &'a str)>) -> String {
+    pairs.fold(url, |url, (key, value)| {
+        let before = if url.contains('?') { '&' } else { '?' };
+        format!("{url}{before}{key}={}", percent_encoded(value))
+    })
 }
 
 /// Keeps the unreserved characters of RFC 3986.
