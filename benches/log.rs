@@ -115,6 +115,7 @@ impl Place {
             at_quota: AtQuota::DropOldest,
             retain_bytes: WINDOW_BYTES,
             retain_age_us: 0,
+            dead_letter_bytes_max: 64 << 20,
             journal,
             journal_bytes: 32 << 20,
             commits_ahead_max: 2,

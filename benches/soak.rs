@@ -96,6 +96,7 @@ impl Plan {
             at_quota: AtQuota::Hold,
             retain_bytes: self.window_bytes - SLACK_BYTES,
             retain_age_us: 0,
+            dead_letter_bytes_max: 64 << 20,
             journal: JournalMode::Auto,
             journal_bytes: 32 << 20,
             commits_ahead_max: 2,

@@ -12,6 +12,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::routing::post;
 use firmware_sim::fleet::Fleet;
+use gateway::admin::status::Status;
 use harness::{Bench, eventually, http_sink, sink};
 use rumqttc::mqttbytes::QoS;
 use rumqttc::{AsyncClient, Event, MqttOptions, Packet};
@@ -48,7 +49,16 @@ async fn an_upstream_that_comes_and_goes_loses_nothing() {
     }
     bench.drain(fleet).await;
     let status = gateway.until_delivered("upstream").await;
-    assert!(sink(&status, "upstream").retries_total >= 3);
+    let upstream = sink(&status, "upstream");
+    assert!(upstream.retries_total >= 3 && upstream.circuit_opened_total >= 3, "{upstream:?}");
+    let working = |status: &Status| {
+        let upstream = sink(status, "upstream");
+        upstream.circuit == "closed" && upstream.eta_seconds == Some(0.0)
+    };
+    let status = gateway.until("the sink has nothing to do", working).await;
+    // What has happened a moment ago still shows, also in the estimates.
+    assert!(sink(&status, "upstream").drain_events_per_second > 0.0, "{status:?}");
+    assert!(status.ingest.events_per_second > 0.0 && status.store.left_seconds > Some(0.0));
     assert_eq!(gateway.terminate().await, Some(0));
     collector.finish().await;
     bench.assert_balanced("upstream");
@@ -72,6 +82,9 @@ async fn a_dead_sink_does_not_slow_the_other_and_loses_nothing() {
     let status = gateway.until_delivered("alive").await;
     assert_eq!(sink(&status, "dead").lag_events, status.store.watermark);
     assert_eq!(sink(&status, "dead").state, "retrying");
+    assert_ne!(sink(&status, "dead").circuit, "closed");
+    assert_eq!(sink(&status, "dead").eta_seconds, None, "it does not drain");
+    assert_eq!(sink(&status, "dead").left_seconds, status.store.left_seconds);
     assert_eq!(status.store.first_offset, 0, "the dead sink still needs everything");
     assert_eq!(gateway.terminate().await, Some(0));
     alive.finish().await;

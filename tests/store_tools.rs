@@ -205,6 +205,36 @@ async fn a_flipped_byte_is_found_with_its_range() {
     assert_eq!(gateway.terminate().await, Some(DONE));
 }
 
+/// The state database is not what it was when it was closed: nobody opens it, the remedy is told, and
+/// it helps.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_state_is_refused_and_made_anew() {
+    let bench = Bench::new(67);
+    let (config, gateway, stored) = filled(&bench).await;
+    assert_eq!(gateway.terminate().await, Some(DONE));
+    let state = bench.path("data").join("state.redb");
+    let mut bytes = std::fs::read(&state).unwrap();
+    let at = bytes.windows(8).position(|part| part == b"upstream").unwrap();
+    bytes[at] ^= 1;
+    std::fs::write(&state, bytes).unwrap();
+    for (words, code) in [
+        (&["store", "verify"][..], UNBALANCED),
+        (&["run"], FAILED),
+        (&["store", "repair"], UNBALANCED),
+    ] {
+        let ended = tool(words, &config).await;
+        assert_eq!(ended.code, Some(code), "{ended:?}");
+        let said = ended.stdout + &ended.stderr;
+        assert!(said.contains("state.redb") && said.contains("anew from the log"), "{said}");
+    }
+    let repaired = tool(&["store", "repair", "--yes"], &config).await;
+    assert_eq!(repaired.code, Some(DONE), "{repaired:?}");
+    let verified: VerifyReport = json(&["store", "verify"], &config, DONE).await;
+    assert_eq!(verified.events, stored);
+    let balance: BalanceReport = json(&["balance"], &config, DONE).await;
+    assert_eq!(sums(&balance, "nobody").pending, stored);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_changes_a_store_wants_it_for_itself() {
     let bench = Bench::new(66);

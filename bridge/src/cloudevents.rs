@@ -17,13 +17,14 @@
 //! | `traceparent` | the publish's user property, if it is one (W3C Trace Context) |
 //! | `lane` | `alarm` or `backfill`, as the route says; absent for live events |
 //! | `stream` | `live` or `backfill`, where a sink has more than one stream, and `replay`; order holds per device, lane and stream |
+//! | `requeued` | `true` on an event that was a dead letter: it stands outside the order of its device |
 //!
 //! Deliberately absent: Kafka headers (binary mode), which reuse [`Envelope`] from `kafka`.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::de::IgnoredAny;
-use storage::{Attribute, Event, EventId, Lane, StoredEvent};
+use storage::{Attribute, DeadLetter, Event, EventId, Lane, StoredEvent};
 
 use crate::origin::Origin;
 use crate::sink::Mark;
@@ -95,6 +96,28 @@ impl Envelope {
         }
     }
 
+    /// Writes a dead letter: its event as it would have gone upstream, and as extensions of it what
+    /// became of it. One a line.
+    pub(crate) fn write_letter(&self, out: &mut Vec<u8>, letter: &DeadLetter) {
+        self.write(out, &letter.event, None, Framing::Lines);
+        out.pop();
+        for (name, value) in
+            [("deadlettersink", &letter.sink), ("deadletterreason", &letter.reason)]
+        {
+            out.extend_from_slice(format!(",\"{name}\":").as_bytes());
+            write_string(out, value);
+        }
+        out.extend_from_slice(format!(",\"deadletterattempts\":{}", letter.attempts).as_bytes());
+        for (name, us) in
+            [("deadletterfirsttime", letter.first_us), ("deadletterlasttime", letter.last_us)]
+        {
+            out.extend_from_slice(format!(",\"{name}\":\"").as_bytes());
+            write_time(out, us);
+            out.push(b'"');
+        }
+        out.extend_from_slice(b"}\n");
+    }
+
     fn write(
         &self,
         out: &mut Vec<u8>,
@@ -148,6 +171,9 @@ impl Envelope {
             out.extend_from_slice(stream.name().as_bytes());
             out.push(b'"');
         }
+        if context.requeued {
+            out.extend_from_slice(br#","requeued":true"#);
+        }
         out.extend_from_slice(br#","datacontenttype":"#);
         write_string(out, context.content_type);
         let breaks = || event.payload.iter().any(|b| matches!(b, b'\n' | b'\r'));
@@ -187,6 +213,8 @@ pub(crate) struct Context<'a> {
     /// The device's time: RFC 3339.
     pub(crate) time: Option<&'a str>,
     pub(crate) traceparent: Option<&'a str>,
+    /// It was a dead letter.
+    pub(crate) requeued: bool,
     pub(crate) content_type: &'a str,
     pub(crate) event_type: Option<&'a str>,
     pub(crate) lane: Lane,
@@ -198,6 +226,7 @@ impl<'a> Context<'a> {
     pub(crate) fn of(event: &'a Event) -> Self {
         let (mut time, mut traceparent, mut content_type) = (None, None, None);
         let (mut event_type, mut lane) = (None, Lane::default());
+        let mut requeued = false;
         for attribute in event.attributes.iter() {
             match attribute {
                 Attribute::ContentType(v) => content_type = content_type.or(Some(v)),
@@ -207,12 +236,13 @@ impl<'a> Context<'a> {
                 Attribute::UserProperty("traceparent", v) if is_traceparent(v) => {
                     traceparent = Some(v);
                 }
+                Attribute::Requeued => requeued = true,
                 _ => {}
             }
         }
         let is_json = content_type.is_none_or(is_json_type) && is_json(&event.payload);
         let content_type = content_type.unwrap_or(if is_json { JSON } else { OCTET_STREAM });
-        Self { time, traceparent, content_type, event_type, lane, is_json }
+        Self { time, traceparent, requeued, content_type, event_type, lane, is_json }
     }
 }
 

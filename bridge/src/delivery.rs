@@ -61,6 +61,10 @@ impl Limits {
             window,
         }
     }
+    /// The same with another window.
+    pub(crate) fn within(self, change: impl FnOnce(Window) -> Window) -> Self {
+        Self { window: change(self.window), ..self }
+    }
     /// Events that one read should bring at most.
     pub(crate) fn read_events_max(&self) -> usize {
         self.request_events_max
@@ -221,6 +225,16 @@ impl Delivery {
         }
     }
 
+    /// Numbers its requests from here on.
+    pub(crate) fn numbered_from(self, next_id: RequestId) -> Self {
+        Self { next_id, ..self }
+    }
+
+    /// The number of its next request.
+    pub(crate) fn next_id(&self) -> RequestId {
+        self.next_id
+    }
+
     /// Where to read on.
     pub(crate) fn read_to(&self) -> u64 {
         self.read_to
@@ -246,6 +260,15 @@ impl Delivery {
     /// Whether any event is owed.
     pub(crate) fn is_idle(&self) -> bool {
         self.parts.is_empty() && self.letters.is_empty()
+    }
+
+    /// Whether a request may begin now.
+    pub(crate) fn is_waiting(&self, now: Moment) -> bool {
+        self.in_flight() == 0
+            && self
+                .parts
+                .front()
+                .is_some_and(|p| self.may_begin(0, p.events.len(), p.size_bytes, now))
     }
 
     /// Number of requests in flight.

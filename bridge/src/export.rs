@@ -1,10 +1,10 @@
 //! Events as a text for whoever asked for them: the same CloudEvents as an HTTP sink sends.
 //!
-//! Owns: what stands between pieces, so that the whole is one NDJSON text or one JSON array however
+//! Owns: [`letters`], and what stands between pieces, so that the whole is one NDJSON text or one JSON array however
 //! it was cut.
 //! Deliberately absent: which events, and where they go.
 
-use storage::StoredEvent;
+use storage::{DeadLetter, StoredEvent};
 
 use crate::cloudevents::{Envelope, Framing};
 use crate::config::HttpFormat;
@@ -55,6 +55,19 @@ impl Export {
     }
 }
 
+/// Appends dead letters, a CloudEvent a line, each with its sink, reason, attempts and times as
+/// extension attributes (`deadlettersink`, `deadletterreason`, `deadletterattempts`,
+/// `deadletterfirsttime`, `deadletterlasttime`).
+pub fn letters<'a>(
+    origin: &Origin,
+    event_type: &str,
+    out: &mut Vec<u8>,
+    letters: impl IntoIterator<Item = &'a DeadLetter>,
+) {
+    let envelope = Envelope::new(origin, event_type);
+    letters.into_iter().for_each(|letter| envelope.write_letter(out, letter));
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::Value;
@@ -103,6 +116,30 @@ mod tests {
             [0, 1, 2, 3, 4].map(Some)
         );
         assert_eq!(written(HttpFormat::CloudEventsBatch, &[]), "[]\n");
+    }
+
+    #[test]
+    fn a_dead_letter_is_its_event_and_what_became_of_it() {
+        let letter = DeadLetter {
+            sink: "cloud".into(),
+            event: events(1).remove(0),
+            reason: "400: \"no\"\nsuch unit".into(),
+            attempts: 3,
+            first_us: 1_700_000_000_000_000,
+            last_us: 1_700_000_001_000_000,
+        };
+        let origin = Origin { gateway: "edge-01".into(), epoch: 1 };
+        let mut out = Vec::new();
+        letters(&origin, "t", &mut out, [&letter, &letter]);
+        let text = String::from_utf8(out).unwrap();
+        assert_eq!(text.lines().count(), 2);
+        let line: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+        assert_eq!(line["id"], "edge-01/0000000000000001/0/0");
+        assert_eq!(line["deadlettersink"], "cloud");
+        assert_eq!(line["deadletterreason"], letter.reason);
+        assert_eq!(line["deadletterattempts"], 3);
+        assert_eq!(line["deadletterfirsttime"], "2023-11-14T22:13:20.000000Z");
+        assert_eq!(line["deadletterlasttime"], "2023-11-14T22:13:21.000000Z");
     }
 
     #[test]

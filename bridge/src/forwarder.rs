@@ -1,21 +1,24 @@
 //! The shell around delivery: one task per sink that reads the log, sends, and moves the cursor.
 //!
 //! Owns: when to read, and the order of effects: a dead letter is durable before the cursor passes
-//! it, and the cursor moves only over what `streams` calls done. A range that is missing from the
+//! it, and is one until its upstream has taken it; the cursor moves only over what `streams` calls
+//! done. A range that is missing from the
 //! log is passed over with a warning; it stands in the loss ledger.
-//! Deliberately absent: decisions about requests (`delivery`), whose turn it is (`streams`), and shared state between sinks.
+//! Deliberately absent: decisions about requests (`delivery`), whose turn it is (`streams`), and
+//! shared state between sinks.
 
 mod report;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use storage::{Passed, Read, ReadError, SinkProgress, StateError, Store};
-use tokio::sync::{mpsc, watch};
+use storage::{KeptLetter, Loss, Passed, Read, ReadError, SinkProgress, StateError, Store};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use self::report::Report;
+use crate::breaker::Circuit;
 use crate::cloudevents::Envelope;
 use crate::config::{Backlog, SinkConfig, Target};
 use crate::delivery::{Limits, Moment, Trouble};
@@ -25,8 +28,9 @@ use crate::http::HttpSink;
 use crate::kafka::KafkaSink;
 use crate::origin::Origin;
 use crate::replay::{Order, Replays, Running};
+use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
-use crate::sink::{Answer, RequestId, Sink};
+use crate::sink::{Answer, OUTSIDE_ORDER, RequestId, Sink};
 use crate::streams::{Key, Plan, ReadOrder, Seen, StreamStatus, Streams};
 
 /// What a sink is doing.
@@ -79,8 +83,14 @@ pub struct SinkStatus {
     pub dead_lettered_events: u64,
     /// Events that its filters kept from it.
     pub filtered_events: u64,
+    /// Dead letters that were requeued and delivered after all.
+    pub requeued_events: u64,
     /// Requests that failed and were tried again.
     pub retries: u64,
+    /// Whether requests go to the upstream.
+    pub circuit: Circuit,
+    /// How often the circuit has opened.
+    pub circuit_opened: u64,
     /// Last acknowledgement, microseconds since the Unix epoch.
     pub last_delivered_us: Option<u64>,
 }
@@ -90,6 +100,9 @@ pub struct SinkStatus {
 /// it in one commit.
 pub type MoveCursor = Arc<dyn Fn(&str, &SinkProgress) + Send + Sync>;
 
+/// Tells a forwarder that dead letters of its sink were requeued. Does not block.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
 /// One sink's task.
 pub struct Forwarder {
     config: SinkConfig,
@@ -97,6 +110,7 @@ pub struct Forwarder {
     store: Store,
     watermark: watch::Receiver<u64>,
     report: Report,
+    requeued: Arc<Notify>,
     progress: SinkProgress,
     replays: Replays,
     orders: mpsc::Receiver<Order>,
@@ -122,7 +136,15 @@ impl Forwarder {
         let kind = config.target.kind();
         let report = Report::new(&config.name, kind, progress.clone(), move_cursor);
         let (replays, orders) = Replays::new(&config.name);
-        Self { config, origin, store, watermark, report, progress, replays, orders }
+        let requeued = Arc::default();
+        Self { config, origin, store, watermark, report, requeued, progress, replays, orders }
+    }
+
+    /// What to call once dead letters of this sink were requeued in the store. Those that a restart
+    /// left behind it finds by itself.
+    pub fn wake(&self) -> Wake {
+        let requeued = Arc::clone(&self.requeued);
+        Arc::new(move || requeued.notify_one())
     }
 
     /// A view of the status that stays valid while the task runs, and after it.
@@ -172,16 +194,22 @@ impl Forwarder {
             shaping: config.shaping,
         };
         let name = config.name.clone();
-        let streams = Streams::new(config.name, plan, limits, window, backoff, &self.progress);
+        let streams =
+            Streams::new(config.name, plan, limits, window, backoff.clone(), &self.progress);
         let task = Task {
             sink,
-            name,
+            name: name.clone(),
+            requeue: Requeue::new(name, limits, backoff),
             streams,
+            limits,
             store: self.store,
             watermark: self.watermark,
             report: self.report,
+            requeued: self.requeued,
             reading: None,
             writing: None,
+            looking: None,
+            settling: None,
             orders: self.orders,
             running: None,
         };
@@ -189,25 +217,34 @@ impl Forwarder {
     }
 }
 
+/// What became of dead letters that were to be written: what their bound has dropped for them.
+type Written = Result<Vec<Loss>, StateError>;
+
 /// A forwarder at work: one owner of everything, one `select!`, then plain functions that change
 /// state.
 struct Task<S> {
     sink: S,
     name: String,
     streams: Streams,
+    requeue: Requeue,
+    limits: Limits,
     store: Store,
     watermark: watch::Receiver<u64>,
     report: Report,
+    /// Dead letters were marked.
+    requeued: Arc<Notify>,
     /// A read of the log, on the blocking pool.
     reading: Option<JoinHandle<(ReadOrder, Result<Read, ReadError>)>>,
     /// Dead letters of a stream being made durable, on the blocking pool, and how many.
-    writing: Option<JoinHandle<Written>>,
+    writing: Option<JoinHandle<(Key, usize, Written)>>,
+    /// A look for marked dead letters, on the blocking pool.
+    looking: Option<JoinHandle<Result<Vec<KeptLetter>, StateError>>>,
+    /// What came of them being made durable, on the blocking pool.
+    settling: Option<JoinHandle<(Settlement, Result<(), StateError>)>>,
     orders: mpsc::Receiver<Order>,
     /// Who is told of the replay that is under way.
     running: Option<Running>,
 }
-
-type Written = (Key, usize, Result<(), StateError>);
 
 impl<S: Sink> Task<S> {
     async fn run(mut self, shutdown: CancellationToken) {
@@ -216,6 +253,7 @@ impl<S: Sink> Task<S> {
         loop {
             let now = Moment::now();
             self.write_letters(now);
+            self.settle_requeued(now);
             if let Some(cursor) = self.store.cursor(&self.name) {
                 self.report.missing(&self.streams.pass(cursor));
             }
@@ -224,17 +262,20 @@ impl<S: Sink> Task<S> {
             let watermark = *self.watermark.borrow_and_update();
             let Seen { all_read: caught_up, waits_for_more } = self.streams.look(watermark, now);
             if !stopping {
+                self.look_for_requeued(now);
                 self.begin_requests(now);
                 if !caught_up {
                     self.read_on(now);
                 }
             }
-            self.report.update(&self.streams, caught_up, now);
+            self.report.update(&self.streams, &self.requeue, caught_up, now);
             self.tell_replay();
             if stopping && self.is_quiet() {
                 break;
             }
-            let resumes_at = self.streams.resumes_at(now).filter(|_| !stopping);
+            let resumes = [self.streams.resumes_at(now), self.requeue.resumes_at()];
+            let resumes = resumes.into_iter().flatten().filter(|&at| at > now.at && !stopping);
+            let resumes_at = resumes.min();
             debug_assert!(
                 caught_up || resumes_at.is_some() || !self.is_quiet(),
                 "what is owed is under way, or waits for a time"
@@ -246,6 +287,11 @@ impl<S: Sink> Task<S> {
                 (key, count, result) = finished(&mut self.writing) => {
                     self.has_written(key, count, result);
                 }
+                letters = finished(&mut self.looking) => self.has_looked(letters),
+                (settlement, result) = finished(&mut self.settling) => {
+                    self.has_settled(&settlement, result);
+                }
+                () = self.requeued.notified() => self.requeue.wake(),
                 // Only who has read all: a busy log is not to wake us with every commit.
                 changed = self.watermark.changed(), if watched && waits_for_more => {
                     watched = changed.is_ok();
@@ -267,7 +313,12 @@ impl<S: Sink> Task<S> {
     /// Whether nothing is under way any more. Dead letters that the store does not take now are
     /// found again from the cursor.
     fn is_quiet(&self) -> bool {
-        self.streams.in_flight() == 0 && self.reading.is_none() && self.writing.is_none()
+        self.streams.in_flight() == 0
+            && !self.requeue.is_in_flight()
+            && self.reading.is_none()
+            && self.writing.is_none()
+            && self.looking.is_none()
+            && self.settling.is_none()
     }
 
     fn replay(&mut self, order: Order) {
@@ -297,6 +348,19 @@ impl<S: Sink> Task<S> {
     }
 
     fn begin_requests(&mut self, now: Moment) {
+        if self.requeue.is_in_flight() {
+            return;
+        }
+        // An upstream that fails is tried with the events whose order matters.
+        if self.streams.trouble().is_none() && self.requeue.is_waiting(now) {
+            if self.streams.in_flight() > 0 {
+                return;
+            }
+            if let Some(request) = self.requeue.next_request(now) {
+                self.sink.begin(request);
+                return;
+            }
+        }
         while let Some(request) = self.streams.next_request(now) {
             self.sink.begin(request);
         }
@@ -328,7 +392,59 @@ impl<S: Sink> Task<S> {
     }
 
     fn answered(&mut self, id: RequestId, answer: &Answer) {
-        self.streams.answer(id, answer, Moment::now(), fastrand::f64());
+        let (now, random) = (Moment::now(), fastrand::f64());
+        if id >= OUTSIDE_ORDER {
+            self.requeue.answer(id, answer, !self.streams.is_idle(), now, random);
+        } else {
+            self.streams.answer(id, answer, now, random);
+        }
+    }
+
+    fn look_for_requeued(&mut self, now: Moment) {
+        if self.looking.is_some() || self.settling.is_some() || !self.requeue.wants_letters(now) {
+            return;
+        }
+        let (store, sink) = (self.store.clone(), self.name.clone());
+        let (events_max, bytes_max) = (self.limits.read_events_max(), self.limits.read_bytes_max());
+        self.requeue.looking();
+        self.looking =
+            Some(tokio::task::spawn_blocking(move || store.requeued(&sink, events_max, bytes_max)));
+    }
+
+    fn has_looked(&mut self, letters: Result<Vec<KeptLetter>, StateError>) {
+        match letters {
+            Ok(letters) => self.requeue.push(letters),
+            Err(error) => self.requeue_failed(error.to_string()),
+        }
+    }
+
+    fn settle_requeued(&mut self, now: Moment) {
+        if self.settling.is_some() {
+            return;
+        }
+        let Some(settlement) = self.requeue.settlement(now) else { return };
+        let (store, sink) = (self.store.clone(), self.name.clone());
+        self.settling = Some(tokio::task::spawn_blocking(move || {
+            let Settlement { delivered, refused } = &settlement;
+            let result = store.settle_requeued(&sink, delivered, refused);
+            (settlement, result)
+        }));
+    }
+
+    fn has_settled(&mut self, settlement: &Settlement, result: Result<(), StateError>) {
+        match result {
+            Ok(()) => {
+                self.report.settled(settlement, Moment::now());
+                self.requeue.settled(settlement);
+            }
+            Err(error) => self.requeue_failed(error.to_string()),
+        }
+    }
+
+    fn requeue_failed(&mut self, reason: String) {
+        let now = Moment::now();
+        self.report.complain(&Trouble::Store(reason.clone()), now);
+        self.requeue.store_failed(reason, now, fastrand::f64());
     }
 
     fn write_letters(&mut self, now: Moment) {
@@ -343,9 +459,12 @@ impl<S: Sink> Task<S> {
         }));
     }
 
-    fn has_written(&mut self, key: Key, count: usize, result: Result<(), StateError>) {
+    fn has_written(&mut self, key: Key, count: usize, result: Written) {
         match result {
-            Ok(()) => self.streams.letters_written(key, count),
+            Ok(dropped) => {
+                self.report.dropped_letters(&dropped, Moment::now());
+                self.streams.letters_written(key, count);
+            }
             Err(error) => self.store_failed(key, error.to_string()),
         }
     }

@@ -282,7 +282,7 @@ fn headers(
     }
     let (rest, time) = scratch.split_at(source_end);
     let (id, source) = rest.split_at(id_end);
-    let mut headers = OwnedHeaders::new_with_capacity(8);
+    let mut headers = OwnedHeaders::new_with_capacity(9);
     for (key, value) in [
         ("ce_specversion", &b"1.0"[..]),
         ("ce_id", id),
@@ -302,6 +302,9 @@ fn headers(
     }
     if let Some(stream) = stream {
         headers = headers.insert(Header { key: "ce_stream", value: Some(stream.name()) });
+    }
+    if context.requeued {
+        headers = headers.insert(Header { key: "ce_requeued", value: Some("true") });
     }
     headers
 }

@@ -11,11 +11,13 @@
 //! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
 //! - `streams` (pure): several of them over one sink, and whose turn it is; [`filter`]: what a sink
 //!   is to have; [`shaper`]: when it may send, and how much.
-//! - [`forwarder`]: the shell around it; `retry`: backoff.
-//! - [`replay`]: asking a sink to send stored events again.
+//! - `requeue` (pure): dead letters on their way to their sink again; [`replay`]: asking a sink to
+//!   send stored events again.
+//! - [`forwarder`]: the shell around them; `retry`: backoff; `breaker`: what shows of it.
 //! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
 
+mod breaker;
 mod cloudevents;
 pub mod config;
 mod delivery;
@@ -30,12 +32,14 @@ mod http;
 mod kafka;
 mod origin;
 pub mod replay;
+mod requeue;
 mod retry;
 pub mod shaper;
 mod sink;
 mod streams;
 
-pub use export::Export;
+pub use breaker::Circuit;
+pub use export::{Export, letters as export_letters};
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;
 pub use replay::Replays;

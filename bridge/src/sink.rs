@@ -14,6 +14,11 @@ use storage::StoredEvent;
 /// Number of a request, rising by one within a sink's life.
 pub(crate) type RequestId = u64;
 
+/// Requests from this number on carry requeued dead letters, and each goes alone. They stand outside
+/// the order: whatever their offsets, they are to be sent, and a sink that keeps a cursor of its own
+/// leaves it where it is.
+pub(crate) const OUTSIDE_ORDER: RequestId = 1 << 63;
+
 /// Events that are sent at once, in offset order.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {

@@ -697,7 +697,12 @@ impl Streams {
         }
     }
 
-    /// When a pause ends, if there is one.
+    /// When the last of the pauses after a failure ends.
+    pub(crate) fn troubled_until(&self) -> Option<Instant> {
+        self.all.iter().filter_map(|stream| stream.delivery.resumes_at()).max()
+    }
+
+    /// When the next pause ends, if there is one.
     pub(crate) fn resumes_at(&self, now: Moment) -> Option<Instant> {
         let pauses = self.all.iter().filter_map(|stream| stream.delivery.resumes_at());
         let closed = self.shaper.gate(now).closed().map(|closed| closed.until);

@@ -1,7 +1,7 @@
 //! A gateway as a whole: started, run, and stopped in the order in which data flows.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bridge::Forwarder;
@@ -50,6 +50,12 @@ pub enum RunError {
     /// Events cannot be made durable any more.
     #[error(transparent)]
     Committer(#[from] CommitterError),
+    /// A listener, or what serves subscribers, is gone: devices would wait for ever.
+    #[error("the MQTT front ended by itself: {why}; what was acked is safe, restart the gateway")]
+    Front {
+        /// What the panic said, if it was one.
+        why: String,
+    },
 }
 
 /// A gateway that is ready: its store is open and its addresses are bound.
@@ -103,6 +109,7 @@ impl Gateway {
             }
         }
         let origin = Origin { gateway: config.gateway.id.clone(), epoch: store.epoch() };
+        let lags: Vec<u64> = config.sinks.iter().map(|sink| sink.lag_bytes_max).collect();
         let forwarders: Vec<_> = config
             .sinks
             .into_iter()
@@ -121,8 +128,17 @@ impl Gateway {
             front,
             ingest: ingest.clone(),
             store: store.clone(),
-            sinks: forwarders.iter().map(Forwarder::status).collect(),
-            replays: forwarders.iter().map(Forwarder::replays).collect(),
+            sinks: forwarders
+                .iter()
+                .zip(lags)
+                .map(|(sink, lag_bytes_max)| admin::Sink {
+                    status: sink.status(),
+                    wake: sink.wake(),
+                    replays: sink.replays(),
+                    lag_bytes_max,
+                })
+                .collect(),
+            rates: Mutex::new(admin::Rates::new(forwarders.len())),
         };
         let grace = config.gateway.shutdown_grace;
         let admin = (admin, Arc::new(parts));
@@ -138,8 +154,13 @@ impl Gateway {
     /// it took, the sinks end their requests, the last batch and the last cursors are committed.
     ///
     /// # Errors
-    /// See [`RunError`]: the committer has ended by itself.
+    /// See [`RunError`]: the committer or a listener has ended by itself.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), RunError> {
+        self.spawn().until(shutdown).await
+    }
+
+    /// Starts every part.
+    fn spawn(self) -> Running {
         info!("listening: {}", self.addresses);
         let [front_stop, sinks_stop, admin_stop] = [(); 3].map(|()| CancellationToken::new());
         let mut admin = JoinSet::new();
@@ -154,15 +175,57 @@ impl Gateway {
         for forwarder in self.forwarders {
             sinks.spawn(forwarder.run(sinks_stop.clone()));
         }
+        Running {
+            fronts: (fronts, front_stop),
+            sinks: (sinks, sinks_stop),
+            admin: (admin, admin_stop),
+            committer: self.committer,
+            grace: self.grace,
+        }
+    }
+}
 
+/// A gateway at work: its tasks, each kind with what stops it.
+struct Running {
+    fronts: (JoinSet<()>, CancellationToken),
+    sinks: (JoinSet<()>, CancellationToken),
+    admin: (JoinSet<std::io::Result<()>>, CancellationToken),
+    committer: CommitterHandle,
+    grace: Duration,
+}
+
+impl Running {
+    /// See [`Gateway::run`].
+    async fn until(self, shutdown: CancellationToken) -> Result<(), RunError> {
+        let (mut fronts, front_stop) = self.fronts;
+        let (mut sinks, sinks_stop) = self.sinks;
+        let (mut admin, admin_stop) = self.admin;
+        let mut failed = None;
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,
                 // It says why when it is stopped, below.
                 () = self.committer.ended() => break,
+                // A listener and the downlink run until they are told to stop. Without one of them
+                // devices hang on an address that nobody serves: a supervisor can mend that.
+                Some(ended) = fronts.join_next() => {
+                    let why = ended.err().map_or("no reason was given".into(), |e| e.to_string());
+                    error!("the MQTT front ended by itself, and the gateway with it: {why}");
+                    failed = Some(RunError::Front { why });
+                    break;
+                }
                 // A sink runs until it is told to stop: one that ended has panicked.
                 Some(Err(panicked)) = sinks.join_next() => {
                     error!("a sink panicked and stands still until a restart: {panicked}");
+                }
+                // Events go on without it.
+                Some(ended) = admin.join_next() => {
+                    let why = match ended {
+                        Ok(served) => served.err().map(|error| error.to_string()),
+                        Err(panicked) => Some(panicked.to_string()),
+                    };
+                    let why = why.unwrap_or_default();
+                    error!("the admin endpoint ended and is gone until a restart: {why}");
                 }
             }
         }
@@ -175,6 +238,7 @@ impl Gateway {
         let stopped = self.committer.stop().await;
         admin_stop.cancel();
         end_by(deadline, "the admin endpoint", admin).await;
+        failed.map_or(Ok(()), Err)?;
         Ok(stopped?)
     }
 }
@@ -212,4 +276,33 @@ async fn open_store(config: &Config) -> Result<(Store, storage::Writer), StartEr
     let options = config.store_options();
     let opened = tokio::task::spawn_blocking(move || Store::open(options, clock::now_us())).await;
     Ok(opened.map_err(std::io::Error::other)??)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A panicked listener was once noticed only at the shutdown: until then devices were turned
+    /// away by a gateway that called itself ready.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_front_that_panics_ends_the_gateway_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = format!(
+            "[gateway]\nid = \"g\"\ndata_dir = '{}'\n[[listener]]\nbind = \"127.0.0.1:0\"\n\
+             [admin]\nbind = \"127.0.0.1:0\"\n",
+            dir.path().join("data").display()
+        );
+        let config = Config::parse("test", &text, &|_| None).unwrap();
+        let mut running = Gateway::start(config.clone()).await.unwrap().spawn();
+        running.fronts.0.spawn(async { panic!("a bug in a listener") });
+        // Nobody ever asks it to stop.
+        let ended = running.until(CancellationToken::new()).await;
+        let error = ended.expect_err("it was not asked to end").to_string();
+        assert!(error.contains("a bug in a listener"), "{error}");
+        // The store was closed in good order all the same, and its lock is free.
+        let gateway = Gateway::start(config).await.unwrap();
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        gateway.run(shutdown).await.unwrap();
+    }
 }

@@ -21,10 +21,13 @@
 //! redb gives a row larger than a page 2^k pages, so batches are cut where they fill them.
 //! Deliberately absent: compression (the codec byte is its place), and where a batch is stored.
 
-use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher};
+use std::ops::Range;
 
 use bytes::Bytes;
 use bytestring::ByteString;
+use foldhash::fast::RandomState;
+use hashbrown::HashTable;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -33,7 +36,8 @@ use crate::event::{Attributes, Event, StoredEvent};
 use crate::head::{Position, Tail};
 use crate::row::{Corrupt, Reader, put_bytes, put_number};
 
-const MAGIC: u32 = u32::from_le_bytes(*b"EGba");
+/// First bytes of every batch.
+pub(crate) const MAGIC: [u8; 4] = *b"EGba";
 const VERSION: u8 = 1;
 /// The body is stored as it is.
 const CODEC_NONE: u8 = 0;
@@ -81,6 +85,8 @@ struct Group {
 
 const HEADER_BYTES: usize = size_of::<Header>();
 const GROUP_BYTES: usize = size_of::<Group>();
+/// The longest head, with every partition that a store can have.
+pub(crate) const HEAD_BYTES_MAX: usize = HEADER_BYTES + 1024 * GROUP_BYTES;
 
 /// Packs events and control records into batches. Keeps its buffers from one batch to the next.
 pub(crate) struct Encoder {
@@ -161,7 +167,7 @@ impl Encoder {
 
         let position = tail.position;
         let header = Header {
-            magic: MAGIC.into(),
+            magic: u32::from_le_bytes(MAGIC).into(),
             head_crc: 0.into(),
             version: VERSION,
             codec: CODEC_NONE,
@@ -288,32 +294,63 @@ impl Encoder {
 /// Reference number of a value that is written out here.
 const DEFINE: u64 = 0;
 
-/// Values that occurred in the batch, numbered from 1.
+/// Values that occurred in the batch, numbered from 1. They are not copied: a value is found by
+/// where it was written out.
 #[derive(Default)]
 struct Interned {
-    numbers: HashMap<Bytes, (u64, Option<u16>)>,
+    values: HashTable<Defined>,
+    /// The one that was put last: a run of the same costs no search.
+    last: Option<Defined>,
     defined: u64,
+    /// Seeded, because devices choose what is hashed.
+    hasher: RandomState,
+}
+
+/// A value that is written out in the body.
+#[derive(Clone)]
+struct Defined {
+    hash: u64,
+    number: u64,
+    group: Option<u16>,
+    place: Range<usize>,
+}
+
+impl Defined {
+    fn is(&self, body: &[u8], value: &[u8], group: Option<u16>) -> bool {
+        self.group == group && &body[self.place.clone()] == value
+    }
 }
 
 impl Interned {
     /// Appends the number of a value that occurred, with the same group; else the value itself.
-    fn put(&mut self, out: &mut Vec<u8>, value: &Bytes, group: Option<u16>) {
-        if let Some(&(number, of_group)) = self.numbers.get(value)
-            && of_group == group
+    fn put(&mut self, body: &mut Vec<u8>, value: &[u8], group: Option<u16>) {
+        if let Some(last) = &self.last
+            && last.is(body, value, group)
         {
-            return put_number(out, number);
+            return put_number(body, last.number);
+        }
+        let mut hasher = self.hasher.build_hasher();
+        hasher.write(value);
+        let hash = hasher.finish();
+        if let Some(known) = self.values.find(hash, |known| known.is(body, value, group)) {
+            self.last = Some(known.clone());
+            return put_number(body, known.number);
         }
         self.defined += 1;
-        self.numbers.insert(value.clone(), (self.defined, group));
-        put_number(out, DEFINE);
+        put_number(body, DEFINE);
         if let Some(group) = group {
-            put_number(out, u64::from(group));
+            put_number(body, u64::from(group));
         }
-        put_bytes(out, value);
+        put_bytes(body, value);
+        let place = body.len() - value.len()..body.len();
+        let defined = Defined { hash, number: self.defined, group, place };
+        self.last = Some(defined.clone());
+        self.values.insert_unique(hash, defined, |known| known.hash);
     }
 
     fn clear(&mut self) {
-        self.numbers.clear();
+        self.values.clear();
+        self.last = None;
         self.defined = 0;
     }
 }
@@ -354,7 +391,7 @@ impl<'a> BatchHead<'a> {
     /// Reads and checks the head of a stored batch.
     pub(crate) fn decode(batch: &'a [u8]) -> Result<Self, Corrupt> {
         let (header, rest) = Header::ref_from_prefix(batch).map_err(|_| Corrupt)?;
-        if header.magic.get() != MAGIC {
+        if header.magic.get().to_le_bytes() != MAGIC {
             return Err(Corrupt);
         }
         let groups = usize::from(header.groups.get());
@@ -381,6 +418,16 @@ impl<'a> BatchHead<'a> {
     /// End-exclusive offset.
     pub(crate) fn end(&self) -> u64 {
         self.position().offset.saturating_add(u64::from(self.count()))
+    }
+
+    /// Bytes of the whole batch, head and body.
+    pub(crate) fn row_bytes(&self) -> usize {
+        HEADER_BYTES + self.groups.len() * GROUP_BYTES + self.header.body_bytes.get() as usize
+    }
+
+    /// Checksum of the head, which covers that of the body.
+    pub(crate) fn crc(&self) -> u32 {
+        self.header.head_crc.get()
     }
 
     /// Event bytes appended in the store's life before this batch.
@@ -770,7 +817,7 @@ mod tests {
         let Ok((header, _)) = Header::mut_from_prefix(bytes) else {
             return;
         };
-        header.magic = MAGIC.into();
+        header.magic = u32::from_le_bytes(MAGIC).into();
         header.version = VERSION;
         header.codec = CODEC_NONE;
         header.body_bytes = body_bytes.into();

@@ -1,7 +1,8 @@
 //! Dead letters: events a sink refused for good, kept whole with the reason.
 //!
 //! Owns: [`DeadLetter`] and its stored form. Keyed by sink and offset in `state.redb`, so that
-//! writing one twice is writing it once.
+//! writing one twice is writing it once. One that is to be delivered again stays here, marked
+//! ([`KeptLetter`]), until the upstream has taken it.
 
 use bytes::Bytes;
 
@@ -23,6 +24,35 @@ pub struct DeadLetter {
     pub first_us: u64,
     /// Last attempt, microseconds since the Unix epoch.
     pub last_us: u64,
+}
+
+/// A dead letter as it is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptLetter {
+    /// The letter.
+    pub letter: DeadLetter,
+    /// Since when it is to be delivered again, microseconds since the Unix epoch.
+    pub requeued_us: Option<u64>,
+}
+
+/// What the dead letters of a sink come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeadLetterStats {
+    /// Letters.
+    pub events: u64,
+    /// Bytes that they take as they are stored, which is what their bound counts.
+    pub size_bytes: u64,
+    /// Of the letters, those that are to be delivered again.
+    pub requeued: u64,
+}
+
+/// What a change of dead letters has found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Picked {
+    /// Letters that were changed.
+    pub events: u64,
+    /// Where to look on, if there may be more.
+    pub next: Option<u64>,
 }
 
 impl DeadLetter {

@@ -232,18 +232,11 @@ impl OpenFile {
         name: &str,
         cache_bytes: usize,
     ) -> Result<Self, redb::Error> {
-        Self::completed(disk, name, cache_bytes, |_| Ok(()))
+        Self::over(Overlay::new(disk.open(name)?)?, cache_bytes)
     }
 
-    /// As [`OpenFile::overlaid`], after `complete` has put over it what it lacks.
-    pub(crate) fn completed(
-        disk: &dyn Disk,
-        name: &str,
-        cache_bytes: usize,
-        complete: impl FnOnce(&dyn StorageBackend) -> io::Result<()>,
-    ) -> Result<Self, redb::Error> {
-        let overlay = Overlay::new(disk.open(name)?)?;
-        complete(&overlay)?;
+    /// As [`OpenFile::overlaid`], over an overlay that is there.
+    pub(crate) fn over(overlay: Overlay, cache_bytes: usize) -> Result<Self, redb::Error> {
         if overlay.len()? == 0 {
             return Err(redb::Error::Corrupted("the file is empty".into()));
         }
@@ -256,6 +249,15 @@ impl OpenFile {
     /// If it is never written.
     pub(crate) fn home(&self) -> &Arc<HomeFile> {
         self.home.as_ref().expect("a file that is appended to")
+    }
+
+    /// Checks every page. Changes nothing in a file that is whole.
+    pub(crate) fn check(&mut self) -> Result<(), redb::Error> {
+        let database = self.database.as_mut().expect("open until it is dropped");
+        if caught(|| Ok(database.check_integrity()?))? {
+            return Ok(());
+        }
+        Err(redb::Error::Corrupted("pages of it fail their checksums".into()))
     }
 
     /// Looks at the last commit.
@@ -395,7 +397,18 @@ const PAGE_BYTES: u64 = 4096;
 #[derive(Debug)]
 pub(crate) struct Overlay {
     file: Box<dyn StorageBackend>,
+    /// Whether what the device does not give is read as zeros.
+    around_bad_sectors: bool,
     written: RwLock<Written>,
+}
+
+/// A sector is read so often before it counts as bad.
+const READ_TRIES: usize = 3;
+
+/// Whether the device says that it has lost what was to be read there.
+pub(crate) fn is_bad_sector(error: &io::Error) -> bool {
+    let bad = [Errno::IO, Errno::BADMSG, Errno::NODATA, Errno::ILSEQ];
+    error.raw_os_error().is_some_and(|code| bad.iter().any(|bad| bad.raw_os_error() == code))
 }
 
 #[derive(Debug)]
@@ -410,7 +423,13 @@ impl Overlay {
     pub(crate) fn new(file: Box<dyn StorageBackend>) -> io::Result<Self> {
         let len = file.len()?;
         let written = Written { len, file_len: len, pages: BTreeMap::new() };
-        Ok(Self { file, written: RwLock::new(written) })
+        Ok(Self { file, around_bad_sectors: false, written: RwLock::new(written) })
+    }
+
+    /// An overlay that shows zeros where the device has a bad sector, so that what is around it can be
+    /// read. Only for what is under checksums that zeros do not fit.
+    pub(crate) fn around_bad_sectors(file: Box<dyn StorageBackend>) -> io::Result<Self> {
+        Ok(Self { around_bad_sectors: true, ..Self::new(file)? })
     }
 
     /// Copies what the file shows of `out.len()` bytes at `offset`, zeros past its end.
@@ -418,7 +437,38 @@ impl Overlay {
         let there = file_len.saturating_sub(offset).min(out.len() as u64) as usize;
         let (there, beyond) = out.split_at_mut(there);
         beyond.fill(0);
-        if there.is_empty() { Ok(()) } else { self.file.read(offset, there) }
+        if there.is_empty() {
+            return Ok(());
+        }
+        match self.file.read(offset, there) {
+            Err(error) if self.around_bad_sectors && is_bad_sector(&error) => {
+                self.read_around(offset, there)
+            }
+            result => result,
+        }
+    }
+
+    /// Reads page by page, so that a bad sector costs its own page only.
+    fn read_around(&self, mut offset: u64, mut out: &mut [u8]) -> io::Result<()> {
+        while !out.is_empty() {
+            let page_end = (offset / PAGE_BYTES + 1) * PAGE_BYTES;
+            let (page, rest) = out.split_at_mut(out.len().min((page_end - offset) as usize));
+            let mut result = self.file.read(offset, page);
+            for _ in 1..READ_TRIES {
+                if result.as_ref().is_err_and(is_bad_sector) {
+                    result = self.file.read(offset, page);
+                }
+            }
+            match result {
+                Err(error) if is_bad_sector(&error) => {
+                    tracing::error!(offset, %error, "a sector cannot be read");
+                    page.fill(0);
+                }
+                result => result?,
+            }
+            (offset, out) = (page_end, rest);
+        }
+        Ok(())
     }
 }
 

@@ -53,6 +53,17 @@ pub enum OpenError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The state database does not say what it said when it was written.
+    #[error(
+        "{path} is damaged: {reason}; copy the data folder, then let `edge-gateway store repair` make \
+         it anew from the log files"
+    )]
+    DamagedState {
+        /// The file.
+        path: PathBuf,
+        /// What redb or the head row's check said.
+        reason: String,
+    },
     /// A database file cannot be opened.
     #[error("cannot open {path}: {reason}")]
     Database {

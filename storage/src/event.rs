@@ -89,6 +89,9 @@ pub enum Attribute<'a> {
     EventType(&'a str),
     /// Priority class, as the route says. Absent means [`Lane::Live`].
     Lane(Lane),
+    /// The event was a dead letter and is delivered again, outside the order. Never stored: it is put
+    /// on the event's way out.
+    Requeued,
     /// A tag that this version does not know: kept, passed on, not interpreted.
     Unknown(u8, &'a [u8]),
 }
@@ -134,6 +137,7 @@ const MESSAGE_EXPIRY: u8 = 7;
 const USER_PROPERTY: u8 = 8;
 const EVENT_TYPE: u8 = 9;
 const LANE: u8 = 10;
+const REQUEUED: u8 = 128;
 
 /// Tag and length in front of each value.
 const ATTRIBUTE_HEADER_BYTES: usize = 3;
@@ -166,10 +170,17 @@ impl Attributes {
                 }
                 Attribute::EventType(v) => put(&mut out, EVENT_TYPE, &[v.as_bytes()]),
                 Attribute::Lane(lane) => put(&mut out, LANE, &[&[lane as u8]]),
+                Attribute::Requeued => put(&mut out, REQUEUED, &[]),
                 Attribute::Unknown(tag, v) => put(&mut out, tag, &[v]),
             }
         }
         Self(out.freeze())
+    }
+
+    /// These, with one more at the end.
+    #[must_use]
+    pub fn with(&self, attribute: Attribute<'_>) -> Self {
+        Self::from_bytes([&self.0[..], &Self::encode([attribute]).0].concat().into())
     }
 
     /// Takes bytes that [`Attributes::as_bytes`] gave; malformed ones end the iteration early.
@@ -244,6 +255,7 @@ fn decode(tag: u8, value: &[u8]) -> Option<Attribute<'_>> {
     Some(match tag {
         QOS => Attribute::QoS(*value.first()?),
         RETAIN => Attribute::Retain,
+        REQUEUED => Attribute::Requeued,
         CONTENT_TYPE => Attribute::ContentType(str::from_utf8(value).ok()?),
         UTF8_PAYLOAD => Attribute::Utf8Payload,
         RESPONSE_TOPIC => Attribute::ResponseTopic(str::from_utf8(value).ok()?),
@@ -279,10 +291,13 @@ mod tests {
             Attribute::UserProperty("", ""),
             Attribute::EventType("com.example.reading"),
             Attribute::Lane(Lane::Backfill),
+            Attribute::Requeued,
             Attribute::Unknown(200, b"later"),
         ];
         let encoded = Attributes::encode(all.clone());
         assert_eq!(encoded.iter().collect::<Vec<_>>(), all);
+        let (last, rest) = all.split_last().expect("not empty");
+        assert_eq!(Attributes::encode(rest.iter().cloned()).with(last.clone()), encoded);
         assert_eq!(encoded.qos(), 1);
         assert_eq!(encoded.content_type(), Some("application/json"));
         assert_eq!(encoded.event_type(), Some("com.example.reading"));

@@ -12,7 +12,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// Format of everything in the data folder. A store with a higher number is refused.
 pub(crate) const FORMAT: u32 = 1;
 
-const MAGIC: u32 = u32::from_le_bytes(*b"EGhd");
+/// First bytes of every head row.
+pub(crate) const MAGIC: [u8; 4] = *b"EGhd";
+/// The longest head row, of as many partitions as a store can have.
+pub(crate) const ROW_BYTES_MAX: usize = size_of::<Fixed>() + 1024 * 8;
 
 /// Where a batch stands. Batches without events share the offset of the next one and are told
 /// apart by their ordinal.
@@ -79,7 +82,7 @@ pub(crate) struct Head {
 }
 
 /// Why a head row was refused.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum BadHead {
     /// It fails its check.
     Corrupt,
@@ -110,7 +113,7 @@ impl Head {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let tail = &self.tail;
         let fixed = Fixed {
-            magic: MAGIC.into(),
+            magic: u32::from_le_bytes(MAGIC).into(),
             crc: 0.into(),
             format: FORMAT.into(),
             partitions: (tail.next_seq.len() as u16).into(),
@@ -128,10 +131,19 @@ impl Head {
         row
     }
 
+    /// Reads a row that `bytes` begin with.
+    pub(crate) fn decode_front(bytes: &[u8]) -> Result<Self, BadHead> {
+        let (fixed, _) = Fixed::ref_from_prefix(bytes).map_err(|_| BadHead::Corrupt)?;
+        let row_bytes = size_of::<Fixed>() + usize::from(fixed.partitions.get()) * 8;
+        bytes.get(..row_bytes).map_or(Err(BadHead::Corrupt), Self::decode)
+    }
+
     /// Reads a stored row.
     pub(crate) fn decode(row: &[u8]) -> Result<Self, BadHead> {
         let (fixed, seqs) = Fixed::ref_from_prefix(row).map_err(|_| BadHead::Corrupt)?;
-        if fixed.magic.get() != MAGIC || fixed.crc.get() != crc32c::crc32c(&row[CRC_END..]) {
+        if fixed.magic.get().to_le_bytes() != MAGIC
+            || fixed.crc.get() != crc32c::crc32c(&row[CRC_END..])
+        {
             return Err(BadHead::Corrupt);
         }
         if fixed.format.get() > FORMAT {

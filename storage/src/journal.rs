@@ -3,11 +3,11 @@
 //! redb syncs its file at the end of every commit, and waits. Here the active log file of the store
 //! lies over a [`HomeFile`] whose sync does not: it packs what the transaction wrote into one
 //! checksummed record, queues it and lets redb go on. One thread (`flush`) appends whatever is
-//! queued to the *ring*, a file whose blocks are written over and over, with **one** sync; then it
-//! tells who waits that this much is durable, and only then writes the pages to the home file,
-//! without a sync. Another thread (`checkpoint`) syncs the home files when half of the ring is in
-//! use, and has a *mark* written that frees it. So a commit costs one write to blocks that exist and
-//! a share of a sync; no ack waits for a checkpoint.
+//! queued to the *ring*, a file whose blocks are written over and over, with **one** sync, and tells
+//! who waits that this much is durable. Only after that it writes the pages to the home file, without
+//! a sync, and those of some commits together. Another thread (`checkpoint`) syncs the home files when
+//! half of the ring is in use, and has a *mark* written that frees it. So a commit costs one write to
+//! blocks that exist and a share of a sync; no ack waits for a checkpoint.
 //!
 //! # Why it is safe
 //!
@@ -39,18 +39,21 @@
 //! # Bounds
 //!
 //! The ring has a fixed size. At most [`Options::ahead_max`] commits are not durable when a commit
-//! returns. Memory: the records that are not home yet, which are those and what one sync has taken.
+//! returns. Memory: the records that are not home yet, which are those, what one sync has taken, and
+//! 256 KB that wait to be written home.
 //! A transaction that would fill a quarter of the ring goes home by itself, as it would without a
 //! journal.
 //!
 //! Deliberately absent: what the pages mean.
 
 mod home;
+mod homeward;
 mod record;
 mod replay;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -58,12 +61,20 @@ use std::time::{Duration, Instant};
 use redb::StorageBackend;
 
 pub(crate) use self::home::{HomeBackend, HomeFile};
+use self::homeward::Homeward;
 use self::record::{BLOCK_BYTES, DATA_START, Look, Mark, Record};
 pub(crate) use self::replay::{Rings, recover};
 use crate::disk::SharedDisk;
 
 /// The smallest ring: it must take a small transaction in a quarter.
 const RING_BYTES_MIN: u64 = 128 << 10;
+
+/// So much that is durable may wait to be written home: it goes together, see `homeward`. More would
+/// save little, and the next sync waits for it.
+const HOMEWARD_BYTES_MAX: u64 = 256 << 10;
+
+/// When nothing is queued for so long, it does not wait for more.
+const HOMEWARD_IDLE: Duration = Duration::from_millis(2);
 
 /// The ring's file grows by so much at a time while it goes round for the first time.
 const GROWTH_BYTES: u64 = 1 << 20;
@@ -121,7 +132,13 @@ struct Ring {
     pump: Pump,
     on_progress: OnProgress,
     state: Mutex<State>,
-    changed: Condvar,
+    /// There is something to flush. One condition each, so that nobody is woken for nothing: a
+    /// thread that only looks and sleeps again costs more than the commit that woke it.
+    queued: Condvar,
+    /// A checkpoint is due.
+    due: Condvar,
+    /// Something has become durable, home or free.
+    done: Condvar,
 }
 
 /// Places in the stream of records rise: `tail <= marked <= homed <= durable <= queued`.
@@ -144,12 +161,14 @@ struct State {
     marks: u64,
     /// Length of the ring's file.
     ring_len: u64,
+    /// Somebody waits for everything to be home.
+    home_wanted: bool,
     /// Somebody waits for everything to be home and synced.
     checkpoint_wanted: bool,
     stopping: bool,
     failed: Option<Failure>,
-    /// Bytes of a record that is done, to be used again.
-    spare: Vec<u8>,
+    /// Room of records that are done, to be used again.
+    spare: Vec<Vec<u8>>,
 }
 
 struct Joined {
@@ -178,18 +197,32 @@ impl State {
         self.failed.as_ref().map_or(Ok(()), |failure| Err(failure.error()))
     }
 
-    /// Records that are not durable.
-    fn ahead(&self) -> usize {
-        self.records.len() - self.records.partition_point(|record| record.place < self.durable)
+    /// How many records are durable and not home yet: the first ones.
+    fn homeward(&self) -> usize {
+        self.records.partition_point(|record| record.place < self.durable)
     }
 
-    /// What the next flush can take: the records that fit into the ring.
-    fn fitting(&self, capacity: u64) -> usize {
-        self.records.partition_point(|record| record.end() - self.tail <= capacity)
+    /// Records that are not durable.
+    fn ahead(&self) -> usize {
+        self.records.len() - self.homeward()
+    }
+
+    /// What the next flush can take: the records that are not durable and fit into the ring.
+    fn to_flush(&self, capacity: u64) -> Range<usize> {
+        let fitting = self.records.partition_point(|record| record.end() - self.tail <= capacity);
+        let first = self.homeward();
+        first..fitting.max(first)
     }
 
     fn can_flush(&self, capacity: u64) -> bool {
-        self.mark.is_some() || self.fitting(capacity) > 0
+        self.mark.is_some() || !self.to_flush(capacity).is_empty()
+    }
+
+    /// Whether what is durable has to go home before anything else is done.
+    fn home_due(&self, capacity: u64) -> bool {
+        let waiting_bytes = self.durable - self.homed;
+        let bytes_max = HOMEWARD_BYTES_MAX.min(capacity / 8);
+        waiting_bytes > bytes_max || self.home_wanted && waiting_bytes > 0
     }
 
     fn checkpoint_due(&self, capacity: u64) -> bool {
@@ -231,6 +264,7 @@ impl Journal {
             mark: None,
             marks: mark.number,
             ring_len,
+            home_wanted: false,
             checkpoint_wanted: false,
             stopping: false,
             failed: None,
@@ -245,7 +279,9 @@ impl Journal {
             pump: options.pump,
             on_progress,
             state: Mutex::new(state),
-            changed: Condvar::new(),
+            queued: Condvar::new(),
+            due: Condvar::new(),
+            done: Condvar::new(),
         });
         let threads = match options.pump {
             Pump::Threads => vec![
@@ -306,7 +342,7 @@ impl Journal {
     /// Ends the threads, once they have done what is queued. No progress is told after it.
     pub(crate) fn halt(&self) {
         self.ring.lock().stopping = true;
-        self.ring.changed.notify_all();
+        self.ring.wake_all();
         for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // One that panicked has marked the journal as failed.
             let _ = thread.join();
@@ -331,7 +367,13 @@ impl Journal {
     /// Does one of the journal's jobs at a moment that a test chose.
     #[cfg(test)]
     pub(crate) fn step(&self, checkpoint: bool) -> io::Result<()> {
-        if checkpoint { self.ring.checkpoint() } else { self.ring.flush().map(drop) }
+        if checkpoint {
+            self.ring.checkpoint()
+        } else if !self.ring.flush()? {
+            self.ring.bring_home().map(drop)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -368,8 +410,10 @@ impl Ring {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    fn wake_all(&self) {
+        self.queued.notify_all();
+        self.due.notify_all();
+        self.done.notify_all();
     }
 
     fn spawn(self: &Arc<Self>, name: &str, run: fn(&Self)) -> io::Result<JoinHandle<()>> {
@@ -393,7 +437,8 @@ impl Ring {
         joined.end = record.end();
         state.queued = record.end();
         state.records.push_back(Arc::new(record));
-        self.changed.notify_all();
+        drop(state);
+        self.queued.notify_one();
         Ok(())
     }
 
@@ -409,7 +454,10 @@ impl Ring {
     }
 
     fn drain(&self) -> io::Result<()> {
-        self.until(|state| state.homed == state.queued)
+        self.until(|state| {
+            state.home_wanted = state.homed != state.queued;
+            !state.home_wanted
+        })
     }
 
     fn settle(&self) -> io::Result<()> {
@@ -428,13 +476,20 @@ impl Ring {
             if reached(&mut state) {
                 return Ok(());
             }
-            self.changed.notify_all();
             match self.pump {
-                Pump::Threads => state = self.wait(state),
+                Pump::Threads => {
+                    if state.home_wanted {
+                        self.queued.notify_one();
+                    }
+                    if state.checkpoint_due(self.capacity) {
+                        self.due.notify_one();
+                    }
+                    state = wait(&self.done, state);
+                }
                 #[cfg(test)]
                 Pump::ByHand => {
                     drop(state);
-                    if !self.flush()? {
+                    if !self.flush()? && !self.bring_home()? {
                         self.checkpoint()?;
                     }
                     state = self.lock();
@@ -443,19 +498,35 @@ impl Ring {
         }
     }
 
-    /// The thread that writes the ring.
+    /// The thread that writes the ring, and home what is durable if there is nothing else to do.
     fn flush_on(&self) {
+        let mut idle = false;
         loop {
-            let mut state = self.lock();
-            while !state.can_flush(self.capacity) {
-                let done = state.stopping && state.records.is_empty();
-                if done || state.failed.is_some() {
-                    return;
-                }
-                state = self.wait(state);
-            }
-            drop(state);
-            if self.flush().is_err() {
+            let state = self.lock();
+            let homeward = state.durable > state.homed;
+            let done = if state.failed.is_some() {
+                return;
+            } else if state.home_due(self.capacity) {
+                drop(state);
+                self.bring_home()
+            } else if state.can_flush(self.capacity) {
+                drop(state);
+                idle = false;
+                self.flush()
+            } else if homeward && (idle || state.stopping || state.durable < state.queued) {
+                drop(state);
+                self.bring_home()
+            } else if state.stopping && state.records.is_empty() {
+                return;
+            } else if homeward {
+                let waited = self.queued.wait_timeout(state, HOMEWARD_IDLE);
+                idle = waited.unwrap_or_else(PoisonError::into_inner).1.timed_out();
+                continue;
+            } else {
+                drop(wait(&self.queued, state));
+                continue;
+            };
+            if done.is_err() {
                 return;
             }
         }
@@ -471,7 +542,7 @@ impl Ring {
                 if done || state.failed.is_some() {
                     return;
                 }
-                state = self.wait(state);
+                state = wait(&self.due, state);
             }
             drop(state);
             if self.checkpoint().is_err() {
@@ -480,14 +551,14 @@ impl Ring {
         }
     }
 
-    /// Makes durable what is queued, with one sync, and writes it home. Says whether there was
-    /// anything that it could do. Only one thread at a time does this.
+    /// Makes durable what is queued, with one sync. Says whether there was anything that it could
+    /// do. Only one thread at a time does this.
     fn flush(&self) -> io::Result<bool> {
         let (records, mark, ring_len) = {
             let mut state = self.lock();
             state.check()?;
-            let fitting = state.fitting(self.capacity);
-            let records: Vec<_> = state.records.range(..fitting).cloned().collect();
+            let records: Vec<_> =
+                state.records.range(state.to_flush(self.capacity)).cloned().collect();
             (records, state.mark.take(), state.ring_len)
         };
         if records.is_empty() && mark.is_none() {
@@ -506,19 +577,47 @@ impl Ring {
                 state.durable = last.end();
             }
         }
-        self.changed.notify_all();
+        self.done.notify_all();
         if let Some(last) = records.last() {
             (self.on_progress)(Progress::Durable(last.end()));
-            self.bring_home(&records)
+        }
+        Ok(true)
+    }
+
+    /// Writes home what is durable. Says whether there was anything. Only one thread at a time does
+    /// this.
+    fn bring_home(&self) -> io::Result<bool> {
+        let records: Vec<_> = {
+            let state = self.lock();
+            state.check()?;
+            state.records.range(..state.homeward()).cloned().collect()
+        };
+        let Some(last) = records.last() else {
+            return Ok(false);
+        };
+        let homed = last.end();
+        for records in records.chunk_by(|one, next| one.file == next.file) {
+            let home = self.lock().files[&records[0].file].home.clone();
+            home.bring_home(&Homeward::of(records))
                 .map_err(|error| self.fail("writing a log file failed", &error, true))?;
-            let mut state = self.lock();
-            state.records.drain(..records.len());
-            state.homed = state.durable;
-            for record in records {
-                state.spare = Arc::into_inner(record).map_or_else(Vec::new, Record::into_bytes);
+        }
+        let mut state = self.lock();
+        state.records.drain(..records.len());
+        state.homed = homed;
+        let mut spare_bytes: usize = state.spare.iter().map(Vec::capacity).sum();
+        for bytes in records.into_iter().filter_map(Arc::into_inner).map(Record::into_bytes) {
+            spare_bytes += bytes.capacity();
+            if spare_bytes as u64 > HOMEWARD_BYTES_MAX && !state.spare.is_empty() {
+                break;
             }
-            drop(state);
-            self.changed.notify_all();
+            state.spare.push(bytes);
+        }
+        // At the end the other thread waits for the last record.
+        let due = state.checkpoint_due(self.capacity) || state.stopping;
+        drop(state);
+        self.done.notify_all();
+        if due {
+            self.due.notify_one();
         }
         Ok(true)
     }
@@ -549,14 +648,6 @@ impl Ring {
         Ok(ring_len)
     }
 
-    fn bring_home(&self, records: &[Arc<Record>]) -> io::Result<()> {
-        for record in records {
-            let home = self.lock().files[&record.file].home.clone();
-            home.bring_home(record.file_len, record.writes())?;
-        }
-        Ok(())
-    }
-
     /// Syncs the home files, so that a mark can free their records. Only one thread at a time does
     /// this.
     fn checkpoint(&self) -> io::Result<()> {
@@ -578,7 +669,7 @@ impl Ring {
             state.mark = Some(Mark { epoch, number, place: homed, capacity });
         }
         drop(state);
-        self.changed.notify_all();
+        self.queued.notify_one();
         Ok(())
     }
 
@@ -616,7 +707,7 @@ impl Ring {
     }
 
     fn spare(&self) -> Vec<u8> {
-        std::mem::take(&mut self.lock().spare)
+        self.lock().spare.pop().unwrap_or_default()
     }
 
     /// Stops for good.
@@ -629,10 +720,14 @@ impl Ring {
                 failed => *failed = Some(failure.clone()),
             }
         }
-        self.changed.notify_all();
+        self.wake_all();
         (self.on_progress)(Progress::Failed);
         failure.error()
     }
+}
+
+fn wait<'a>(condition: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    condition.wait(state).unwrap_or_else(PoisonError::into_inner)
 }
 
 struct FailOnPanic<'a>(&'a Ring);

@@ -46,7 +46,7 @@ mod state;
 pub mod store;
 
 pub use control::Control;
-pub use dead_letter::DeadLetter;
+pub use dead_letter::{DeadLetter, DeadLetterStats, KeptLetter, Picked};
 pub use error::{CommitError, OpenError, ReadError, StateError};
 pub use event::{Attribute, Attributes, Event, EventId, Lane, StoredEvent};
 pub use loss_ledger::{Loss, LossReason};
@@ -54,6 +54,7 @@ pub use passed::{Ahead, Lanes, Passed, SinkProgress, Spent};
 pub use store::balance::{Balance, Balancer, SinkBalance};
 pub use store::compact::Compacted;
 pub use store::inspect::FileStats;
+pub use store::repair::RebuiltState;
 pub use store::seek::Place;
 pub use store::verify::{Damage, Finding, Progress, Verification, Verifier};
 pub use store::{

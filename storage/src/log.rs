@@ -12,15 +12,19 @@
 //!   well, so the log goes on in a new file. Every other file is opened over an overlay and never
 //!   written, but by the replay of a journal;
 //! - a file joins the journal once it has its name, and the next one begins only when all that this
-//!   one holds is durable and home.
+//!   one holds is durable and home;
+//! - a batch is lost only where its own bytes are: of a file whose tree is damaged everything else is
+//!   read all the same (see `salvage`). The active file is given up first, because what is searched
+//!   must not change.
 //!
 //! Deliberately absent: what is durable (the caller passes the watermark), what may go (see
 //! `retention`), and redb's caches beyond their sizes.
 
 mod pack_anew;
+mod salvage;
 mod walk;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
@@ -28,11 +32,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use bytes::Bytes;
-use redb::TableDefinition;
+use redb::{ReadableTableMetadata, TableDefinition};
 
+use self::salvage::Salvaged;
 use crate::batch::{Batch, BatchHead, Encoder, events_max};
 use crate::control::Control;
-use crate::disk::{OpenFile, SharedDisk, is_full};
+use crate::disk::{OpenFile, Overlay, SharedDisk, is_bad_sector, is_full};
 use crate::event::{Event, StoredEvent};
 use crate::head::{BadHead, Head, Position, Tail};
 use crate::journal::{self, Journal, OnProgress, Rings};
@@ -72,7 +77,7 @@ impl LogError {
                 true
             }
             redb::Error::Io(e) => {
-                matches!(e.kind(), NotFound | UnexpectedEof | InvalidData)
+                matches!(e.kind(), NotFound | UnexpectedEof | InvalidData) || is_bad_sector(e)
             }
             _ => false,
         }
@@ -130,6 +135,13 @@ pub(crate) struct Log {
     rings: Mutex<Rings>,
     files: RwLock<Files>,
     handles: Mutex<Vec<Arc<Handle>>>,
+    /// First offsets of the files whose tree is not to be believed.
+    distrusted: Mutex<BTreeSet<u64>>,
+    /// First offset of the active file, if it cannot be read, and why; until the writer has given it
+    /// up.
+    unreadable: Mutex<Option<(u64, String)>>,
+    /// Wakes the writer.
+    on_progress: OnProgress,
 }
 
 /// What every journal of a log gets.
@@ -194,7 +206,36 @@ fn parse(file: &str) -> Option<u64> {
 /// A file open for reading; opened by the first who needs it, while others wait.
 struct Handle {
     first: u64,
-    database: Mutex<Option<Arc<OpenFile>>>,
+    file: Mutex<Option<Sealed>>,
+}
+
+/// A file that is not appended to.
+#[derive(Clone)]
+enum Sealed {
+    Whole(Arc<OpenFile>),
+    Damaged(Arc<Salvaged>),
+}
+
+impl Sealed {
+    fn source(&self) -> Source<'_> {
+        match self {
+            Self::Whole(file) => Source::Tree(file),
+            Self::Damaged(file) => Source::Salvage(file),
+        }
+    }
+}
+
+/// Where the rows of a file come from.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Tree(&'a OpenFile),
+    Salvage(&'a Salvaged),
+}
+
+impl Source<'_> {
+    fn is_tree(self) -> bool {
+        matches!(self, Self::Tree(_))
+    }
 }
 
 impl Log {
@@ -228,6 +269,7 @@ impl Log {
             rings.remove_idle().map_err(|error| io(FOLDER, error))?;
         }
         let files = Files { list: VecDeque::new(), active: None, journal: None, closed: false };
+        let on_progress = journaling.on_progress.clone();
         let log = Self {
             active_cache_bytes: cache_bytes / 2,
             sealed_cache_bytes: cache_bytes / 2 / HANDLES_MAX,
@@ -235,6 +277,9 @@ impl Log {
             rings: Mutex::new(rings),
             files: RwLock::new(files),
             handles: Mutex::new(Vec::new()),
+            distrusted: Mutex::default(),
+            unreadable: Mutex::default(),
+            on_progress,
             disk,
         };
         log.list(start)?;
@@ -294,20 +339,33 @@ impl Log {
                 }
                 None => Position { offset: u64::MAX, ordinal: u32::MAX },
             };
-            let replayed = self.open_sealed(first).and_then(|db| {
-                rows(&db, tail.position, end, |position, row| {
+            let (mut from, last) = (tail.position, at + 1 == firsts.len());
+            let replayed = self.with_sealed(first, |source| {
+                let mut dense = true;
+                rows(source, from, end, |position, row| {
+                    let follows = position == tail.position && sound_head(position, row).is_some();
+                    if !follows && source.is_tree() {
+                        dense = false;
+                        return ControlFlow::Break(());
+                    }
                     replay_batch(position, row, tail, apply);
+                    from = position.after(0);
                     ControlFlow::Continue(())
-                })
-            });
-            if let Err(error) = replayed.map_err(|e| self.error(first, e)) {
-                if !error.is_damage() {
-                    return Err(error.into());
+                })?;
+                // What the tree does not show may be there all the same.
+                if source.is_tree() && (!dense || !last && tail.position < end) {
+                    return Err(redb::Error::Corrupted("batches are missing".into()));
                 }
-                tracing::error!(path = %error.path.display(), error = %error.error,
-                    offset = tail.position.offset, "a log file is damaged and cannot be replayed");
-                // More than it can have held, so that no number is ever given twice.
-                skip(tail, events_max(self.disk.used_bytes(&name(first)) as usize));
+                Ok(())
+            });
+            match replayed {
+                Ok(()) if !self.is_distrusted(first) => {}
+                Err(error) if !error.is_damage() => return Err(error.into()),
+                _ => {
+                    // What is lost behind the last batch that was found may have held more. More than
+                    // the file can have held, so that no number is ever given twice.
+                    skip(tail, events_max(self.disk.used_bytes(&name(first)) as usize));
+                }
             }
         }
         Ok(())
@@ -348,8 +406,7 @@ impl Log {
     }
 
     fn head(&self, first: u64, epoch: u64) -> Result<Option<Head>, LogOpenError> {
-        let head = self.open_sealed(first).and_then(|db| head_row(&db));
-        match head.map_err(|e| self.error(first, e)) {
+        match self.with_sealed(first, head_row) {
             Ok(Ok(head)) if head.epoch == epoch => Ok(Some(head)),
             Ok(Ok(_)) => Err(LogOpenError::Foreign(self.disk.path(&name(first)))),
             Ok(Err(BadHead::Newer(format))) => Err(LogOpenError::Newer(format)),
@@ -495,10 +552,9 @@ impl Log {
             }
             journal
         };
-        let active = self.create(head, &name(first)).map_err(|error| {
+        let active = self.create(head, first).inspect_err(|_| {
             // Best effort: else it goes when the next one is made, or at the next open.
             let _ = self.disk.remove(UNFINISHED);
-            self.error(first, error)
         })?;
         let mut files = self.files_mut();
         // Dropping its handle closes the old file. The lock keeps readers off until it is closed.
@@ -519,14 +575,21 @@ impl Log {
         Ok(())
     }
 
-    fn create(&self, head: &Head, name: &str) -> Result<OpenFile, redb::Error> {
-        let active = OpenFile::create(&*self.disk, UNFINISHED, self.active_cache_bytes)?;
-        active.write(|transaction| {
+    fn create(&self, head: &Head, first: u64) -> Result<OpenFile, LogError> {
+        let created = OpenFile::create(&*self.disk, UNFINISHED, self.active_cache_bytes);
+        let active = created.map_err(|error| self.error(first, error))?;
+        let written = active.write(|transaction| {
             transaction.open_table(HEAD)?.insert((), head.encode().as_slice())?;
             transaction.open_table(BATCHES)?;
             Ok(())
+        });
+        written.map_err(|error| self.error(first, error))?;
+        self.disk.rename(UNFINISHED, &name(first)).map_err(|error| {
+            // It may have its name all the same, also after a crash: then the file before it ends
+            // here, and nothing may be added to that.
+            self.files_mut().active = None;
+            self.error(first, redb::Error::Io(error))
         })?;
-        self.disk.rename(UNFINISHED, name).map_err(redb::Error::Io)?;
         Ok(active)
     }
 
@@ -572,8 +635,8 @@ impl Log {
 
     /// Receive time of the last event before the file that starts at `first`.
     pub(crate) fn received_before(&self, first: u64) -> Option<u64> {
-        let read = |db: &OpenFile| head_row(db).map(|head| head.ok().map(|h| h.tail.received_us));
-        self.with_file(first, |db, _| read(db)).ok()?
+        let head = self.with_file(first, |source, _| head_row(source)).ok()?;
+        head.ok().map(|head| head.tail.received_us)
     }
 
     /// Events from `from` on, below the watermark: at least one if there is any, else at most
@@ -587,11 +650,11 @@ impl Log {
     ) -> Result<Found, LogError> {
         let mut found = Found { next: from, events_max, size_bytes_max, ..Found::default() };
         while !found.full && found.next < watermark {
-            let offset = found.next;
-            let read = self.with_file(offset, |db, file_end| {
+            let (offset, before) = (found.next, found.mark());
+            let read = self.with_file(offset, |source, file_end| {
                 found.end = file_end.min(watermark);
-                let end = Position::at(found.end);
-                rows(db, floor(db, offset)?, end, |_, row| found.row(row))
+                let (start, end) = (floor(source, found.next)?, Position::at(found.end));
+                rows(source, start, end, |_, row| found.row(row))
             });
             match read {
                 Err(error) if !error.is_damage() => return Err(error),
@@ -599,6 +662,10 @@ impl Log {
             }
             if !found.full {
                 found.skip_to(self.file_end(offset).min(watermark));
+            }
+            // What the tree does not show may be there all the same.
+            if found.corrupt.len() > before.corrupt && self.distrust(offset)? {
+                found.back_to(&before);
             }
         }
         Ok(found)
@@ -610,9 +677,9 @@ impl Log {
         let mut from = offset;
         while from < watermark {
             let mut batch = None;
-            let read = self.with_file(from, |db, file_end| {
+            let read = self.with_file(from, |source, file_end| {
                 let end = Position::at(file_end.min(watermark));
-                rows(db, floor(db, from)?, end, |_, row| {
+                rows(source, floor(source, from)?, end, |_, row| {
                     if BatchHead::decode(row).is_ok_and(|head| head.end() > from) {
                         batch = Some(Bytes::copy_from_slice(row));
                         return ControlFlow::Break(());
@@ -651,11 +718,12 @@ impl Log {
         files.list.iter().map(|file| file.first).find(|&first| first > offset).unwrap_or(u64::MAX)
     }
 
-    /// Runs `f` on the file that holds `offset`, with the offset at which the next one starts.
+    /// Runs `f` on the file that holds `offset`, with the offset at which the next one starts. Once
+    /// more if its tree turns out to be damaged, then on what was salvaged.
     fn with_file<T>(
         &self,
         offset: u64,
-        f: impl FnOnce(&OpenFile, u64) -> Result<T, redb::Error>,
+        mut f: impl FnMut(Source<'_>, u64) -> Result<T, redb::Error>,
     ) -> Result<T, LogError> {
         let files = self.files();
         if files.closed {
@@ -669,41 +737,130 @@ impl Log {
             return Err(LogError { path, error: redb::Error::Corrupted("no such file".into()) });
         };
         let first = file.first;
-        let result = match &files.active {
-            Some(active) if next == files.list.len() => f(active, end),
+        match &files.active {
+            Some(active) if next == files.list.len() => f(Source::Tree(active), end)
+                .map_err(|error| self.give_up_active(first, &error.to_string())),
             _ => {
                 drop(files);
-                let result = self.open_sealed(first).and_then(|db| f(&db, end));
-                if result.is_err() {
-                    self.forget(first);
-                }
-                result
+                self.with_sealed(first, |source| f(source, end))
             }
+        }
+    }
+
+    /// As [`Log::with_file`], for a file that is not appended to.
+    fn with_sealed<T>(
+        &self,
+        first: u64,
+        mut f: impl FnMut(Source<'_>) -> Result<T, redb::Error>,
+    ) -> Result<T, LogError> {
+        loop {
+            let result = self.open_sealed(first).and_then(|sealed| f(sealed.source()));
+            let error = match result {
+                Ok(done) => return Ok(done),
+                Err(error) => self.error(first, error),
+            };
+            self.forget(first);
+            let gone = matches!(&error.error, redb::Error::Io(e)
+                if e.kind() == io::ErrorKind::NotFound);
+            if gone || !error.is_damage() || !self.note_damage(first, &error.error.to_string()) {
+                return Err(error);
+            }
+        }
+    }
+
+    /// From now on the file that holds `offset` is searched for what its tree does not show, because
+    /// something is missing there. `false` if that was done already.
+    ///
+    /// # Errors
+    /// It is the active one, which has to be given up first.
+    pub(crate) fn distrust(&self, offset: u64) -> Result<bool, LogError> {
+        const MISSING: &str = "events are missing";
+        let first = {
+            let files = self.files();
+            let next = files.list.partition_point(|file| file.first <= offset);
+            let Some(file) = next.checked_sub(1).and_then(|at| files.list.get(at)) else {
+                return Ok(false);
+            };
+            if next == files.list.len() && files.active.is_some() {
+                return Err(self.give_up_active(file.first, MISSING));
+            }
+            file.first
         };
-        result.map_err(|error| self.error(first, error))
+        let there = self.disk.used_bytes(&name(first)) > 0;
+        let new = there && self.note_damage(first, MISSING);
+        if new {
+            self.forget(first);
+        }
+        Ok(new)
+    }
+
+    /// Says whether that is new.
+    fn note_damage(&self, first: u64, reason: &str) -> bool {
+        let new = self.distrusted().insert(first);
+        if new {
+            tracing::error!(path = %self.disk.path(&name(first)).display(), reason,
+                "a log file is damaged: it is searched for what can still be read");
+        }
+        new
+    }
+
+    fn is_distrusted(&self, first: u64) -> bool {
+        self.distrusted().contains(&first)
+    }
+
+    /// Has the writer go on in a new file, so that this one can be searched. Whoever reads tries
+    /// again.
+    fn give_up_active(&self, first: u64, reason: &str) -> LogError {
+        let new = {
+            let mut unreadable = self.unreadable();
+            let new = unreadable.as_ref().is_none_or(|(before, _)| *before != first);
+            unreadable.get_or_insert_with(|| (first, reason.to_owned())).0 = first;
+            new
+        };
+        if new {
+            tracing::error!(path = %self.path_of(first).display(), reason,
+                "the active log file cannot be read: the log goes on in a new one");
+            (self.on_progress)(journal::Progress::Failed);
+        }
+        self.unreadable_error(first, reason)
+    }
+
+    /// Why the active file has to be given up, once.
+    pub(crate) fn take_unreadable(&self) -> Option<LogError> {
+        let (first, reason) = self.unreadable().take()?;
+        let is_active = self.has_active() && self.last_first_offset() == Some(first);
+        is_active.then(|| self.unreadable_error(first, &reason))
+    }
+
+    fn unreadable_error(&self, first: u64, reason: &str) -> LogError {
+        let error = format!("{reason}; the log goes on in a new file, try again");
+        self.error(first, redb::Error::Io(io::Error::other(error)))
     }
 
     /// A handle to a file that is not appended to, from the few that are kept.
-    fn open_sealed(&self, first: u64) -> Result<Arc<OpenFile>, redb::Error> {
+    fn open_sealed(&self, first: u64) -> Result<Sealed, redb::Error> {
         let handle = {
             let mut handles = self.handles();
             let handle = match handles.iter().position(|handle| handle.first == first) {
                 Some(at) => handles.remove(at),
-                None => Arc::new(Handle { first, database: Mutex::new(None) }),
+                None => Arc::new(Handle { first, file: Mutex::new(None) }),
             };
             handles.truncate(HANDLES_MAX - 1);
             handles.insert(0, handle.clone());
             handle
         };
-        let mut database = handle.database.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(database) = &*database {
-            return Ok(database.clone());
+        let mut file = handle.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = &*file {
+            return Ok(file.clone());
         }
-        let cache_bytes = self.sealed_cache_bytes;
-        let opened = OpenFile::completed(&*self.disk, &name(first), cache_bytes, |file| {
-            self.rings().complete(first, file)
-        })?;
-        Ok(database.insert(Arc::new(opened)).clone())
+        let overlay = Overlay::around_bad_sectors(self.disk.open(&name(first))?)?;
+        self.rings().complete(first, &overlay)?;
+        let opened = if self.is_distrusted(first) {
+            Sealed::Damaged(Arc::new(Salvaged::search(overlay, first)?))
+        } else {
+            Sealed::Whole(Arc::new(OpenFile::over(overlay, self.sealed_cache_bytes)?))
+        };
+        Ok(file.insert(opened).clone())
     }
 
     fn forget(&self, first: u64) {
@@ -726,14 +883,39 @@ impl Log {
         self.rings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn unreadable(&self) -> MutexGuard<'_, Option<(u64, String)>> {
+        self.unreadable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn distrusted(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.distrusted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn handles(&self) -> MutexGuard<'_, Vec<Arc<Handle>>> {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+/// The head row of the first log file, of a store that is not open.
+pub(crate) fn first_head(disk: &SharedDisk) -> Result<Head, LogError> {
+    let at = |path, error| LogError { path, error };
+    let files = disk.list(FOLDER).map_err(|e| at(disk.path(FOLDER), redb::Error::Io(e)))?;
+    let Some(first) = files.iter().filter_map(|file| parse(file)).min() else {
+        let reason = "there is no log file to make the state database from";
+        return Err(at(disk.path(FOLDER), redb::Error::Corrupted(reason.into())));
+    };
+    let searched = || {
+        let overlay = Overlay::around_bad_sectors(disk.open(&name(first))?)?;
+        Salvaged::search(overlay, first)
+    };
+    let path = disk.path(&name(first));
+    let head = searched().map(|file| file.head()).map_err(|error| at(path.clone(), error))?;
+    head.map_err(|_| at(path, redb::Error::Corrupted("its head row cannot be read".into())))
+}
+
 /// Calls `f` with every row from `start` to before `end`, in order, until it breaks off.
 fn rows(
-    file: &OpenFile,
+    source: Source<'_>,
     start: Position,
     end: Position,
     mut f: impl FnMut(Position, &[u8]) -> ControlFlow<()>,
@@ -741,6 +923,10 @@ fn rows(
     if start >= end {
         return Ok(());
     }
+    let file = match source {
+        Source::Tree(file) => file,
+        Source::Salvage(file) => return file.rows(start, end, f),
+    };
     file.read(|transaction| {
         for row in transaction.open_table(BATCHES)?.range(start.key()..end.key())? {
             let (key, value) = row?;
@@ -754,7 +940,11 @@ fn rows(
 }
 
 /// Where the last batch at or before `offset` stands, which is the one that holds its event.
-fn floor(file: &OpenFile, offset: u64) -> Result<Position, redb::Error> {
+fn floor(source: Source<'_>, offset: u64) -> Result<Position, redb::Error> {
+    let file = match source {
+        Source::Tree(file) => file,
+        Source::Salvage(file) => return Ok(file.floor(offset)),
+    };
     file.read(|transaction| {
         let mut before = transaction.open_table(BATCHES)?.range(..=(offset, u32::MAX))?;
         let last = before.next_back().transpose()?;
@@ -765,11 +955,33 @@ fn floor(file: &OpenFile, offset: u64) -> Result<Position, redb::Error> {
     })
 }
 
-fn head_row(file: &OpenFile) -> Result<Result<Head, BadHead>, redb::Error> {
+fn head_row(source: Source<'_>) -> Result<Result<Head, BadHead>, redb::Error> {
+    let file = match source {
+        Source::Tree(file) => file,
+        Source::Salvage(file) => return Ok(file.head()),
+    };
     file.read(|transaction| {
         let row = transaction.open_table(HEAD)?.get(())?;
         Ok(row.map_or(Err(BadHead::Corrupt), |row| Head::decode(row.value())))
     })
+}
+
+/// How many batches there are.
+fn batches(source: Source<'_>) -> Result<u64, redb::Error> {
+    match source {
+        Source::Tree(file) => {
+            file.read(|transaction| Ok(transaction.open_table(BATCHES)?.len()?))
+        }
+        Source::Salvage(file) => Ok(file.batches()),
+    }
+}
+
+/// How far a read was, see [`Found::back_to`].
+struct FoundMark {
+    events: usize,
+    next: u64,
+    corrupt: usize,
+    size_bytes: usize,
 }
 
 impl Found {
@@ -803,6 +1015,22 @@ impl Found {
         }
         self.skip_to(head.end());
         ControlFlow::Continue(())
+    }
+
+    fn mark(&self) -> FoundMark {
+        FoundMark {
+            events: self.events.len(),
+            next: self.next,
+            corrupt: self.corrupt.len(),
+            size_bytes: self.size_bytes,
+        }
+    }
+
+    /// Forgets what was found since.
+    fn back_to(&mut self, mark: &FoundMark) {
+        self.events.truncate(mark.events);
+        self.corrupt.truncate(mark.corrupt);
+        (self.next, self.size_bytes, self.full) = (mark.next, mark.size_bytes, false);
     }
 
     /// Notes everything before `offset` that was not read as lost.

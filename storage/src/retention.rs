@@ -30,18 +30,19 @@ impl Rules {
     }
 }
 
-/// How many files of the front may go. `floor` is the offset below which no sink needs anything,
+/// How many files of the front may go, up to `files_max`. `floor` is the offset below which no sink needs anything,
 /// `age_us` tells how long ago the last event of a file came. The last file is never counted.
 pub(crate) fn expendable(
     spans: &[Span],
     floor: u64,
     rules: Rules,
+    files_max: usize,
     age_us: impl Fn(&Span) -> u64,
 ) -> usize {
     let mut newer_bytes: u64 = spans.iter().map(|span| span.size_bytes).sum();
     let sealed = spans.len().saturating_sub(1);
     let mut count = 0;
-    for span in &spans[..sealed] {
+    for span in &spans[..sealed.min(files_max)] {
         newer_bytes -= span.size_bytes;
         if span.offsets.end > floor || rules.keeps(newer_bytes, || age_us(span)) {
             break;
@@ -63,7 +64,13 @@ mod tests {
     }
 
     fn gone(files: u64, floor: u64, rules: Rules, now_us: u64) -> usize {
-        expendable(&spans(files), floor, rules, |span| now_us - span.offsets.end)
+        expendable(&spans(files), floor, rules, 9, |span| now_us - span.offsets.end)
+    }
+
+    #[test]
+    fn no_more_go_at_once_than_asked_for() {
+        let count = |files_max| expendable(&spans(6), 60, EAGER, files_max, |_| 0);
+        assert_eq!([0, 1, 3, 5, 9].map(count), [0, 1, 3, 5, 5]);
     }
 
     #[test]

@@ -81,6 +81,11 @@ impl Reader {
         Ok(Self { bytes: row, at: CRC_BYTES, end })
     }
 
+    /// Whether every field was read.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.at >= self.end
+    }
+
     pub(crate) fn byte(&mut self) -> Result<u8, Corrupt> {
         if self.at >= self.end {
             return Err(Corrupt);

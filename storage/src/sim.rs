@@ -5,8 +5,12 @@
 //! version that a page had since the last sync, or tears several of them at 512-byte sectors. A
 //! failed sync leaves its pages readable and clean: no later sync writes them. The length is not a
 //! page: file systems keep it in their journal.
+//!
+//! Names are as volatile as pages: a file that was created, renamed or removed is so after a cut only if
+//! its folder was synced since. Of what was not, a cut keeps a part from the beginning, in each folder by
+//! itself. A rename whose folder could not be synced is seen all the same, until a cut takes it back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -29,11 +33,42 @@ pub(crate) struct SimDisk(Arc<Mutex<Sim>>);
 struct Sim {
     rng: fastrand::Rng,
     /// Name to index in `files`.
-    names: BTreeMap<String, usize>,
+    names: Names,
+    /// As they are on the disk.
+    durable_names: Names,
+    /// What has become of names since their folder was synced.
+    renamings: Vec<Renaming>,
     files: Vec<SimFile>,
-    /// Names that a cut may lose.
-    unsynced_names: Vec<String>,
     faults: Faults,
+}
+
+type Names = BTreeMap<String, usize>;
+
+/// A change of a folder.
+#[derive(Clone, Debug)]
+struct Renaming {
+    from: Option<String>,
+    to: Option<(String, usize)>,
+}
+
+impl Renaming {
+    fn apply(&self, names: &mut Names) {
+        if let Some(from) = &self.from {
+            names.remove(from);
+        }
+        if let Some((to, file)) = &self.to {
+            names.insert(to.clone(), *file);
+        }
+    }
+
+    fn folder(&self) -> &str {
+        let name = self.to.as_ref().map(|(name, _)| name).or(self.from.as_ref());
+        folder(name.expect("a name of some file"))
+    }
+}
+
+fn folder(name: &str) -> &str {
+    name.rsplit_once('/').map_or("", |(folder, _)| folder)
 }
 
 /// What goes wrong.
@@ -58,6 +93,8 @@ struct SimFile {
     durable_len: u64,
     durable: BTreeMap<u64, Page>,
     unsynced: Vec<Change>,
+    /// Pages that cannot be read until they are written.
+    bad: BTreeSet<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -70,9 +107,10 @@ impl SimDisk {
     pub(crate) fn new(seed: u64) -> Self {
         Self(Arc::new(Mutex::new(Sim {
             rng: fastrand::Rng::with_seed(seed),
-            names: BTreeMap::new(),
+            names: Names::new(),
+            durable_names: Names::new(),
+            renamings: Vec::new(),
             files: Vec::new(),
-            unsynced_names: Vec::new(),
             faults: Faults::default(),
         })))
     }
@@ -104,11 +142,19 @@ impl SimDisk {
         let next = self.after_kill();
         {
             let sim = &mut *next.sim();
-            for name in std::mem::take(&mut sim.unsynced_names) {
+            let mut ended: Vec<String> = Vec::new();
+            for renaming in std::mem::take(&mut sim.renamings) {
+                let folder = renaming.folder();
+                if ended.iter().any(|ended| ended == folder) {
+                    continue;
+                }
                 if sim.rng.bool() {
-                    sim.names.remove(&name);
+                    renaming.apply(&mut sim.durable_names);
+                } else {
+                    ended.push(folder.to_owned());
                 }
             }
+            sim.names = sim.durable_names.clone();
             for file in &mut sim.files {
                 file.cut(&mut sim.rng);
             }
@@ -127,6 +173,13 @@ impl SimDisk {
             Arc::make_mut(durable)[within] ^= 1 << bit;
         }
         there.is_some()
+    }
+
+    /// Makes the page at a place of a file a bad sector: reading it fails until it is written.
+    pub(crate) fn spoil(&self, name: &str, at: u64) {
+        let mut sim = self.sim();
+        let file = sim.names[name];
+        sim.files[file].bad.insert(at / PAGE_BYTES as u64);
     }
 
     /// Places of the pages of a file that hold anything.
@@ -153,14 +206,35 @@ impl Sim {
         }
     }
 
-    /// As `operate`, for an operation that happens at once or not at all, and says whether it
-    /// happened. That is a matter of luck if the power goes meanwhile.
-    fn operate_at_once(&mut self) -> (bool, io::Result<()>) {
-        let going = self.faults.power_left == Some(1);
-        match self.operate() {
-            Ok(()) if going => (self.rng.bool(), Err(io::Error::other("the power is off"))),
-            result => (result.is_ok(), result),
+    /// Whether the next sync works, and whether it does anything.
+    fn sync_works(&mut self) -> io::Result<bool> {
+        if self.faults.sync_lies {
+            return Ok(false);
         }
+        match &mut self.faults.fail_sync_after {
+            Some(0) => {
+                self.faults.fail_sync_after = None;
+                return Err(io::Error::other("the sync failed"));
+            }
+            Some(after) => *after -= 1,
+            None => {}
+        }
+        Ok(true)
+    }
+
+    /// Changes a folder, and syncs it.
+    fn rename(&mut self, renaming: Renaming) -> io::Result<()> {
+        self.operate()?;
+        renaming.apply(&mut self.names);
+        let folder = renaming.folder().to_owned();
+        self.renamings.push(renaming);
+        self.operate()?;
+        if self.sync_works()? {
+            for renaming in self.renamings.extract_if(.., |r| r.folder() == folder) {
+                renaming.apply(&mut self.durable_names);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -247,6 +321,11 @@ impl StorageBackend for SimBackend {
         if offset + out.len() as u64 > file.len {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        let pages =
+            offset / PAGE_BYTES as u64..(offset + out.len() as u64).div_ceil(PAGE_BYTES as u64);
+        if file.bad.range(pages).next().is_some() {
+            return Err(rustix::io::Errno::IO.into());
+        }
         let mut at = offset;
         for chunk in pieces(offset, out.len()) {
             let out = &mut out[(at - offset) as usize..][..chunk];
@@ -270,21 +349,15 @@ impl StorageBackend for SimBackend {
     fn sync_data(&self) -> io::Result<()> {
         let mut sim = self.disk.sim();
         sim.operate()?;
-        if sim.faults.sync_lies {
-            return Ok(());
+        let works = sim.sync_works();
+        let file = &mut sim.files[self.file];
+        match works {
+            Ok(true) => file.sync(),
+            Ok(false) => {}
+            // No later sync writes these pages.
+            Err(_) => file.unsynced.retain(|change| matches!(change, Change::Len(_))),
         }
-        match &mut sim.faults.fail_sync_after {
-            Some(0) => {
-                sim.faults.fail_sync_after = None;
-                let unsynced = &mut sim.files[self.file].unsynced;
-                unsynced.retain(|change| matches!(change, Change::Len(_)));
-                return Err(io::Error::other("the sync failed"));
-            }
-            Some(after) => *after -= 1,
-            None => {}
-        }
-        sim.files[self.file].sync();
-        Ok(())
+        works.map(drop)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -303,6 +376,7 @@ impl StorageBackend for SimBackend {
                     return Err(io::ErrorKind::StorageFull.into());
                 }
             }
+            file.bad.remove(&page_at);
             let page = file.pages.entry(page_at).or_insert_with(|| Arc::new([0; PAGE_BYTES]));
             let within = (at % PAGE_BYTES as u64) as usize;
             Arc::make_mut(page)[within..within + chunk]
@@ -337,30 +411,24 @@ impl Disk for SimDisk {
         sim.operate()?;
         let file = sim.files.len();
         sim.files.push(SimFile::default());
-        sim.names.insert(name.to_owned(), file);
-        sim.unsynced_names.push(name.to_owned());
+        let created = Renaming { from: None, to: Some((name.to_owned(), file)) };
+        created.apply(&mut sim.names);
+        sim.renamings.push(created);
         Ok(Box::new(SimBackend { disk: self.clone(), file }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         let mut sim = self.sim();
-        let (happens, result) = sim.operate_at_once();
-        if happens {
-            let file = sim.names.remove(from).ok_or(io::ErrorKind::NotFound)?;
-            sim.unsynced_names.retain(|name| name != from);
-            sim.names.insert(to.to_owned(), file);
-        }
-        result
+        let file = *sim.names.get(from).ok_or(io::ErrorKind::NotFound)?;
+        sim.rename(Renaming { from: Some(from.to_owned()), to: Some((to.to_owned(), file)) })
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
         let mut sim = self.sim();
-        let (happens, result) = sim.operate_at_once();
-        if happens {
-            sim.names.remove(name);
-            sim.unsynced_names.retain(|unsynced| unsynced != name);
+        if !sim.names.contains_key(name) {
+            return Ok(());
         }
-        result
+        sim.rename(Renaming { from: Some(name.to_owned()), to: None })
     }
 
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {

@@ -8,13 +8,20 @@
 //! - a file that was not closed cleanly, or to which a write failed, is never written again: its
 //!   content is copied to a new file that takes its name. A failed sync leaves pages that read
 //!   well and are not on the disk; the copy writes every one of them anew;
-//! - the file has its name only once it is whole.
+//! - the file has its name only once it is whole;
+//! - it is not believed before every page of it has been checked: a cursor has no checksum of its own,
+//!   and one that moved by itself would lose events without a word.
 //!
 //! Deliberately absent: what changed since the checkpoint (see `store`), and what the keys mean.
 
 mod inspect;
+mod letters;
+mod losses;
+mod rebuild;
 
 pub(crate) use inspect::Letters;
+use letters::Counts;
+pub(crate) use rebuild::rebuild;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -22,13 +29,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use redb::{
-    ReadTransaction, ReadableTable, ReadableTableMetadata, TableDefinition, TableError,
-    WriteTransaction,
-};
+use redb::{ReadTransaction, ReadableTable, TableDefinition, TableError, WriteTransaction};
 
 use crate::cursor::Cursor;
-use crate::dead_letter::DeadLetter;
 use crate::disk::{self, OpenFile, SharedDisk};
 use crate::error::StateError;
 use crate::head::{BadHead, Head, Tail};
@@ -39,6 +42,9 @@ const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const CURSORS: TableDefinition<'_, &str, (u64, u64)> = TableDefinition::new("cursors");
 const PROJECTION: TableDefinition<'_, (u16, &[u8]), &[u8]> = TableDefinition::new("projection");
 const DEAD_LETTERS: TableDefinition<'_, (&str, u64), &[u8]> = TableDefinition::new("dead_letters");
+/// Dead letters that are to be delivered again, and since when (microseconds since the Unix epoch):
+/// beside the letters, so that marking one does not write it anew.
+const REQUEUED: TableDefinition<'_, (&str, u64), u64> = TableDefinition::new("requeued");
 const LOSSES: TableDefinition<'_, LossKey<'static>, &[u8]> = TableDefinition::new("losses");
 
 /// Rows of `META`.
@@ -80,8 +86,8 @@ impl From<redb::Error> for StateOpenError {
 pub(crate) struct State {
     disk: SharedDisk,
     open: Mutex<Open>,
-    /// Number of dead letters per sink, once it was asked for.
-    dead_letters: Mutex<Option<BTreeMap<String, u64>>>,
+    /// What the dead letters of each sink come to, once it was asked for.
+    dead_letters: Mutex<Option<Counts>>,
 }
 
 enum Open {
@@ -103,7 +109,7 @@ impl State {
         partitions: u16,
         epoch: impl FnOnce() -> u64,
     ) -> Result<(Self, Checkpoint), StateOpenError> {
-        refuse_newer(&disk)?;
+        check(&disk)?;
         disk.remove(UNFINISHED).map_err(redb::Error::Io)?;
         let database = match OpenFile::clean(&*disk, NAME, CACHE_BYTES) {
             Ok(Some(database)) => database,
@@ -140,6 +146,8 @@ impl State {
             let mut meta = transaction.open_table(META)?;
             meta.insert(META_HEAD, checkpoint.head.encode().as_slice())?;
             meta.insert(META_START, checkpoint.start.to_le_bytes().as_slice())?;
+            // A table is open once at a time, and the loss ledger may want to look into this one.
+            drop(meta);
             let mut cursors = transaction.open_table(CURSORS)?;
             for (sink, cursor) in &checkpoint.cursors {
                 cursors.insert(sink.as_str(), (cursor.origin, cursor.offset))?;
@@ -157,107 +165,8 @@ impl State {
                     }
                 }
             }
-            put_losses(transaction, losses)
+            losses::put(transaction, losses)
         })
-    }
-
-    pub(crate) fn put_losses(&self, losses: &[Loss]) -> Result<(), StateError> {
-        self.write(|transaction| put_losses(transaction, losses))
-    }
-
-    /// Rows of the loss ledger, oldest first.
-    pub(crate) fn losses(&self) -> Result<Vec<Loss>, StateError> {
-        let mut losses = Vec::new();
-        self.read(|transaction| {
-            let Some(table) = table(transaction.open_table(LOSSES))? else {
-                return Ok(());
-            };
-            for row in table.iter()? {
-                let (key, value) = row?;
-                let Ok(loss) = Loss::decode(key.value(), value.value()) else {
-                    tracing::error!("a row of the loss ledger is damaged: left out");
-                    continue;
-                };
-                losses.push(loss);
-            }
-            Ok(())
-        })?;
-        losses.sort_by_key(|loss| loss.at_us);
-        Ok(losses)
-    }
-
-    pub(crate) fn count_losses(&self) -> Result<u64, StateError> {
-        self.read(|transaction| {
-            table(transaction.open_table(LOSSES))?.map_or(Ok(0), |table| Ok(table.len()?))
-        })
-    }
-
-    pub(crate) fn put_dead_letters(&self, letters: &[DeadLetter]) -> Result<(), StateError> {
-        let mut counts = self.dead_letters.lock().unwrap_or_else(PoisonError::into_inner);
-        // Counted anew if this fails: it may or may not be on the disk.
-        let mut counted = counts.take();
-        self.write(|transaction| {
-            let mut table = transaction.open_table(DEAD_LETTERS)?;
-            for letter in letters {
-                let key = (letter.sink.as_str(), letter.event.offset);
-                let new = table.insert(key, letter.encode().as_slice())?.is_none();
-                if let Some(counts) = &mut counted
-                    && new
-                {
-                    *counts.entry(letter.sink.clone()).or_default() += 1;
-                }
-            }
-            Ok(())
-        })?;
-        *counts = counted;
-        Ok(())
-    }
-
-    /// Dead letters of a sink from an offset on.
-    pub(crate) fn dead_letters(
-        &self,
-        sink: &str,
-        from: u64,
-        max: usize,
-    ) -> Result<Vec<DeadLetter>, StateError> {
-        let mut letters = Vec::new();
-        self.read(|transaction| {
-            let Some(table) = table(transaction.open_table(DEAD_LETTERS))? else {
-                return Ok(());
-            };
-            for row in table.range((sink, from)..=(sink, u64::MAX))?.take(max) {
-                let (key, value) = row?;
-                let offset = key.value().1;
-                let row = Bytes::copy_from_slice(value.value());
-                let Ok(letter) = DeadLetter::decode(sink, offset, row) else {
-                    tracing::error!(sink, offset, "a dead letter is damaged: left out");
-                    continue;
-                };
-                letters.push(letter);
-            }
-            Ok(())
-        })?;
-        Ok(letters)
-    }
-
-    /// Number of dead letters per sink. Only the first call reads them all.
-    pub(crate) fn count_dead_letters(&self) -> Result<Vec<(String, u64)>, StateError> {
-        let mut counts = self.dead_letters.lock().unwrap_or_else(PoisonError::into_inner);
-        if counts.is_none() {
-            let mut counted: BTreeMap<String, u64> = BTreeMap::new();
-            self.read(|transaction| {
-                let Some(table) = table(transaction.open_table(DEAD_LETTERS))? else {
-                    return Ok(());
-                };
-                for row in table.iter()? {
-                    let (key, _) = row?;
-                    *counted.entry(key.value().0.to_owned()).or_default() += 1;
-                }
-                Ok(())
-            })?;
-            *counts = Some(counted);
-        }
-        Ok(counts.iter().flatten().map(|(sink, &count)| (sink.clone(), count)).collect())
     }
 
     /// A value of the projection as of the checkpoint.
@@ -285,10 +194,10 @@ impl State {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(
+    fn write<T>(
         &self,
-        change: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
-    ) -> Result<(), StateError> {
+        change: impl FnOnce(&WriteTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, StateError> {
         let file = {
             let mut open = self.lock();
             match &*open {
@@ -336,16 +245,15 @@ impl State {
     }
 }
 
-/// Refuses the file of a later version before anything is written to it: opening it to write marks
-/// it as in use. Whatever else is wrong with it is found when it is opened.
-fn refuse_newer(disk: &SharedDisk) -> Result<(), StateOpenError> {
-    let Ok(file) = OpenFile::overlaid(&**disk, NAME, CACHE_BYTES) else {
-        return Ok(());
+/// Refuses a damaged file, and that of a later version, before anything is written to it: opening it
+/// to write marks it as in use.
+fn check(disk: &SharedDisk) -> Result<(), StateOpenError> {
+    let mut file = match OpenFile::overlaid(&**disk, NAME, CACHE_BYTES) {
+        Err(redb::Error::Io(error)) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        opened => opened?,
     };
-    match read_checkpoint(&file) {
-        Err(newer @ StateOpenError::Head(BadHead::Newer(_))) => Err(newer),
-        _ => Ok(()),
-    }
+    file.check()?;
+    read_checkpoint(&file).map(drop)
 }
 
 fn closed() -> StateError {
@@ -366,21 +274,6 @@ fn table<T>(opened: Result<T, TableError>) -> Result<Option<T>, redb::Error> {
         Err(TableError::TableDoesNotExist(_)) => Ok(None),
         Err(error) => Err(error.into()),
     }
-}
-
-fn put_losses(transaction: &WriteTransaction, losses: &[Loss]) -> Result<(), redb::Error> {
-    if !losses.is_empty() {
-        let mut table = transaction.open_table(LOSSES)?;
-        for loss in losses {
-            // Written before, if the process ended between the row and the drop: its time stays.
-            let stored = table.get(loss.key())?;
-            let stored = stored.and_then(|row| Loss::decode(loss.key(), row.value()).ok());
-            if stored.is_none_or(|stored| stored.offsets != loss.offsets) {
-                table.insert(loss.key(), loss.encode().as_slice())?;
-            }
-        }
-    }
-    Ok(())
 }
 
 fn read_checkpoint(database: &OpenFile) -> Result<Checkpoint, StateOpenError> {
@@ -426,6 +319,7 @@ fn rewrite(disk: &SharedDisk) -> Result<OpenFile, redb::Error> {
             copy(old, new, CURSORS)?;
             copy(old, new, PROJECTION)?;
             copy(old, new, DEAD_LETTERS)?;
+            copy(old, new, REQUEUED)?;
             copy(old, new, LOSSES)
         })
     })

@@ -7,8 +7,9 @@
 pub mod balance;
 pub mod compact;
 pub mod inspect;
+mod letters;
 mod progress;
-mod repair;
+pub mod repair;
 pub mod seek;
 pub mod verify;
 
@@ -16,7 +17,7 @@ use std::collections::HashSet;
 use std::fs::{File, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -35,8 +36,8 @@ use crate::ranges::Ranges;
 use crate::retention::{self, Rules};
 use crate::state::{Checkpoint, State, StateOpenError};
 use crate::{
-    CommitError, Control, DeadLetter, Event, Loss, LossReason, OpenError, ReadError, StateError,
-    StoredEvent,
+    CommitError, Control, DeadLetterStats, Event, Loss, LossReason, OpenError, ReadError,
+    StateError, StoredEvent,
 };
 
 /// A checkpoint is written after this many bytes of log, which bounds what the next open replays,
@@ -45,6 +46,9 @@ const CHECKPOINT_LOG_BYTES: u64 = 16 << 20;
 const CHECKPOINT_CHANGE_BYTES: usize = 4 << 20;
 /// While checkpoints fail, commits with control records are refused from this many bytes on.
 const CHANGE_BYTES_MAX: usize = 8 * CHECKPOINT_CHANGE_BYTES;
+
+/// Files that one call of [`Writer::retain`] removes: it runs where commits wait for it.
+const RETAIN_FILES_MAX: usize = 2;
 
 /// A fully delivered active file is worth replacing from this part of a full one on.
 const WORTH_ROLLING: u64 = 8;
@@ -114,6 +118,9 @@ pub struct StoreOptions {
     pub retain_bytes: u64,
     /// Keep delivered data at least this long in microseconds, quota allowing.
     pub retain_age_us: u64,
+    /// Bytes of dead letters that are kept for one sink. Beyond them its oldest are dropped, after
+    /// the loss ledger has them.
+    pub dead_letter_bytes_max: u64,
     /// Whether there is a journal.
     pub journal: JournalMode,
     /// Bytes of the journal's file, at least 128 KiB.
@@ -161,6 +168,8 @@ pub struct RetentionReport {
     pub size_bytes: u64,
     /// Rows written to the loss ledger before.
     pub losses: Vec<Loss>,
+    /// Whether another call would go on at once.
+    pub more: bool,
 }
 
 /// A look at the store.
@@ -174,6 +183,8 @@ pub struct StoreStats {
     pub state_bytes: u64,
     /// Configured quota in bytes.
     pub quota_bytes: u64,
+    /// Bytes that the log may still grow by: to its quota, and to what is left free of the disk.
+    pub room_bytes: u64,
     /// First stored offset.
     pub first_offset: u64,
     /// End-exclusive durable offset.
@@ -187,8 +198,8 @@ pub struct StoreStats {
     /// First offset that was ever the sink's, per sink as in `cursors`: what it was to have is
     /// from there to the watermark.
     pub origins: Vec<(String, u64)>,
-    /// Dead letters per sink.
-    pub dead_letters: Vec<(String, u64)>,
+    /// Dead letters per sink that has any.
+    pub dead_letters: Vec<(String, DeadLetterStats)>,
     /// Rows in the loss ledger.
     pub losses: u64,
 }
@@ -279,12 +290,7 @@ impl Store {
     pub fn open(options: StoreOptions, now_us: u64) -> Result<(Store, Writer), OpenError> {
         let folder = |source| OpenError::Folder { path: options.dir.clone(), source };
         let disk = FileDisk::prepare(options.dir.clone(), log::FOLDER).map_err(folder)?;
-        let lock = File::create(options.dir.join("lock")).map_err(folder)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(OpenError::InUse { path: options.dir }),
-            Err(TryLockError::Error(source)) => return Err(folder(source)),
-        }
+        let lock = take_lock(&options.dir)?;
         Self::open_with(Arc::new(disk), Some(lock), TO_WRITE, options, now_us)
     }
 
@@ -349,12 +355,8 @@ impl Store {
         let configured = *projection.cursors.all() != cursors;
         let losses: Vec<Loss> = missed
             .into_iter()
-            .map(|(sink, offsets)| Loss {
-                sink: Some(sink),
-                offsets,
-                size_bytes: 0,
-                reason: LossReason::SinkAbsent,
-                at_us: now_us,
+            .map(|(sink, offsets)| {
+                Loss::new(Some(sink), offsets, 0, LossReason::SinkAbsent, now_us)
             })
             .collect();
 
@@ -437,24 +439,33 @@ impl Store {
         events_max: usize,
         size_bytes_max: usize,
     ) -> Result<Read, ReadError> {
+        let (read, corrupt) = self.find(from, events_max, size_bytes_max)?;
+        for offsets in &corrupt {
+            self.report(offsets)?;
+        }
+        Ok(read)
+    }
+
+    /// Events from `from` on, and which of the missing ones are damaged rather than trimmed.
+    fn find(
+        &self,
+        from: u64,
+        events_max: usize,
+        size_bytes_max: usize,
+    ) -> Result<(Read, Vec<Range<u64>>), ReadError> {
         let shared = &*self.shared;
         let watermark = self.mark().watermark;
         let start = shared.progress.projection().start.max(from);
         let found = shared.log.read(start, watermark, events_max, size_bytes_max)?;
-        let mut read = Read { events: found.events, next: found.next.max(from), missing: vec![] };
+        let next = found.next.max(from);
         // What was trimmed while this was reading is not damage.
         let start = shared.progress.projection().start;
-        if from < start.min(read.next) {
-            read.missing.push(from..start.min(read.next));
-        }
-        for corrupt in found.corrupt {
-            let corrupt = corrupt.start.max(start)..corrupt.end;
-            if !corrupt.is_empty() {
-                self.report(&corrupt)?;
-                read.missing.push(corrupt);
-            }
-        }
-        Ok(read)
+        let corrupt = found.corrupt.into_iter().map(|range| range.start.max(start)..range.end);
+        let corrupt: Vec<Range<u64>> = corrupt.filter(|range| !range.is_empty()).collect();
+        let trimmed = from..start.min(next);
+        let missing = Some(trimmed).filter(|range| !range.is_empty());
+        let missing = missing.into_iter().chain(corrupt.iter().cloned()).collect();
+        Ok((Read { events: found.events, next, missing }, corrupt))
     }
 
     /// Writes the loss of a range that cannot be read, once.
@@ -465,12 +476,10 @@ impl Store {
             return Ok(());
         }
         tracing::error!(?offsets, "events cannot be read: their batch is damaged");
-        let loss = |sink: Option<&str>, from: u64| Loss {
-            sink: sink.map(str::to_owned),
-            offsets: from.max(offsets.start)..offsets.end,
-            size_bytes: 0,
-            reason: LossReason::Corrupt,
-            at_us: shared.now_us.load(Ordering::Relaxed),
+        let now_us = shared.now_us.load(Ordering::Relaxed);
+        let loss = |sink: Option<&str>, from: u64| {
+            let lost = from.max(offsets.start)..offsets.end;
+            Loss::new(sink.map(str::to_owned), lost, 0, LossReason::Corrupt, now_us)
         };
         let losses: Vec<Loss> = {
             let projection = shared.progress.projection();
@@ -514,27 +523,6 @@ impl Store {
         Some(first.event.received_us)
     }
 
-    /// Writes dead letters, durable on return. Call it before the cursor passes them.
-    ///
-    /// # Errors
-    /// [`StateError`] if they could not be made durable.
-    pub fn put_dead_letters(&self, letters: &[DeadLetter]) -> Result<(), StateError> {
-        self.shared.state.put_dead_letters(letters)
-    }
-
-    /// Dead letters of a sink from an offset on.
-    ///
-    /// # Errors
-    /// [`StateError`].
-    pub fn dead_letters(
-        &self,
-        sink: &str,
-        from: u64,
-        max: usize,
-    ) -> Result<Vec<DeadLetter>, StateError> {
-        self.shared.state.dead_letters(sink, from, max)
-    }
-
     /// Rows of the loss ledger, oldest first.
     ///
     /// # Errors
@@ -560,11 +548,17 @@ impl Store {
         };
         let projection = shared.progress.projection();
         let sinks = projection.cursors.all();
+        let StoreOptions { quota_bytes, free_bytes_min, .. } = shared.options;
+        let log_bytes = shared.log.used_bytes();
+        let free_bytes = shared.disk.free_bytes().unwrap_or(u64::MAX);
         StoreStats {
             files: shared.log.spans(mark.watermark).len() as u32,
-            log_bytes: shared.log.used_bytes(),
+            log_bytes,
+            room_bytes: quota_bytes
+                .saturating_sub(log_bytes)
+                .min(free_bytes.saturating_sub(free_bytes_min)),
             state_bytes: shared.state.used_bytes(),
-            quota_bytes: shared.options.quota_bytes,
+            quota_bytes,
             first_offset: projection.start,
             watermark: mark.watermark,
             next_seq: tail.next_seq,
@@ -593,6 +587,17 @@ impl From<LogError> for CommitError {
     }
 }
 
+/// The lock of a data folder, held as long as the file is open.
+fn take_lock(dir: &Path) -> Result<File, OpenError> {
+    let folder = |source| OpenError::Folder { path: dir.to_owned(), source };
+    let lock = File::create(dir.join("lock")).map_err(folder)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse { path: dir.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(folder(source)),
+    }
+}
+
 fn open_state(
     disk: &SharedDisk,
     options: &StoreOptions,
@@ -609,11 +614,18 @@ fn open_state(
     };
     opened.map_err(|error| match error {
         StateOpenError::Head(BadHead::Newer(found)) => newer_format(options, found),
-        StateOpenError::Head(BadHead::Corrupt) => OpenError::Database {
+        StateOpenError::Head(BadHead::Corrupt) => OpenError::DamagedState {
             path: State::path(disk),
-            reason: "its head row is damaged".into(),
+            reason: "its head row fails its checksum".into(),
         },
-        StateOpenError::Database(error) => database_error(State::path(disk), &error),
+        StateOpenError::Database(error) => {
+            let (path, reason) = (State::path(disk), error.to_string());
+            if (LogError { path: path.clone(), error }).is_damage() {
+                OpenError::DamagedState { path, reason }
+            } else {
+                OpenError::Database { path, reason }
+            }
+        }
     })
 }
 
@@ -682,8 +694,9 @@ impl Writer {
         assert!(first, "the marks go to one listener");
     }
 
-    /// Called when commits that have returned will not become durable, from whichever thread found
-    /// out: then [`Writer::check`] says why. Set it before the first commit.
+    /// Called when commits that have returned will not become durable, or when the file that they go
+    /// to cannot be read, from whichever thread found out: then [`Writer::check`] does what is to be
+    /// done, and says why. Set it before the first commit.
     ///
     /// # Panics
     /// The second time.
@@ -732,12 +745,13 @@ impl Writer {
         Ok(Committed { commit: mark.commit, offsets: watermark - events.len() as u64..watermark })
     }
 
-    /// Whether the commits that have returned still stand.
+    /// Whether the commits that have returned still stand. Gives up a log file that cannot be read.
     ///
     /// # Errors
     /// [`CommitError::Io`], once, if those that no mark has covered are void.
     pub fn check(&mut self) -> Result<(), CommitError> {
-        if let Some(error) = self.shared.log.journal_failure() {
+        let log = &self.shared.log;
+        if let Some(error) = log.journal_failure().or_else(|| log.take_unreadable()) {
             self.failed(error);
         }
         self.void.take().map_or(Ok(()), Err)
@@ -852,14 +866,17 @@ impl Writer {
 
     /// Sees to it that the log is below its quota, and that enough of the disk is free.
     fn make_room(&mut self, now_us: u64) -> Result<(), CommitError> {
-        let Err(_) = self.has_room() else {
-            return Ok(());
-        };
-        let mut report = RetentionReport::default();
-        self.trim(now_us, true, &mut report)?;
         let drop_oldest = self.shared.options.at_quota == AtQuota::DropOldest;
-        while drop_oldest && self.has_room().is_err() && self.drop_oldest(now_us, &mut report)? {}
-        self.has_room()
+        let mut report = RetentionReport::default();
+        while let Err(error) = self.has_room() {
+            // What only a wish keeps goes first, and no more of it than is needed.
+            let removed = report.files;
+            self.trim(now_us, true, &mut report)?;
+            if report.files == removed && !(drop_oldest && self.drop_oldest(now_us, &mut report)?) {
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
     fn has_room(&self) -> Result<(), CommitError> {
@@ -879,7 +896,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Applies retention: trims behind the slowest cursor, and by policy.
+    /// Applies retention: trims behind the slowest cursor, and by policy. Removes a few files at most
+    /// and says whether there are more, so that commits do not wait for long.
     ///
     /// # Errors
     /// [`StateError`] if the loss ledger could not be written; then nothing was removed.
@@ -949,7 +967,7 @@ impl Writer {
         Some(low)
     }
 
-    /// Removes what no sink needs and no wish keeps; at the quota wishes do not count.
+    /// Removes a few files that no sink needs and no wish keeps; at the quota wishes do not count.
     fn trim(
         &mut self,
         now_us: u64,
@@ -977,7 +995,7 @@ impl Writer {
             };
             now_us.saturating_sub(last_us.unwrap_or(now_us))
         };
-        let mut count = retention::expendable(&spans, floor, rules, age_us);
+        let mut count = retention::expendable(&spans, floor, rules, RETAIN_FILES_MAX, age_us);
         if let Some(active) = spans.last()
             && count + 1 == spans.len()
             && !active.offsets.is_empty()
@@ -992,6 +1010,7 @@ impl Writer {
         if count == 0 {
             return Ok(());
         }
+        report.more = count == RETAIN_FILES_MAX;
         let mut losses = Vec::new();
         if !rules.sinks {
             let offsets = spans[0].offsets.start..spans[count - 1].offsets.end;
@@ -1045,7 +1064,7 @@ impl Writer {
             return None;
         }
         let size_bytes = self.shared.event_bytes_in(&offsets);
-        Some(Loss { sink, offsets, size_bytes, reason, at_us })
+        Some(Loss::new(sink, offsets, size_bytes, reason, at_us))
     }
 
     fn losses(&self, sink: &str, owed: &Ranges, reason: LossReason, at_us: u64) -> Vec<Loss> {

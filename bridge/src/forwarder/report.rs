@@ -7,11 +7,13 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use storage::{DeadLetter, SinkProgress};
+use storage::{DeadLetter, Loss, SinkProgress};
 use tokio::sync::watch;
 
 use super::{MoveCursor, SinkState, SinkStatus};
+use crate::breaker::{Breaker, Circuit};
 use crate::delivery::{Counts, Moment, Trouble};
+use crate::requeue::{Requeue, Settlement};
 use crate::streams::Streams;
 
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
@@ -23,6 +25,7 @@ pub(super) struct Report {
     move_cursor: MoveCursor,
     progress: SinkProgress,
     counts: Counts,
+    breaker: Breaker,
     published_at: Option<Instant>,
     /// The upstream has answered once.
     connected: bool,
@@ -30,6 +33,8 @@ pub(super) struct Report {
     /// A trouble was logged and its end was not.
     complained: bool,
     refusals: Repeats,
+    drops: Repeats,
+    settlements: Repeats,
 }
 
 impl Report {
@@ -49,7 +54,10 @@ impl Report {
             delivered_bytes: 0,
             dead_lettered_events: 0,
             filtered_events: 0,
+            requeued_events: 0,
             retries: 0,
+            circuit: Circuit::default(),
+            circuit_opened: 0,
             last_delivered_us: None,
         };
         Self {
@@ -58,11 +66,14 @@ impl Report {
             move_cursor,
             progress,
             counts: Counts::default(),
+            breaker: Breaker::default(),
             published_at: None,
             connected: false,
             troubles: Repeats::default(),
             complained: false,
             refusals: Repeats::default(),
+            drops: Repeats::default(),
+            settlements: Repeats::default(),
         }
     }
 
@@ -71,18 +82,30 @@ impl Report {
     }
 
     /// Tells what has changed since the last call.
-    pub(super) fn update(&mut self, streams: &Streams, caught_up: bool, now: Moment) {
+    pub(super) fn update(
+        &mut self,
+        streams: &Streams,
+        requeue: &Requeue,
+        caught_up: bool,
+        now: Moment,
+    ) {
         let progress = streams.progress();
         if progress != self.progress {
             self.progress = progress;
             (self.move_cursor)(&self.name, &self.progress);
         }
         let counts = streams.counts();
+        let counts = Counts { retries: counts.retries + requeue.retries(), ..counts };
+        let (trouble, resumes_at) = match streams.trouble() {
+            None => (requeue.trouble(), requeue.resumes_at()),
+            trouble => (trouble, streams.troubled_until()),
+        };
+        self.breaker.update(trouble, resumes_at, now);
         let delivered = counts.delivered_events != self.counts.delivered_events;
         let failed = counts.retries != self.counts.retries;
         self.connected |= counts != self.counts;
         self.counts = counts;
-        match streams.trouble() {
+        match trouble {
             Some(trouble) if failed => self.complain(trouble, now),
             None if self.complained => {
                 self.complained = false;
@@ -91,12 +114,12 @@ impl Report {
             _ => {}
         }
 
-        let state = match streams.trouble() {
+        let state = match trouble {
             Some(Trouble::Held(error)) => SinkState::Held { error: error.clone() },
             Some(Trouble::Upstream(error) | Trouble::Store(error)) => {
                 SinkState::Retrying { error: error.clone() }
             }
-            None if streams.is_idle() && caught_up => SinkState::Idle,
+            None if streams.is_idle() && requeue.is_idle() && caught_up => SinkState::Idle,
             None if let Some(reason) = streams.waits_for(now) => SinkState::Waiting { reason },
             None if self.connected => SinkState::Sending,
             None => SinkState::Starting,
@@ -104,7 +127,7 @@ impl Report {
         let due = self.published_at.is_none_or(|at| now.at - at >= PUBLISH_INTERVAL);
         self.status.send_if_modified(|status| {
             // The sums are written in any case; who waits is woken only for what is worth it.
-            let changed = status.state != state;
+            let changed = status.state != state || status.circuit_opened != self.breaker.opened();
             if delivered {
                 status.last_delivered_us = Some(now.unix_us);
             }
@@ -115,7 +138,10 @@ impl Report {
             status.delivered_bytes = counts.delivered_bytes;
             status.dead_lettered_events = counts.dead_lettered_events;
             status.filtered_events = counts.filtered_events;
+            status.requeued_events = requeue.delivered_events();
             status.retries = counts.retries;
+            status.circuit = self.breaker.circuit();
+            status.circuit_opened = self.breaker.opened();
             if changed || due {
                 self.published_at = Some(now.at);
             }
@@ -169,6 +195,35 @@ impl Report {
                 reason = first.reason,
                 kept_back,
                 "the upstream refuses events for good; they go to the dead letters"
+            );
+        }
+    }
+
+    /// What the bound of the dead letters has cost.
+    pub(super) fn dropped_letters(&mut self, losses: &[Loss], now: Moment) {
+        let events: u64 = losses.iter().map(|loss| loss.events).sum();
+        if events > 0
+            && let Some(kept_back) = self.drops.pass(now.at)
+        {
+            tracing::warn!(
+                sink = self.name,
+                events,
+                kept_back,
+                "storage.dead_letter_bytes_max is reached: the oldest dead letters were dropped; \
+                 they stand in the loss ledger"
+            );
+        }
+    }
+
+    /// Requeued dead letters whose fate is durable.
+    pub(super) fn settled(&mut self, settlement: &Settlement, now: Moment) {
+        if let Some(kept_back) = self.settlements.pass(now.at) {
+            tracing::info!(
+                sink = self.name,
+                delivered = settlement.delivered.len(),
+                refused = settlement.refused.len(),
+                kept_back,
+                "dead letters were offered again"
             );
         }
     }

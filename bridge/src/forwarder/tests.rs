@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use serde_json::Value;
-use storage::{AtQuota, SinkRetention, StoreOptions, Writer};
+use storage::{AtQuota, DeadLetter, SinkRetention, StoreOptions, Writer};
 use tokio::task::JoinSet;
 
 use super::*;
@@ -40,6 +40,7 @@ impl Log {
             at_quota: AtQuota::Hold,
             retain_bytes: 0,
             retain_age_us: 0,
+            dead_letter_bytes_max: 1 << 20,
             journal: storage::JournalMode::Off,
             journal_bytes: 32 << 20,
             commits_ahead_max: 2,
@@ -67,6 +68,24 @@ impl Log {
             Arc::new(move |sink, to| cursors.lock().unwrap().push((sink.into(), to.clone())));
         let origin = fake::origin();
         Forwarder::new(config, origin, self.store.clone(), self.watermark.subscribe(), move_cursor)
+    }
+
+    /// Makes dead letters of all that is stored, as if the sink had refused it, and requeues them.
+    fn requeue_all(&mut self, sink: &str) {
+        let events = self.store.read(0, usize::MAX, usize::MAX).expect("readable").events;
+        let letters = events.into_iter().map(|event| DeadLetter {
+            sink: sink.to_owned(),
+            event,
+            reason: "400".into(),
+            attempts: 1,
+            first_us: 1,
+            last_us: 1,
+        });
+        self.store.put_dead_letters(&letters.collect::<Vec<_>>()).expect("written");
+        let end = self.store.mark().watermark;
+        self.cursors.lock().unwrap().push((sink.to_owned(), end.into()));
+        self.commit_cursors();
+        self.store.requeue(sink, 0, &|_| true, 1_000).expect("marked");
     }
 
     /// Makes the cursors that were moved durable, as the committer would.
@@ -159,13 +178,15 @@ async fn an_outage_loses_nothing_and_is_visible() {
     let seen = until(&mut status, |s| s.retries > 3).await;
     assert!(matches!(&seen.state, SinkState::Retrying { error } if error.contains("503")));
     assert_eq!(seen.cursor, 0);
+    assert!(seen.circuit != Circuit::Closed && seen.circuit_opened > 0, "{seen:?}");
     // Down, up, and down in the middle.
     let mut count = 0;
     upstream.behave(move |_| {
         count += 1;
         reply(if count == 3 || count == 4 { 500 } else { 200 })
     });
-    until(&mut status, |s| s.cursor == 50 && s.state == SinkState::Idle).await;
+    let seen = until(&mut status, |s| s.cursor == 50 && s.state == SinkState::Idle).await;
+    assert_eq!(seen.circuit, Circuit::Closed);
     running.stop().await;
     assert_eq!(upstream.seqs(), (0..50).collect::<Vec<_>>());
 }
@@ -213,11 +234,86 @@ async fn poison_goes_to_the_dead_letters_and_its_neighbours_arrive_in_order() {
     let rest: Vec<u64> = (0..60).filter(|seq| !poison.contains(seq)).collect();
     assert_eq!(upstream.seqs(), rest);
     let letters = log.store.dead_letters("cloud", 0, 100).expect("readable");
+    let letters: Vec<_> = letters.into_iter().map(|kept| kept.letter).collect();
     assert_eq!(letters.iter().map(|letter| letter.event.seq).collect::<Vec<_>>(), poison);
     for letter in letters {
         assert_eq!(letter.reason, "HTTP 400 Bad Request: no such unit");
         assert!(letter.attempts > 1 && letter.first_us <= letter.last_us);
     }
+}
+
+/// Letters that the upstream takes in the end, one that it refuses again, and live events beside
+/// them, which keep their order.
+#[tokio::test]
+async fn requeued_letters_are_delivered_beside_live_events() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["cloud"]);
+    log.append(60);
+    let poison = [7, 23, 24, 59];
+    let refuse = |poison: Vec<u64>| {
+        move |received: &fake::Received| {
+            let bad = received.seqs().iter().any(|seq| poison.contains(seq));
+            if bad { (StatusCode::BAD_REQUEST, vec![], "no".into()) } else { reply(200) }
+        }
+    };
+    let upstream = Upstream::start(refuse(poison.to_vec())).await;
+    let forwarder = log.forwarder(http("cloud", &upstream.url));
+    let (mut status, wake) = (forwarder.status(), forwarder.wake());
+    let running = Running::start([forwarder]);
+    until(&mut status, |s| s.cursor == 60).await;
+    let attempts = |store: &Store| -> Vec<(u64, u32)> {
+        let kept = store.dead_letters("cloud", 0, 100).expect("readable");
+        kept.iter().map(|kept| (kept.letter.event.seq, kept.letter.attempts)).collect()
+    };
+    let before = attempts(&log.store);
+    // 24 stays what it was.
+    upstream.behave(refuse(vec![24]));
+    assert_eq!(log.store.requeue("cloud", 0, &|_| true, 1_000).expect("marked").events, 4);
+    wake();
+    for _ in 0..30 {
+        log.append(3);
+    }
+    until(&mut status, |s| s.cursor == 150 && s.requeued_events == 3).await;
+    until(&mut status, |s| s.state == SinkState::Idle).await;
+    let [(24, again)] = attempts(&log.store)[..] else { panic!("{:?}", attempts(&log.store)) };
+    assert!(again > before[2].1, "the attempts add up: {before:?}, {again}");
+    assert_eq!(log.store.requeued("cloud", 9, 9).expect("readable"), []);
+    let (marked, rest): (Vec<Value>, Vec<Value>) = upstream
+        .accepted()
+        .iter()
+        .flat_map(fake::Received::events)
+        .partition(|event| event["requeued"] == true);
+    let seqs = |events: &[Value]| -> Vec<u64> {
+        events.iter().map(|e| e["sequence"].as_str().expect("text").parse().expect("seq")).collect()
+    };
+    assert_eq!(seqs(&marked), [7, 23, 59]);
+    assert_eq!(seqs(&rest), (0..150).filter(|seq| !poison.contains(seq)).collect::<Vec<_>>());
+    // The letter itself has no mark: refused again it is the event that it was.
+    let letter = log.store.dead_letters("cloud", 0, 1).expect("readable").remove(0).letter;
+    assert_eq!(letter.event, log.store.look(24, 1, 1).expect("readable").events[0]);
+    running.stop().await;
+}
+
+/// What was marked while no forwarder ran is found at the start; an upstream that is down keeps it.
+#[tokio::test]
+async fn letters_that_were_requeued_before_the_start_outlive_an_outage() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["cloud"]);
+    log.append(25);
+    log.requeue_all("cloud");
+    let upstream = Upstream::start(|_| reply(503)).await;
+    let forwarder = log.forwarder(http("cloud", &upstream.url));
+    let mut status = forwarder.status();
+    let running = Running::start([forwarder]);
+    let seen = until(&mut status, |s| s.retries > 3).await;
+    assert!(matches!(&seen.state, SinkState::Retrying { error } if error.contains("503")));
+    assert_eq!((seen.cursor, seen.requeued_events), (25, 0));
+    assert_eq!(log.store.dead_letters("cloud", 0, 100).expect("readable").len(), 25);
+    upstream.behave(|_| reply(200));
+    until(&mut status, |s| s.requeued_events == 25 && s.state == SinkState::Idle).await;
+    running.stop().await;
+    assert_eq!(upstream.seqs(), (0..25).collect::<Vec<_>>());
+    assert_eq!(log.store.dead_letters("cloud", 0, 100).expect("readable"), []);
 }
 
 #[tokio::test]
@@ -417,4 +513,32 @@ async fn kafka_takes_a_backlog_through_its_window() {
     let seen = until(&mut status, |s| s.cursor == 5_000).await;
     running.stop().await;
     assert_eq!((seen.delivered_events, seen.retries), (5_000, 0));
+}
+
+/// A producer's window has room for many requests; a requeued one goes alone all the same.
+#[cfg(feature = "kafka")]
+#[tokio::test]
+async fn kafka_takes_requeued_letters_between_live_events() {
+    use crate::config::KafkaConfig;
+    use rdkafka::mocking::MockCluster;
+
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["bus"]);
+    log.append(500);
+    log.requeue_all("bus");
+    log.append(500);
+    let cluster = MockCluster::new(1).expect("a mock cluster");
+    cluster.create_topic("events", 2, 1).expect("a topic");
+    let config = KafkaConfig::new(cluster.bootstrap_servers(), "events");
+    let forwarder = log.forwarder(SinkConfig {
+        request_events_max: 100,
+        ..SinkConfig::new("bus", Target::Kafka(config))
+    });
+    let mut status = forwarder.status();
+    let running = Running::start([forwarder]);
+    log.append(500);
+    let seen = until(&mut status, |s| s.cursor == 1_500 && s.requeued_events == 500).await;
+    running.stop().await;
+    assert_eq!((seen.delivered_events, seen.retries), (1_000, 0));
+    assert_eq!(log.store.dead_letters("bus", 0, 1).expect("readable"), []);
 }

@@ -17,6 +17,9 @@ use super::status::{Quantiles, SinkStatus, Status};
 pub(super) const SINK_STATES: [&str; 7] =
     ["starting", "idle", "sending", "retrying", "held", "waiting", "stopped"];
 
+/// Every state of a sink's circuit, in the words of [`SinkStatus::circuit`].
+pub(super) const CIRCUIT_STATES: [&str; 3] = ["closed", "open", "half_open"];
+
 /// Every state of commits, in the words of [`IngestStatus::health`](super::status::IngestStatus).
 pub(super) const HEALTH_STATES: [&str; 4] = ["storing", "at_quota", "disk_full", "failing"];
 
@@ -91,6 +94,10 @@ fn ingest(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
         health.encode_family(&[("state", state)])?.encode_gauge(&value)?;
     }
     gauge(out, "ingest_ring_bytes", "Event bytes in the rings", ingest.ring_bytes)?;
+    let help = "Events made durable per second, of late";
+    gauge(out, "ingest_events_per_second", help, ingest.events_per_second)?;
+    let help = "Event bytes made durable per second, over a day";
+    gauge(out, "ingest_today_bytes_per_second", help, ingest.bytes_per_second_today)?;
     quantiles(out, "ingest_ack_latency_seconds", "From publish to ack", &ingest.ack_latency_ms)?;
     let help = "From the start of a commit to its durable end";
     quantiles(out, "ingest_commit_latency_seconds", help, &ingest.commit_latency_ms)?;
@@ -110,17 +117,26 @@ fn store(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     gauge(out, "store_log_bytes", "Bytes of the log on disk", store.log_bytes)?;
     gauge(out, "store_state_bytes", "Bytes of the state database", store.state_bytes)?;
     gauge(out, "store_quota_bytes", "Bytes that the log may take", store.quota_bytes)?;
-    gauge(out, "store_losses", "Rows in the loss ledger", store.losses)
+    gauge(out, "store_losses", "Rows in the loss ledger", store.losses)?;
+    gauge(out, "store_room_bytes", "Bytes that the log may still grow by", store.room_bytes)?;
+    if let Some(left) = store.left_seconds {
+        let help = "Estimate: how long the room lasts at today's rate if nothing is trimmed";
+        gauge(out, "store_left_seconds", help, left)?;
+    }
+    Ok(())
 }
 
 type OfSink = fn(&SinkStatus) -> u64;
+type Estimate = fn(&SinkStatus) -> Option<f64>;
 
 fn sinks(out: &mut DescriptorEncoder<'_>, sinks: &[SinkStatus]) -> fmt::Result {
-    let gauges: [(&str, &str, OfSink); 4] = [
+    let gauges: [(&str, &str, OfSink); 6] = [
         ("sink_cursor", "Next offset that the sink needs", |s| s.cursor),
         ("sink_lag_events", "Durable events that it needs", |s| s.lag_events),
         ("sink_lag_bytes", "Their event bytes", |s| s.lag_bytes),
         ("sink_dead_letters", "Dead letters stored", |s| s.dead_letters),
+        ("sink_dead_letter_bytes", "Bytes that they take", |s| s.dead_letter_bytes),
+        ("sink_requeued", "Dead letters that are to be delivered again", |s| s.requeued),
     ];
     for (name, help, value) in gauges {
         let mut metric = family(out, name, help, MetricType::Gauge)?;
@@ -128,12 +144,14 @@ fn sinks(out: &mut DescriptorEncoder<'_>, sinks: &[SinkStatus]) -> fmt::Result {
             metric.encode_family(&of(sink))?.encode_gauge(&value(sink))?;
         }
     }
-    let totals: [(&str, &str, OfSink); 5] = [
+    let totals: [(&str, &str, OfSink); 7] = [
         ("sink_delivered_events", "Events acknowledged", |s| s.delivered_events_total),
         ("sink_delivered_bytes", "Event bytes acknowledged", |s| s.delivered_bytes_total),
         ("sink_filtered_events", "Events kept from it by its filters", |s| s.filtered_events_total),
         ("sink_dead_lettered_events", "Events refused for good", |s| s.dead_lettered_events_total),
+        ("sink_requeued_events", "Dead letters delivered", |s| s.requeued_events_total),
         ("sink_retries", "Requests tried again", |s| s.retries_total),
+        ("sink_circuit_opened", "Times that its circuit opened", |s| s.circuit_opened_total),
     ];
     for (name, help, value) in totals {
         let mut metric = family(out, name, help, MetricType::Counter)?;
@@ -145,6 +163,32 @@ fn sinks(out: &mut DescriptorEncoder<'_>, sinks: &[SinkStatus]) -> fmt::Result {
     let mut lag = family(out, "sink_lag_seconds", "Age of the oldest", MetricType::Gauge)?;
     for sink in sinks {
         lag.encode_family(&of(sink))?.encode_gauge(&sink.lag_seconds)?;
+    }
+    let estimates: [(&str, &str, Estimate); 4] = [
+        ("sink_drain_events_per_second", "Events that leave per second, of late", |s| {
+            Some(s.drain_events_per_second)
+        }),
+        ("sink_drain_bytes_per_second", "Event bytes that leave per second, of late", |s| {
+            Some(s.drain_bytes_per_second)
+        }),
+        ("sink_eta_seconds", "Estimate: until its lag is gone", |s| s.eta_seconds),
+        ("sink_left_seconds", "Estimate: until there is no room for its lag", |s| s.left_seconds),
+    ];
+    for (name, help, value) in estimates {
+        // One that cannot be told is not there, and not 0.
+        let mut metric = family(out, name, help, MetricType::Gauge)?;
+        for sink in sinks {
+            if let Some(value) = value(sink) {
+                metric.encode_family(&of(sink))?.encode_gauge(&value)?;
+            }
+        }
+    }
+    let mut circuit = family(out, "sink_circuit", "1 for the state it is in", MetricType::Gauge)?;
+    for sink in sinks {
+        for name in CIRCUIT_STATES {
+            let labels = [("sink", sink.name.as_str()), ("state", name)];
+            circuit.encode_family(&labels)?.encode_gauge(&u64::from(sink.circuit == name))?;
+        }
     }
     let mut state = family(out, "sink_state", "1 for the state it is in", MetricType::Gauge)?;
     for sink in sinks {
@@ -221,7 +265,10 @@ mod tests {
             "sinks": [{"name": "up", "type": "http", "state": "held", "error": "401", "cursor": 4,
                        "lag_events": 5, "lag_bytes": 50, "lag_seconds": 0.5,
                        "delivered_events_total": 4, "delivered_bytes_total": 40,
-                       "dead_lettered_events_total": 1, "dead_letters": 1, "retries_total": 2}]
+                       "dead_lettered_events_total": 1, "dead_letters": 1, "retries_total": 2,
+                       "circuit": "half_open", "circuit_opened_total": 3, "requeued": 1,
+                       "drain_events_per_second": 2.5, "drain_bytes_per_second": 25.0,
+                       "eta_seconds": null, "left_seconds": 3600.0}]
         }))
         .unwrap();
         let text = render(status);
@@ -236,10 +283,17 @@ mod tests {
             "edge_gateway_sink_state{sink=\"up\",state=\"held\"} 1",
             "edge_gateway_sink_state{sink=\"up\",state=\"idle\"} 0",
             "edge_gateway_sink_retries_total{sink=\"up\"} 2",
+            "edge_gateway_sink_circuit{sink=\"up\",state=\"half_open\"} 1",
+            "edge_gateway_sink_circuit_opened_total{sink=\"up\"} 3",
+            "edge_gateway_sink_requeued{sink=\"up\"} 1",
+            "edge_gateway_sink_drain_events_per_second{sink=\"up\"} 2.5",
+            "edge_gateway_sink_left_seconds{sink=\"up\"} 3600.0",
             "edge_gateway_resident_memory_bytes 7",
         ] {
             assert!(text.lines().any(|l| l == line), "no {line:?} in\n{text}");
         }
+        let eta = text.lines().find(|line| line.starts_with("edge_gateway_sink_eta_seconds"));
+        assert_eq!(eta, None, "what cannot be told is not told");
         assert!(text.ends_with("# EOF\n"));
     }
 }

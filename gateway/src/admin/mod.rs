@@ -1,32 +1,40 @@
-//! The admin endpoint: `/metrics`, `/health/live`, `/health/ready`, `/api/v1/status`, and the store
-//! tools (`store`).
+//! The admin endpoint: `/metrics`, `/health/live`, `/health/ready`, `/api/v1/status`, the store tools
+//! (`store`), and the dead letters (`letters`).
 //!
-//! Owns: putting one [`status::Status`] together from what the parts report, and serving it. It
-//! only looks, but for `replay`, which has events sent again: it is bound to loopback by default, because it
-//! has no log-in.
+//! Owns: putting one [`status::Status`] together from what the parts report, and serving it. It is
+//! bound to loopback by default, because it has no log-in; nothing here but `letters` and `replay`
+//! changes anything.
 
+mod letters;
 pub mod metrics;
+mod rate;
 pub(crate) mod replay;
 pub mod status;
 pub(crate) mod store;
 
-use std::sync::Arc;
+use std::convert::Infallible;
+use std::future::IntoFuture as _;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
-use bridge::{Replays, SinkState};
+use bridge::forwarder::Wake;
+use bridge::{Circuit, Replays, SinkState};
 use storage::{Store, StoreStats};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::ingest::{Health, Ingest, LatencyStats, clock};
 use crate::mqtt;
+pub(crate) use letters::no_such_sink;
+use rate::Rate;
 use status::{
     AbsentSink, GatewayStatus, IngestStatus, MqttStatus, PartitionStatus, Quantiles, SinkStatus,
     Status, StoreStatus, StreamStatus,
@@ -45,9 +53,53 @@ pub struct Parts {
     /// The durable log.
     pub store: Store,
     /// One per configured sink.
-    pub sinks: Vec<watch::Receiver<bridge::SinkStatus>>,
-    /// One per configured sink.
-    pub replays: Vec<Replays>,
+    pub sinks: Vec<Sink>,
+    /// How fast all that goes.
+    pub rates: Mutex<Rates>,
+}
+
+/// A configured sink.
+pub struct Sink {
+    /// What its forwarder says.
+    pub status: watch::Receiver<bridge::SinkStatus>,
+    /// What to call when its dead letters were requeued.
+    pub wake: Wake,
+    /// How to ask it for a replay.
+    pub replays: Replays,
+    /// Event bytes that are kept for it at most; 0 for no limit of its own.
+    pub lag_bytes_max: u64,
+}
+
+/// How fast events come and go; observed once a second, whoever asks.
+#[derive(Debug)]
+pub struct Rates {
+    ingest_events: Rate,
+    ingest_bytes: Rate,
+    today_bytes: Rate,
+    /// Events and bytes, in the order of the sinks.
+    sinks: Vec<(Rate, Rate)>,
+}
+
+/// What "now" means to a rate, and what "today".
+const NOW: Duration = Duration::from_secs(10);
+const TODAY: Duration = Duration::from_hours(24);
+const OBSERVE_EVERY: Duration = Duration::from_secs(1);
+
+/// What the log takes on the disk for an event byte, until so much is stored that it can be told.
+const OVERHEAD: f64 = 1.2;
+const OVERHEAD_FROM_BYTES: u64 = 4 << 20;
+
+impl Rates {
+    /// Of so many sinks, with nothing observed yet.
+    pub fn new(sinks: usize) -> Self {
+        let now = || Rate::new(NOW);
+        Self {
+            ingest_events: now(),
+            ingest_bytes: now(),
+            today_bytes: Rate::new(TODAY),
+            sinks: std::iter::repeat_with(|| (now(), now())).take(sinks).collect(),
+        }
+    }
 }
 
 /// Serves until cancelled; then lets the answers under way end.
@@ -59,17 +111,38 @@ pub async fn serve(
     parts: Arc<Parts>,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
-    let tools = store::router(parts.store.clone(), &parts.gateway_id, shutdown.clone());
-    let replay = replay::router(parts.store.clone(), &parts.gateway_id, parts.replays.clone());
+    let replays = parts.sinks.iter().map(|sink| sink.replays.clone()).collect();
+    let replay = replay::router(parts.store.clone(), &parts.gateway_id, replays);
+    let walks = store::Walks::new(parts.store.clone(), &parts.gateway_id, shutdown.clone());
+    let wakes = parts.sinks.iter().map(|sink| {
+        let name = sink.status.borrow().name.clone();
+        (name, sink.wake.clone())
+    });
+    let letters = letters::router(walks.clone(), wakes.collect());
+    let tools = store::router(walks).merge(letters);
     let router = Router::new()
         .route("/metrics", get(serve_metrics))
         .route("/health/live", get(|| async { "live\n" }))
         .route("/health/ready", get(serve_ready))
         .route("/api/v1/status", get(serve_status))
-        .with_state(parts)
+        .with_state(Arc::clone(&parts))
         .merge(tools)
         .merge(replay);
-    axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await
+    let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned());
+    tokio::select! {
+        served = server.into_future() => served,
+        never = observe(&parts) => match never {},
+    }
+}
+
+/// Observes how fast things go, for as long as it is polled.
+async fn observe(parts: &Parts) -> Infallible {
+    let mut beat = tokio::time::interval(OBSERVE_EVERY);
+    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        beat.tick().await;
+        parts.observe(Instant::now());
+    }
 }
 
 async fn serve_metrics(State(parts): State<Arc<Parts>>) -> Response {
@@ -105,12 +178,56 @@ async fn look(parts: Arc<Parts>) -> Result<Status, Response> {
 }
 
 impl Parts {
+    fn rates(&self) -> MutexGuard<'_, Rates> {
+        // Every change is a single step, so a panic elsewhere leaves nothing half done.
+        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn observe(&self, now: Instant) {
+        let durable = self.ingest.stats().durable;
+        let mut rates = self.rates();
+        rates.ingest_events.observe(now, durable.events);
+        rates.ingest_bytes.observe(now, durable.size_bytes);
+        rates.today_bytes.observe(now, durable.size_bytes);
+        for (sink, (events, bytes)) in self.sinks.iter().zip(&mut rates.sinks) {
+            let status = sink.status.borrow();
+            events.observe(now, status.delivered_events + status.dead_lettered_events);
+            bytes.observe(now, status.delivered_bytes);
+        }
+    }
+
+    /// Bytes by which the log grows in a second, as of today.
+    fn growth(&self, store: &StoreStats, today: f64) -> f64 {
+        let stored = self.store.lag_bytes(store.first_offset);
+        let overhead = if stored >= OVERHEAD_FROM_BYTES {
+            store.log_bytes as f64 / stored as f64
+        } else {
+            OVERHEAD
+        };
+        today * overhead
+    }
+
     fn status(&self) -> Status {
         let store = self.store.stats();
         let ingest = self.ingest.stats();
         let not_ready = not_ready(&ingest.health);
-        let sinks: Vec<_> =
-            self.sinks.iter().map(|sink| self.sink(&sink.borrow(), &store)).collect();
+        let (events_per_second, bytes_per_second, today) = {
+            let rates = self.rates();
+            let of = |rate: &Rate| rate.per_second();
+            (of(&rates.ingest_events), of(&rates.ingest_bytes), of(&rates.today_bytes))
+        };
+        let left_seconds = rate::seconds_left(store.room_bytes, self.growth(&store, today));
+        let sinks: Vec<_> = (0..self.sinks.len())
+            .map(|place| {
+                let mut sink = self.sink(place, &store);
+                let limit = self.sinks[place].lag_bytes_max;
+                let own = (limit > 0)
+                    .then(|| rate::seconds_left(limit.saturating_sub(sink.lag_bytes), today));
+                sink.left_seconds =
+                    [own.flatten(), left_seconds].into_iter().flatten().min_by(f64::total_cmp);
+                sink
+            })
+            .collect();
         let absent = store.cursors.iter().filter(|(name, _)| sinks.iter().all(|s| s.name != *name));
         let absent_sinks = absent
             .map(|(name, cursor)| AbsentSink { name: name.clone(), cursor: *cursor })
@@ -146,6 +263,9 @@ impl Parts {
                 }
                 .to_owned(),
                 ring_bytes: ingest.ring_bytes as u64,
+                events_per_second,
+                bytes_per_second,
+                bytes_per_second_today: today,
                 ack_latency_ms: quantiles(ingest.ack_latency),
                 commit_latency_ms: quantiles(ingest.commit_latency),
             },
@@ -159,6 +279,8 @@ impl Parts {
                 state_bytes: store.state_bytes,
                 quota_bytes: store.quota_bytes,
                 losses: store.losses,
+                room_bytes: store.room_bytes,
+                left_seconds,
                 absent_sinks,
             },
         }
@@ -182,7 +304,13 @@ impl Parts {
         }
     }
 
-    fn sink(&self, sink: &bridge::SinkStatus, store: &StoreStats) -> SinkStatus {
+    fn sink(&self, place: usize, store: &StoreStats) -> SinkStatus {
+        let sink = self.sinks[place].status.borrow().clone();
+        let (drain_events, drain_bytes, ingest) = {
+            let rates = self.rates();
+            let (events, bytes) = &rates.sinks[place];
+            (events.per_second(), bytes.per_second(), rates.ingest_events.per_second())
+        };
         let (state, error) = match &sink.state {
             SinkState::Starting => ("starting", None),
             SinkState::Idle => ("idle", None),
@@ -195,7 +323,8 @@ impl Parts {
         let lag_events = store.watermark.saturating_sub(sink.cursor);
         let oldest_us = if lag_events == 0 { None } else { self.store.received_us(sink.cursor) };
         let age_us = oldest_us.map_or(0, |us| clock::now_us().saturating_sub(us));
-        let dead_letters = store.dead_letters.iter().find(|(name, _)| *name == sink.name);
+        let letters = store.dead_letters.iter().find(|(name, _)| *name == sink.name);
+        let letters = letters.map(|(_, stats)| *stats).unwrap_or_default();
         SinkStatus {
             name: sink.name.clone(),
             kind: sink.kind.to_owned(),
@@ -210,8 +339,23 @@ impl Parts {
             delivered_bytes_total: sink.delivered_bytes,
             filtered_events_total: sink.filtered_events,
             dead_lettered_events_total: sink.dead_lettered_events,
-            dead_letters: dead_letters.map_or(0, |(_, count)| *count),
+            dead_letters: letters.events,
+            dead_letter_bytes: letters.size_bytes,
+            requeued: letters.requeued,
+            requeued_events_total: sink.requeued_events,
             retries_total: sink.retries,
+            last_delivered_us: sink.last_delivered_us,
+            circuit: match sink.circuit {
+                Circuit::Closed => "closed",
+                Circuit::Open => "open",
+                Circuit::HalfOpen => "half_open",
+            }
+            .to_owned(),
+            circuit_opened_total: sink.circuit_opened,
+            drain_events_per_second: drain_events,
+            drain_bytes_per_second: drain_bytes,
+            eta_seconds: rate::eta_seconds(lag_events, drain_events, ingest),
+            left_seconds: None,
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The answer is a line of progress a second, and the report in the last line. The replay lives as
 //! long as its answer is read: who hangs up has cancelled it. One runs at a time into a sink; a second
-//! is answered with 409.
+//! is answered with 429.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,14 +52,15 @@ pub(crate) struct ReplayQuery {
 }
 
 impl ReplayQuery {
-    /// What is set, with its key; `rate` is [`ReplayQuery::rate`] as text.
-    pub(crate) fn pairs<'a>(
-        &'a self,
-        rate: &'a str,
-    ) -> impl Iterator<Item = (&'static str, &'a str)> {
-        let optional = [("from", &self.from), ("to", &self.to), ("device", &self.device)];
-        let given = optional.into_iter().filter_map(|(key, value)| Some((key, value.as_deref()?)));
-        [("sink", &*self.sink), ("rate", rate)].into_iter().chain(given)
+    /// Each key with its value, if that is set.
+    pub(crate) fn pairs(&self) -> [(&'static str, Option<String>); 5] {
+        [
+            ("sink", Some(self.sink.clone())),
+            ("from", self.from.clone()),
+            ("to", self.to.clone()),
+            ("device", self.device.clone()),
+            ("rate", Some(self.rate.to_string())),
+        ]
     }
 }
 
@@ -126,7 +127,7 @@ impl Shared {
         let to = place("to", to, watermark)?.min(watermark).max(from);
         let range = ReplayRange { offsets: from..to, device, rate_bytes_per_second: rate };
         let progress = sink.begin(range).map_err(|error| match error {
-            ReplayError::Busy => (StatusCode::CONFLICT, error.to_string()),
+            ReplayError::Busy => (StatusCode::TOO_MANY_REQUESTS, error.to_string()),
             ReplayError::Stopped => (StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
         })?;
         Ok((from, to, progress))

@@ -82,6 +82,15 @@ pub struct IngestStatus {
     pub health: String,
     /// Event bytes in the rings now.
     pub ring_bytes: u64,
+    /// Events made durable per second, over the last ten seconds or so.
+    #[serde(default)]
+    pub events_per_second: f64,
+    /// Event bytes made durable per second, over the last ten seconds or so.
+    #[serde(default)]
+    pub bytes_per_second: f64,
+    /// Event bytes made durable per second, over the last day or so, or since the start.
+    #[serde(default)]
+    pub bytes_per_second_today: f64,
     /// From the read of a publish to its durable commit.
     pub ack_latency_ms: Quantiles,
     /// From the start of a commit to its durable end.
@@ -118,6 +127,13 @@ pub struct StoreStatus {
     pub quota_bytes: u64,
     /// Rows in the loss ledger.
     pub losses: u64,
+    /// Bytes that the log may still grow by: to its quota, and to what is left free of the disk.
+    #[serde(default)]
+    pub room_bytes: u64,
+    /// Estimate: how long that lasts at today's rate if nothing is trimmed, as when an upstream is
+    /// down; nothing while no events come.
+    #[serde(default)]
+    pub left_seconds: Option<f64>,
     /// Cursors of sinks that are no longer configured: they hold nothing back.
     pub absent_sinks: Vec<AbsentSink>,
 }
@@ -176,8 +192,41 @@ pub struct SinkStatus {
     pub dead_lettered_events_total: u64,
     /// Dead letters that are stored.
     pub dead_letters: u64,
+    /// Bytes that they take.
+    #[serde(default)]
+    pub dead_letter_bytes: u64,
+    /// Of them, those that are to be delivered again.
+    #[serde(default)]
+    pub requeued: u64,
+    /// Dead letters that were requeued and delivered since the start of the process.
+    #[serde(default)]
+    pub requeued_events_total: u64,
     /// Requests that were tried again since the start of the process.
     pub retries_total: u64,
+    /// Last acknowledgement, microseconds since the Unix epoch.
+    #[serde(default)]
+    pub last_delivered_us: Option<u64>,
+    /// Whether requests go to the upstream: `closed` (they do), `open` (it is left alone for a
+    /// while), or `half_open` (one tries whether it works again).
+    #[serde(default)]
+    pub circuit: String,
+    /// How often the circuit has opened since the start of the process.
+    #[serde(default)]
+    pub circuit_opened_total: u64,
+    /// Events delivered or refused for good per second, over the last ten seconds or so.
+    #[serde(default)]
+    pub drain_events_per_second: f64,
+    /// Event bytes delivered per second, over the last ten seconds or so.
+    #[serde(default)]
+    pub drain_bytes_per_second: f64,
+    /// Estimate: how long until its lag is gone, while new events go on coming; nothing if the lag
+    /// does not shrink.
+    #[serde(default)]
+    pub eta_seconds: Option<f64>,
+    /// Estimate: how long its lag may grow at today's rate before `lag_bytes_max`, the quota or the
+    /// end of the disk; nothing while no events come.
+    #[serde(default)]
+    pub left_seconds: Option<f64>,
 }
 
 /// One stream of a sink.

@@ -40,21 +40,20 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// What the walks need.
 #[derive(Clone)]
 pub(super) struct Walks {
-    store: Store,
-    gateway: Arc<str>,
+    pub(super) store: Store,
+    pub(super) gateway: Arc<str>,
     one: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
 /// The routes of the store tools.
-pub(super) fn router(store: Store, gateway: &str, stop: CancellationToken) -> Router {
-    let one = Arc::new(Semaphore::new(1));
+pub(super) fn router(walks: Walks) -> Router {
     Router::new()
         .route("/api/v1/store/stats", get(stats))
         .route("/api/v1/store/verify", get(verify))
         .route("/api/v1/store/export", get(export))
         .route("/api/v1/balance", get(balance))
-        .with_state(Walks { store, gateway: gateway.into(), one, stop })
+        .with_state(walks)
 }
 
 async fn stats(State(walks): State<Walks>) -> Response {
@@ -66,7 +65,7 @@ async fn stats(State(walks): State<Walks>) -> Response {
     }
 }
 
-fn failed(why: &str) -> Response {
+pub(super) fn failed(why: &str) -> Response {
     (StatusCode::INTERNAL_SERVER_ERROR, format!("{why}\n")).into_response()
 }
 
@@ -136,7 +135,7 @@ async fn export(State(walks): State<Walks>, Query(query): Query<ExportQuery>) ->
         HttpFormat::CloudEventsBatch => "application/cloudevents-batch+json",
     };
     walks.answer(media_type, move |walks, pipe| {
-        let mut tell = |_: Progress| !walks.stop.is_cancelled();
+        let mut tell = |_: Progress| !walks.is_stopping();
         let export = inspection::export(&walks.store, &walks.gateway, &selection, pipe, &mut tell);
         let why = match export {
             Ok(exported) if exported.unreadable.is_empty() => return Ok(()),
@@ -154,6 +153,10 @@ async fn export(State(walks): State<Walks>, Query(query): Query<ExportQuery>) ->
 }
 
 impl Walks {
+    pub(super) fn new(store: Store, gateway: &str, stop: CancellationToken) -> Self {
+        Self { store, gateway: gateway.into(), one: Arc::new(Semaphore::new(1)), stop }
+    }
+
     /// Runs a walk that answers in lines.
     fn lines<T: Serialize + Send + 'static>(
         self,
@@ -163,7 +166,7 @@ impl Walks {
             let mut pace = Pace::new(PROGRESS_EVERY);
             let mut tell = |Progress { done, total }: Progress| {
                 let told = !pace.is_due() || write_line(pipe, &Line::Progress::<T> { done, total });
-                told && !walks.stop.is_cancelled()
+                told && !walks.is_stopping()
             };
             let line = match walk(&walks.store, &walks.gateway, &mut tell) {
                 Ok(report) => Line::Report(report),
@@ -174,8 +177,13 @@ impl Walks {
         })
     }
 
+    /// Whether the gateway stops, and walks are to end.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stop.is_cancelled()
+    }
+
     /// Runs a job on the blocking pool, whose output is the answer.
-    fn answer(
+    pub(super) fn answer(
         self,
         media_type: &'static str,
         job: impl FnOnce(&Walks, &mut Pipe) -> io::Result<()> + Send + 'static,
@@ -218,7 +226,7 @@ pub(super) struct Pipe(mpsc::Sender<io::Result<Bytes>>);
 
 impl Pipe {
     /// Breaks the answer off.
-    fn fail(&mut self, why: String) -> io::Result<()> {
+    pub(super) fn fail(&mut self, why: String) -> io::Result<()> {
         self.send(Err(io::Error::other(why)))
     }
 

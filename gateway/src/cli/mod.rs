@@ -6,11 +6,13 @@ mod logging;
 mod run;
 mod status;
 mod store;
+mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap_complete::Shell;
 
 /// Done, and where there was an audit it balanced.
 const DONE: u8 = 0;
@@ -38,7 +40,9 @@ Examples:
   edge-gateway check --config gateway.toml          every mistake at once
   edge-gateway run --config gateway.toml            the gateway
   edge-gateway status                               what a running gateway is doing
+  edge-gateway top                                  the same, each second
   edge-gateway balance --config gateway.toml        where every event went, per sink
+  edge-gateway dlq list --config gateway.toml       what a sink refused for good, and why
   edge-gateway store verify --config gateway.toml   whether everything stored is whole
 
 Exit codes: 0 done and balanced, 1 failed at run time, 2 wrong configuration or arguments,
@@ -52,15 +56,28 @@ enum Verb {
     Check(ConfigFile),
     /// Show what a running gateway is doing
     Status(status::StatusArgs),
+    /// Watch a running gateway on a terminal screen; q quits
+    Top(top::TopArgs),
     /// Where every event went, per sink: delivered, pending, refused, dropped
     Balance(store::BalanceArgs),
     /// Send stored events again into one sink of a running gateway, beside live traffic
     Replay(store::ReplayArgs),
+    /// Events that a sink refused for good: look at them, deliver them again, drop them
+    #[command(subcommand)]
+    Dlq(store::DlqVerb),
     /// Look at the store, check it, export from it; also beside a running gateway
     #[command(subcommand)]
     Store(store::StoreVerb),
     /// See the whole journey on this machine: a fleet, an outage, a kill -9, and the final balance
     Demo(demo::DemoArgs),
+    /// Write a completion script for a shell to stdout
+    #[command(after_help = "\
+Example, for bash:
+  edge-gateway completion bash > /etc/bash_completion.d/edge-gateway")]
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
 }
 
 #[derive(Args)]
@@ -84,12 +101,25 @@ pub fn main() -> ExitCode {
         Verb::Run(file) => run::run(&file.path),
         Verb::Check(file) => check::check(&file.path),
         Verb::Status(args) => status::status(&args),
+        Verb::Top(args) => top::top(&args),
         Verb::Balance(args) => store::balance(&args),
         Verb::Replay(args) => store::replay(&args),
+        Verb::Dlq(verb) => store::dlq(&verb),
         Verb::Store(verb) => store::store(&verb),
         Verb::Demo(args) => demo::demo(&args),
+        Verb::Completion { shell } => {
+            print!("{}", completion(shell));
+            DONE
+        }
     };
     ExitCode::from(code)
+}
+
+/// The completion script of a shell.
+fn completion(shell: Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "edge-gateway", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
 }
 
 /// Reads a configuration, or says what is wrong with it.
@@ -107,10 +137,20 @@ fn small_runtime() -> std::io::Result<tokio::runtime::Runtime> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::{CommandFactory, ValueEnum as _};
 
     #[test]
     fn the_command_line_is_consistent() {
         super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_shell_learns_every_verb() {
+        for &shell in super::Shell::value_variants() {
+            let script = super::completion(shell);
+            for verb in super::Cli::command().get_subcommands() {
+                assert!(script.contains(verb.get_name()), "{shell}: {}", verb.get_name());
+            }
+        }
     }
 }

@@ -46,9 +46,32 @@ pub(super) fn status(args: &StatusArgs) -> u8 {
 
 /// Asks a gateway for its status, within a few seconds.
 pub(super) async fn fetch(admin: impl Display) -> anyhow::Result<Status> {
-    let client = reqwest::Client::builder().timeout(Duration::from_secs(5)).no_proxy().build()?;
+    ask(&client()?, admin).await
+}
+
+/// What asks gateways, with a few seconds' patience.
+pub(super) fn client() -> reqwest::Result<reqwest::Client> {
+    reqwest::Client::builder().timeout(Duration::from_secs(5)).no_proxy().build()
+}
+
+/// Asks a gateway for its status.
+pub(super) async fn ask(client: &reqwest::Client, admin: impl Display) -> anyhow::Result<Status> {
     let answer = client.get(format!("http://{admin}/api/v1/status")).send().await?;
     Ok(serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?)
+}
+
+/// The state of a sink, and that of its circuit where that says more.
+fn state(sink: &SinkStatus) -> String {
+    match sink.circuit.as_str() {
+        "open" => format!("{} (open)", sink.state),
+        "half_open" => format!("{} (half-open)", sink.state),
+        _ => sink.state.clone(),
+    }
+}
+
+/// An estimated time; a dash where it cannot be told.
+pub(super) fn estimate(seconds: Option<f64>) -> String {
+    seconds.map_or("-".to_owned(), duration)
 }
 
 fn render(status: &Status) -> String {
@@ -97,8 +120,9 @@ fn render(status: &Status) -> String {
         vec![
             "acks".into(),
             format!(
-                "{} events durable; publish to ack {:.1} ms median, {:.1} ms p99",
+                "{} events durable, {}/s; publish to ack {:.1} ms median, {:.1} ms p99",
                 count(ingest.committed_events_total),
+                count(ingest.events_per_second.round() as u64),
                 ingest.ack_latency_ms.p50,
                 ingest.ack_latency_ms.p99
             ),
@@ -106,40 +130,60 @@ fn render(status: &Status) -> String {
         vec![
             "store".into(),
             format!(
-                "{} of {} in {} file(s), offsets {} to {}, {} losses in the ledger",
+                "{} of {} in {} file(s), offsets {} to {}, {} losses in the ledger; room for {}",
                 bytes(store.log_bytes),
                 bytes(store.quota_bytes),
                 store.files,
                 store.first_offset,
                 store.watermark,
-                count(store.losses)
+                count(store.losses),
+                estimate(store.left_seconds)
             ),
         ],
     ]);
     out.push('\n');
+    out + &sinks(status)
+}
+
+fn sinks(status: &Status) -> String {
     if status.sinks.is_empty() {
-        out += "no sinks: a durable local broker, trimmed by retention alone\n";
-        return out;
+        return "no sinks: a durable local broker, trimmed by retention alone\n".to_owned();
     }
     let mut rows = vec![
-        ["sink", "type", "state", "lag", "", "oldest", "delivered", "dead letters", "retries"]
-            .map(str::to_owned)
-            .to_vec(),
+        [
+            "sink",
+            "type",
+            "state",
+            "lag",
+            "",
+            "oldest",
+            "rate",
+            "gone in",
+            "room for",
+            "delivered",
+            "dead letters",
+            "retries",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
     ];
     for sink in &status.sinks {
         rows.push(vec![
             sink.name.clone(),
             sink.kind.clone(),
-            sink.state.clone(),
+            state(sink),
             count(sink.lag_events),
             bytes(sink.lag_bytes),
             duration(sink.lag_seconds),
+            format!("{}/s", count(sink.drain_events_per_second.round() as u64)),
+            estimate(sink.eta_seconds),
+            estimate(sink.left_seconds),
             count(sink.delivered_events_total),
             count(sink.dead_letters),
             count(sink.retries_total),
         ]);
     }
-    out += &table(&rows);
+    let mut out = table(&rows);
     status.sinks.iter().for_each(|sink| render_streams(&mut out, sink));
     for sink in &status.sinks {
         if let Some(error) = &sink.error {

@@ -132,6 +132,8 @@ pub struct StorageConfig {
     pub retain_bytes: u64,
     /// Delivered data kept for replay, by age.
     pub retain_age: Duration,
+    /// Bytes of dead letters kept for one sink.
+    pub dead_letter_bytes_max: u64,
 }
 
 /// `[admin]`.
@@ -219,6 +221,7 @@ impl Config {
             at_quota: storage.at_quota,
             retain_bytes: storage.retain_bytes,
             retain_age_us: u64::try_from(storage.retain_age.as_micros()).unwrap_or(u64::MAX),
+            dead_letter_bytes_max: storage.dead_letter_bytes_max,
             journal: storage.journal,
             journal_bytes: storage.journal_bytes,
             commits_ahead_max: storage.commits_ahead_max,
@@ -424,6 +427,7 @@ fn read_storage(section: &Section<'_, '_>, has_sinks: bool) -> StorageConfig {
         journal_bytes: section.size("journal_bytes", MIB..=GIB, 32 * MIB),
         commits_ahead_max: section.integer("commits_ahead_max", 1..=16, 2) as usize,
         retain_age: section.time("retain_age", Duration::ZERO..=3_650 * DAY, Duration::ZERO),
+        dead_letter_bytes_max: section.size("dead_letter_bytes_max", MIB..=TIB, 64 * MIB),
     }
 }
 

@@ -233,6 +233,8 @@ pub(super) struct Committer<A> {
     retained_at: Instant,
     committed_since: bool,
     retain_fails: bool,
+    /// Retention has only begun.
+    retain_more: bool,
 }
 
 impl<A: Append> Committer<A> {
@@ -261,6 +263,7 @@ impl<A: Append> Committer<A> {
             retained_at: Instant::now(),
             committed_since: false,
             retain_fails: false,
+            retain_more: false,
         }
     }
 
@@ -378,8 +381,12 @@ impl<A: Append> Committer<A> {
     }
 
     fn retain_due(&self) -> Instant {
-        let every =
-            if self.committed_since { self.pace.retain_every } else { self.pace.retain_idle_every };
+        let every = match self.committed_since {
+            // A commit may come between two pieces of it, but no pause.
+            _ if self.retain_more => Duration::ZERO,
+            true => self.pace.retain_every,
+            false => self.pace.retain_idle_every,
+        };
         self.retained_at + every
     }
 
@@ -387,9 +394,11 @@ impl<A: Append> Committer<A> {
     fn retain(&mut self) {
         self.retained_at = Instant::now();
         self.committed_since = false;
+        self.retain_more = false;
         match self.log.retain(self.shared.now_us()) {
             Ok(report) => {
                 self.retain_fails = false;
+                self.retain_more = report.more;
                 if let (Some(first), Some(last)) = (report.losses.first(), report.losses.last()) {
                     tracing::warn!(
                         rows = report.losses.len(),

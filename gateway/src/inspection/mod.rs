@@ -3,9 +3,10 @@
 //!
 //! Owns: the answers in their one form ([`report`]), the walks that give them, and the selection of
 //! events to export. Invariant: both ways in give the same answer for the same store, and neither
-//! changes it.
+//! changes it, but for the dead letters ([`letters`]) that somebody wants requeued or dropped.
 //! Deliberately absent: opening stores, HTTP, and how an answer looks to people (see `cli::store`).
 
+pub mod letters;
 pub mod place;
 pub mod report;
 

@@ -116,7 +116,7 @@ impl StatsReport {
             first_received_us: store.received_us(stats.first_offset),
             last_received_us: last.and_then(|last| store.received_us(last)),
             losses: stats.losses,
-            dead_letters: stats.dead_letters.iter().map(|(_, count)| count).sum(),
+            dead_letters: stats.dead_letters.iter().map(|(_, stats)| stats.events).sum(),
             partitions: partitions.collect(),
             files: files
                 .into_iter()
@@ -293,6 +293,12 @@ pub struct DroppedSums {
     pub sink_absent: u64,
     /// Beyond the sink's `lag_bytes_max`.
     pub lag: u64,
+    /// Dead letters beyond `storage.dead_letter_bytes_max`.
+    #[serde(default)]
+    pub dead_letter_limit: u64,
+    /// Dead letters that somebody dropped.
+    #[serde(default)]
+    pub by_hand: u64,
 }
 
 impl BalanceReport {
@@ -329,6 +335,8 @@ impl From<&SinkBalance> for SinkSums {
                 corrupt: dropped.corrupt,
                 sink_absent: dropped.sink_absent,
                 lag: dropped.lag,
+                dead_letter_limit: dropped.dead_letter_limit,
+                by_hand: dropped.by_hand,
             },
             unaccounted: sums.unaccounted.iter().map(Offsets::from).collect(),
             problems: sums.problems.clone(),

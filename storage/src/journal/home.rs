@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use redb::{BackendError, StorageBackend};
 
 use super::Ring;
+use super::homeward::Homeward;
 use super::record::{Draft, Look};
 use crate::disk::{Fenced, SharedDisk};
 use crate::log;
@@ -87,20 +88,20 @@ impl HomeFile {
         Ok(())
     }
 
-    /// Writes what a record says.
-    pub(super) fn bring_home<'a>(
-        &self,
-        len: u64,
-        writes: impl Iterator<Item = (u64, &'a [u8])>,
-    ) -> io::Result<()> {
+    /// Writes what records leave of it.
+    pub(super) fn bring_home(&self, homeward: &Homeward<'_>) -> io::Result<()> {
         let joined = self.joined.get().expect("its records come from the journal");
-        if joined.home_len.swap(len, Ordering::AcqRel) != len {
-            self.file.set_len(len)?;
+        let before = joined.home_len.load(Ordering::Acquire);
+        let kept = before.min(homeward.len_min);
+        if kept < before {
+            joined.home_len.store(kept, Ordering::Release);
+            self.file.set_len(kept)?;
         }
-        for (offset, data) in writes {
-            self.file.write(offset, data)?;
+        if kept < homeward.len {
+            self.file.set_len(homeward.len)?;
+            joined.home_len.store(homeward.len, Ordering::Release);
         }
-        Ok(())
+        homeward.writes().try_for_each(|(offset, data)| self.file.write(offset, data))
     }
 
     /// Syncs what is home.
@@ -214,7 +215,7 @@ impl HomeFile {
     fn write_through(&self, joined: &Joined, draft: Draft) -> io::Result<()> {
         joined.ring.settle()?;
         let record = draft.finish(joined.first, joined.len.load(Ordering::Relaxed));
-        self.bring_home(record.file_len, record.writes())
+        self.bring_home(&Homeward::of(&[Arc::new(record)]))
             .and_then(|()| self.sync())
             .map_err(|error| joined.ring.fail("writing a log file failed", &error, true))?;
         joined.ring.tell_durable();

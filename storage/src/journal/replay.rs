@@ -136,7 +136,10 @@ impl Rings {
         for ring in self.kept.iter_mut().filter(|ring| ring.without.is_none()) {
             // The file was the last one of its ring; in another ring it does not occur.
             let renamed = RingName { without: Some(first), ..ring.clone() };
-            self.disk.rename(&ring.path(), &renamed.path())?;
+            // A try that failed may have renamed it all the same.
+            let there = self.disk.open(&ring.path()).is_ok();
+            let from = if there { ring.path() } else { renamed.path() };
+            self.disk.rename(&from, &renamed.path())?;
             *ring = renamed;
         }
         Ok(())

@@ -5,9 +5,8 @@
 //! Deliberately absent: any judgement of what is found.
 
 use super::{
-    BATCHES, BadHead, ControlFlow, Head, Log, LogError, Position, Range, head_row, name, rows,
+    BadHead, ControlFlow, Head, Log, LogError, Position, Range, batches, head_row, name, rows,
 };
-use redb::ReadableTableMetadata;
 use std::path::PathBuf;
 
 /// A walk lets go of its file after this many bytes: while it looks at the one that is appended to,
@@ -29,9 +28,8 @@ impl Log {
 
     /// The head row of the file that starts at `first`, and how much is in it.
     pub(crate) fn summary(&self, first: u64) -> Result<Summary, LogError> {
-        self.with_file(first, |file, _| {
-            let batches = file.read(|transaction| Ok(transaction.open_table(BATCHES)?.len()?))?;
-            Ok(Summary { head: head_row(file)?, batches })
+        self.with_file(first, |source, _| {
+            Ok(Summary { head: head_row(source)?, batches: batches(source)? })
         })
     }
 
@@ -42,15 +40,16 @@ impl Log {
         range: Range<Position>,
         mut f: impl FnMut(Position, &[u8]),
     ) -> Result<Option<Position>, LogError> {
-        let (mut size_bytes, mut last) = (0, None);
-        self.with_file(range.start.offset, |file, _| {
-            rows(file, range.start, range.end, |position, row| {
+        let (mut size_bytes, mut last, mut from) = (0, None, range.start);
+        self.with_file(range.start.offset, |source, _| {
+            rows(source, from, range.end, |position, row| {
                 if size_bytes > PIECE_BYTES {
                     last = Some(position);
                     return ControlFlow::Break(());
                 }
                 size_bytes += row.len();
                 f(position, row);
+                from = position.after(0);
                 ControlFlow::Continue(())
             })
         })?;

@@ -5,9 +5,8 @@
 
 use std::sync::Arc;
 
-use super::{
-    Bytes, DEAD_LETTERS, DeadLetter, Open, State, StateError, closed, rewrite, state_error, table,
-};
+use super::{Bytes, DEAD_LETTERS, Open, State, StateError, closed, rewrite, state_error, table};
+use crate::dead_letter::DeadLetter;
 use crate::ranges::Ranges;
 
 /// The dead letters of a sink.

@@ -4,9 +4,11 @@
 //!
 //! Every event from a sink's origin to the watermark is in exactly one place. What can be counted is
 //! counted: pending events are walked batch by batch, dead letters are read row by row, losses are
-//! the union of the ledger's ranges. What the store does not know for itself is whether an upstream
-//! took what the cursor passed, or what a sink got ahead of its turn: delivered is what of that
-//! neither a dead letter, the ledger nor the sink's count of filtered events claims. The balance fails where something is nowhere: an event that is still needed, cannot
+//! the union of the ledger's ranges, and the events of rows that were merged (see `loss_ledger`). What
+//! the store does not know for itself is whether an upstream took what the cursor passed, or what a
+//! sink got ahead of its turn: delivered is what of that neither a dead letter, the ledger nor the
+//! sink's count of filtered events claims. The balance fails where something is nowhere: an event that
+//! is still needed, cannot
 //! be read and is in no ledger; a cursor, a dead letter or a loss outside the log; numbers that do not
 //! follow.
 //!
@@ -36,12 +38,17 @@ pub struct Dropped {
     pub sink_absent: u64,
     /// Beyond the sink's `lag_bytes_max`.
     pub lag: u64,
+    /// Dead letters beyond their bound.
+    pub dead_letter_limit: u64,
+    /// Dead letters that somebody dropped.
+    pub by_hand: u64,
 }
 
 impl Dropped {
     /// All of them.
     pub fn total(&self) -> u64 {
-        self.quota + self.expired + self.corrupt + self.sink_absent + self.lag
+        let Self { quota, expired, corrupt, sink_absent, lag, dead_letter_limit, by_hand } = self;
+        quota + expired + corrupt + sink_absent + lag + dead_letter_limit + by_hand
     }
 
     fn of(&mut self, reason: LossReason) -> &mut u64 {
@@ -51,6 +58,8 @@ impl Dropped {
             LossReason::Corrupt => &mut self.corrupt,
             LossReason::SinkAbsent => &mut self.sink_absent,
             LossReason::Lag => &mut self.lag,
+            LossReason::DeadLetterLimit => &mut self.dead_letter_limit,
+            LossReason::DroppedByHand => &mut self.by_hand,
         }
     }
 }
@@ -277,6 +286,7 @@ fn sums(
     let readable = log.sound.within(&ahead);
     let mut owed = Ranges::from(ahead.clone()).without(&readable);
     let mut dropped = Dropped::default();
+    let mut counted = 0;
     // Nobody kept anything for a sink that is not configured; its rows come when it is back.
     if !configured {
         let gone = owed.within(&(0..log.start));
@@ -284,8 +294,12 @@ fn sums(
         owed = owed.without(&gone);
     }
     for reason in LossReason::ALL {
-        let rows = losses.iter().filter(|loss| loss.reason == reason);
-        let lost: Ranges = rows.map(|loss| loss.offsets.clone()).collect();
+        let rows = || losses.iter().filter(|loss| loss.reason == reason);
+        let lost: Ranges =
+            rows().filter(|loss| loss.is_exact()).map(|loss| loss.offsets.clone()).collect();
+        // Which ones they were is no longer known: only that the cursor has passed them.
+        let merged: u64 = rows().filter(|loss| !loss.is_exact()).map(|loss| loss.events).sum();
+        counted += merged;
         if lost.iter().any(|range| range.end > watermark) {
             problems.push("the loss ledger has a row beyond the end of the log".to_owned());
         }
@@ -293,10 +307,14 @@ fn sums(
         before.iter().for_each(|range| claimed.insert(range.clone()));
         let still = owed.clone();
         owed = owed.without(&lost);
-        *dropped.of(reason) += before.count() + still.count() - owed.count();
+        *dropped.of(reason) += merged + before.count() + still.count() - owed.count();
+    }
+    let passed_events = cursor.saturating_sub(origin);
+    if claimed.count() + counted > passed_events {
+        problems.push("more is lost or refused than its cursor has passed".to_owned());
     }
     let done = cursor.saturating_sub(origin) + done_ahead.count();
-    let delivered = done.checked_sub(claimed.count() + letters_ahead + filtered);
+    let delivered = done.checked_sub(claimed.count() + counted + letters_ahead + filtered);
     if delivered.is_none() {
         problems
             .push(format!("it claims to have filtered {filtered} events, more than there were"));

@@ -142,15 +142,6 @@ impl Store {
         events_max: usize,
         size_bytes_max: usize,
     ) -> Result<Read, ReadError> {
-        let shared = &*self.shared;
-        let watermark = self.mark().watermark;
-        let start = shared.progress.projection().start.max(from);
-        let found = shared.log.read(start, watermark, events_max, size_bytes_max)?;
-        let missing = (from < start).then_some(from..start);
-        Ok(Read {
-            events: found.events,
-            next: found.next.max(from),
-            missing: missing.into_iter().chain(found.corrupt).collect(),
-        })
+        self.find(from, events_max, size_bytes_max).map(|(read, _)| read)
     }
 }

@@ -2,6 +2,7 @@
 
 mod edges;
 mod faults;
+mod letters;
 mod model;
 mod tools;
 mod world;
@@ -25,6 +26,7 @@ fn options(dir: &std::path::Path) -> StoreOptions {
         at_quota: AtQuota::Hold,
         retain_bytes: 0,
         retain_age_us: 0,
+        dead_letter_bytes_max: 1 << 20,
         journal: JournalMode::Off,
         journal_bytes: 1 << 20,
         commits_ahead_max: 2,
@@ -248,6 +250,21 @@ fn delivered_files_go_and_the_numbers_go_on() {
     assert_eq!(store.losses().unwrap(), []);
 }
 
+/// Commits wait while it runs: it does a little at a time and says that there is more.
+#[test]
+fn delivered_files_go_a_few_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, mut writer) = Store::open(small(dir.path()), NOW_US).unwrap();
+    fill(&store, &mut writer, 6);
+    writer.commit(&[], &[cursor("cloud", store.mark().watermark)], NOW_US).unwrap();
+    for _ in 0..2 {
+        let report = writer.retain(NOW_US).unwrap();
+        assert_eq!((report.files, report.more), (2, true));
+    }
+    while writer.retain(NOW_US).unwrap().more {}
+    assert_eq!(store.stats().files, 1);
+}
+
 #[test]
 fn delivered_files_stay_as_long_as_they_are_wanted() {
     let dir = tempfile::tempdir().unwrap();
@@ -441,38 +458,6 @@ fn lag_and_age_are_told_without_reading_the_events() {
     // Receive times never go back, whatever the events say.
     let received: Vec<_> = (0..5).map(|from| store.received_us(from)).collect();
     assert_eq!(received, [Some(5), Some(5), Some(9), Some(9), None].map(|us| Some(NOW_US + us?)));
-}
-
-#[test]
-fn dead_letters_are_kept_whole_and_once() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, mut writer) = Store::open(options(dir.path()), NOW_US).unwrap();
-    writer.commit(&[event(0, "poison"), event(1, "bad")], &[], NOW_US).unwrap();
-    let letters: Vec<DeadLetter> = read_all(&store, 0)
-        .into_iter()
-        .map(|event| DeadLetter {
-            sink: "cloud".into(),
-            event,
-            reason: "400: cannot parse".into(),
-            attempts: 3,
-            first_us: NOW_US,
-            last_us: NOW_US + 9,
-        })
-        .collect();
-    store.put_dead_letters(&letters).unwrap();
-    assert_eq!(store.stats().dead_letters, [("cloud".to_owned(), 2)]);
-    store.put_dead_letters(&letters[1..]).unwrap();
-    assert_eq!(store.stats().dead_letters, [("cloud".to_owned(), 2)]);
-    let copy = copy_of(dir.path());
-    drop((store, writer));
-    for dir in [dir.path(), copy.path()] {
-        let (store, _writer) = Store::open(options(dir), NOW_US).unwrap();
-        assert_eq!(store.dead_letters("cloud", 0, 10).unwrap(), letters);
-        assert_eq!(store.dead_letters("cloud", 1, 10).unwrap(), letters[1..]);
-        assert_eq!(store.dead_letters("cloud", 0, 1).unwrap(), letters[..1]);
-        assert_eq!(store.dead_letters("clou", 0, 10).unwrap(), []);
-        assert_eq!(store.stats().dead_letters, [("cloud".to_owned(), 2)]);
-    }
 }
 
 #[test]

@@ -105,6 +105,8 @@ pub struct Verifier {
     /// Where to go on in the first of the files.
     at: Option<Range<Position>>,
     check: Check,
+    /// As it was before the first of the files.
+    before: Check,
 }
 
 impl Store {
@@ -130,14 +132,16 @@ impl Store {
         let from = files.front().map_or(watermark, |file| file.offsets.start).max(start);
         let ledger = self.losses()?.into_iter();
         let corrupt = ledger.filter(|loss| loss.reason == LossReason::Corrupt);
+        let check = Check {
+            recorded: corrupt.map(|loss| loss.offsets).collect(),
+            ..Check::new(from..watermark, next_seq.len())
+        };
         Ok(Verifier {
             store: self.clone(),
             from,
             watermark,
-            check: Check {
-                recorded: corrupt.map(|loss| loss.offsets).collect(),
-                ..Check::new(from..watermark, next_seq.len())
-            },
+            before: check.clone(),
+            check,
             next_seq,
             files,
             at: None,
@@ -191,7 +195,14 @@ impl Verifier {
             // What was trimmed while this was walking is not lost.
             check.trimmed(self.store.shared.progress.projection().start.min(self.watermark));
             check.skip_to(file.offsets.end, "no batch holds them");
+            let lost = |check: &Check| check.report.unreadable + check.report.recorded;
+            if lost(check) > lost(&self.before) && log.distrust(file.offsets.start)? {
+                // Once more, for what its tree does not show.
+                *check = self.before.clone();
+                return Ok(true);
+            }
             check.report.files += 1;
+            self.before = check.clone();
             self.files.pop_front();
         }
         Ok(!self.files.is_empty())
@@ -247,6 +258,7 @@ enum NextSeq {
 }
 
 /// The rules, and what they found.
+#[derive(Clone)]
 struct Check {
     path: PathBuf,
     /// Everything before this offset was seen or reported.
@@ -269,7 +281,7 @@ struct Check {
 }
 
 /// Offsets of the events that read well and are not live, by lane.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Lanes {
     pub(super) alarm: Ranges,
     pub(super) backfill: Ranges,

@@ -4,9 +4,8 @@ use std::fmt::Write as _;
 
 use clap::Args;
 
-use super::super::{ConfigFile, DONE, FAILED, UNBALANCED};
-use super::progress::Bar;
-use super::{Look, fail, look, print};
+use super::super::ConfigFile;
+use super::Walk;
 use crate::inspection::{self, report::BalanceReport};
 use crate::text::{count, table};
 
@@ -14,7 +13,8 @@ use crate::text::{count, table};
 #[command(after_help = "\
 Per sink, every event since its origin is in one place:
 
-  committed = delivered + pending + dead letters + filtered + dropped (quota, expired, corrupt, sink absent, lag)
+  committed = delivered + pending + dead letters + filtered + dropped (quota, expired, corrupt,
+                                            sink absent, lag, dead letter limit, by hand)
 
 Pending events are walked and their checksums checked, dead letters are read, dropped is the union of the
 loss ledger's ranges. Delivered is what the sink's cursor has passed and none of the others claims: what
@@ -34,36 +34,14 @@ pub(in crate::cli) struct BalanceArgs {
 }
 
 pub(in crate::cli) fn balance(args: &BalanceArgs) -> u8 {
-    let (config, look) = match look(&args.config.path) {
-        Ok(found) => found,
-        Err(code) => return code,
+    let walk = Walk {
+        what: "balance",
+        path: "balance",
+        here: inspection::balance,
+        render,
+        is_sound: |report| report.balanced,
     };
-    let report = match look {
-        Look::Folder(store) => {
-            let mut bar = Bar::new("balance");
-            let mut tell = |progress| {
-                bar.show(progress);
-                true
-            };
-            match inspection::balance(&store, &config.gateway.id, &mut tell) {
-                Ok(report) => report,
-                Err(error) => return fail(&error),
-            }
-        }
-        Look::Gateway(remote) => match remote.walk("balance", "balance") {
-            Ok(report) => report,
-            Err(why) => {
-                eprintln!("edge-gateway: {why}");
-                return FAILED;
-            }
-        },
-    };
-    if args.json {
-        print(&(serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"));
-    } else {
-        print(&render(&report));
-    }
-    if report.balanced { DONE } else { UNBALANCED }
+    walk.run(&args.config.path, args.json)
 }
 
 fn render(report: &BalanceReport) -> String {
@@ -89,6 +67,8 @@ fn render(report: &BalanceReport) -> String {
             "corrupt",
             "sink absent",
             "lag",
+            "letter limit",
+            "by hand",
             "unaccounted",
         ];
         let mut rows = vec![heads.map(str::to_owned).to_vec()];
@@ -108,6 +88,8 @@ fn render(report: &BalanceReport) -> String {
                     sums.dropped.corrupt,
                     sums.dropped.sink_absent,
                     sums.dropped.lag,
+                    sums.dropped.dead_letter_limit,
+                    sums.dropped.by_hand,
                     unaccounted,
                 ]
                 .map(count),

@@ -34,6 +34,10 @@ Reads everything, as `store verify` does, and says which events cannot be read a
 With --yes their exact ranges go to the loss ledger, so that the balance adds up again and new damage is
 told from old. No file is removed or cut: everything that can be read is kept, and so is what cannot.
 
+Where state.redb itself is damaged, --yes makes it anew from the log files: cursors and keys as they tell,
+and the dead letters and losses that can still be read. A sink whose cursor they do not tell begins at the
+first stored event: it gets some again and misses none. The damaged file is kept as state.damaged.
+
 Examples:
   edge-gateway store repair --config gateway.toml          what it would do
   edge-gateway store repair --config gateway.toml --yes
@@ -105,8 +109,18 @@ pub(super) fn repair(args: &RepairArgs) -> u8 {
                 Err(error) => fail(&error),
             },
             Err(OpenError::InUse { .. }) => open(&config).err().unwrap_or(FAILED),
+            Err(OpenError::DamagedState { path, reason }) => {
+                let path = path.display();
+                print(&format!(
+                    "{path}: {reason}; it would be made anew from the log, with --yes\n"
+                ));
+                UNBALANCED
+            }
             Err(error) => cannot_open(&error),
         };
+    }
+    if let Err(code) = mend_state(&config) {
+        return code;
     }
     let (store, mut writer) = match open(&config) {
         Ok(opened) => opened,
@@ -127,6 +141,26 @@ pub(super) fn repair(args: &RepairArgs) -> u8 {
     let code = tell(&found, "went to the loss ledger");
     let left = found.findings.iter().any(|f| f.damage == Damage::Disorder);
     if left || found.findings_more > 0 { code } else { DONE }
+}
+
+/// Makes a damaged state database anew.
+fn mend_state(config: &Config) -> Result<(), u8> {
+    let options = config.store_options();
+    let looked = Store::open_to_look(options.clone(), clock::now_us());
+    let Err(OpenError::DamagedState { path, .. }) = looked else {
+        // Anything else is told by who opens it next.
+        return Ok(());
+    };
+    let rebuilt = Store::rebuild_state(&options).map_err(|error| cannot_open(&error))?;
+    print(&format!(
+        "{} was made anew from the log, which begins at offset {}; it keeps {} dead letter(s) and {} \
+         row(s) of the loss ledger\n",
+        path.display(),
+        rebuilt.first_offset,
+        count(rebuilt.dead_letters),
+        count(rebuilt.losses)
+    ));
+    Ok(())
 }
 
 fn walk(store: &Store) -> anyhow::Result<Verification> {

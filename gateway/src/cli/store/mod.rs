@@ -1,4 +1,5 @@
-//! `store` and `balance`: what is in the store, whether it is whole, and where every event went.
+//! `store`, `balance` and `dlq`: what is in the store, whether it is whole, where every event went,
+//! and what no sink would take.
 //!
 //! Owns: where the store is looked at. The tools that only look open the folder read-only; where a
 //! gateway has it, they ask that gateway's admin endpoint instead, and say so.
@@ -6,6 +7,7 @@
 
 mod balance;
 mod change;
+mod dlq;
 mod export;
 mod progress;
 mod remote;
@@ -16,15 +18,19 @@ mod verify;
 use std::path::Path;
 
 use clap::Subcommand;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use storage::{OpenError, Store};
 
-use super::{FAILED, UNBALANCED, WRONG_INPUT, load};
+use super::{DONE, FAILED, UNBALANCED, WRONG_INPUT, load};
 use crate::config::Config;
 use crate::ingest::clock;
-use crate::inspection::InspectError;
+use crate::inspection::{InspectError, Tell};
+use progress::Bar;
 use remote::Remote;
 
 pub(super) use balance::{BalanceArgs, balance};
+pub(super) use dlq::{DlqVerb, dlq};
 pub(super) use replay::{ReplayArgs, replay};
 
 #[derive(Subcommand)]
@@ -65,19 +71,71 @@ fn look(path: &Path) -> Result<(Config, Look), u8> {
     match Store::open_to_look(config.store_options(), clock::now_us()) {
         Ok(store) => Ok((config, Look::Folder(Box::new(store)))),
         Err(OpenError::InUse { .. }) => {
-            eprintln!(
-                "edge-gateway: the store in {} is in use: asking the gateway at {}",
-                config.gateway.data_dir.display(),
-                config.admin.bind
-            );
-            let remote = Remote::find(&config).map_err(|why| {
-                eprintln!("edge-gateway: {why}");
-                FAILED
-            })?;
+            let remote = ask_gateway(&config)?;
             Ok((config, Look::Gateway(remote)))
         }
         Err(error) => Err(cannot_open(&error)),
     }
+}
+
+/// A walk over the whole store that comes to a report.
+struct Walk<T> {
+    /// What the bar calls it.
+    what: &'static str,
+    /// Where the admin endpoint has it.
+    path: &'static str,
+    here: fn(&Store, &str, Tell<'_>) -> Result<T, InspectError>,
+    render: fn(&T) -> String,
+    is_sound: fn(&T) -> bool,
+}
+
+impl<T: Serialize + DeserializeOwned> Walk<T> {
+    /// Walks where the store is and prints the report; the exit code.
+    fn run(&self, config: &Path, json: bool) -> u8 {
+        let (config, look) = match look(config) {
+            Ok(found) => found,
+            Err(code) => return code,
+        };
+        let report = match look {
+            Look::Folder(store) => {
+                let mut bar = Bar::new(self.what);
+                let mut tell = |progress| {
+                    bar.show(progress);
+                    true
+                };
+                match (self.here)(&store, &config.gateway.id, &mut tell) {
+                    Ok(report) => report,
+                    Err(error) => return fail(&error),
+                }
+            }
+            Look::Gateway(remote) => match remote.walk(self.path, self.what) {
+                Ok(report) => report,
+                Err(why) => {
+                    eprintln!("edge-gateway: {why}");
+                    return FAILED;
+                }
+            },
+        };
+        if json {
+            print(&(serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"));
+        } else {
+            print(&(self.render)(&report));
+        }
+        if (self.is_sound)(&report) { DONE } else { UNBALANCED }
+    }
+}
+
+/// The gateway that has the store, or the exit code.
+fn ask_gateway(config: &Config) -> Result<Remote, u8> {
+    eprintln!(
+        "edge-gateway: the store in {} is in use: asking the gateway at {}",
+        config.gateway.data_dir.display(),
+        config.admin.bind
+    );
+    Remote::find(config).map_err(|why| {
+        eprintln!("edge-gateway: {why}");
+        FAILED
+    })
 }
 
 /// Tells the user why there is nothing to look at; the exit code.
@@ -86,7 +144,7 @@ fn cannot_open(error: &OpenError) -> u8 {
     match error {
         OpenError::Partitions { .. } => WRONG_INPUT,
         // It is there, and what it says of itself cannot be read.
-        OpenError::Database { .. } => UNBALANCED,
+        OpenError::Database { .. } | OpenError::DamagedState { .. } => UNBALANCED,
         _ => FAILED,
     }
 }

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::io::Write;
 use std::time::Duration;
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use storage::Progress;
 use tokio::runtime::Runtime;
@@ -38,14 +39,6 @@ pub(super) enum Passed {
     WrongInput(String),
     /// It broke off.
     Broken(String),
-}
-
-/// Why something that was asked for has no report.
-pub(super) enum Unfollowed {
-    /// What was asked for makes no sense to this gateway.
-    WrongInput(String),
-    /// It could not be done, or broke off.
-    Failed(String),
 }
 
 impl Remote {
@@ -102,41 +95,74 @@ impl Remote {
     }
 
     /// Begins a replay and follows it to its report. Ctrl-C ends it, which cancels the replay.
-    pub(super) fn replay<T: DeserializeOwned>(&self, query: &ReplayQuery) -> Result<T, Unfollowed> {
+    /// Never [`Passed::Whole`].
+    pub(super) fn replay<T: DeserializeOwned>(&self, query: &ReplayQuery) -> Result<T, Passed> {
         let replay = async {
-            let rate = query.rate.to_string();
-            let url = with_query(format!("{}/replay", self.base), query.pairs(&rate));
-            let answer = self.client.post(url).send().await;
-            let answer = answer.map_err(|error| Unfollowed::Failed(broken(&error)))?;
-            if answer.status().is_success() {
-                return follow(answer, "replay").await.map_err(Unfollowed::Failed);
-            }
-            let wrong = answer.status() == reqwest::StatusCode::BAD_REQUEST;
-            let why = answer.text().await.unwrap_or_default().trim_end().to_owned();
-            Err(if wrong { Unfollowed::WrongInput(why) } else { Unfollowed::Failed(why) })
+            let url = format!("{}/{}", self.base, with_query("replay", &query.pairs()));
+            let answer = taken(self.client.post(url).send().await).await?;
+            follow(answer, "replay").await.map_err(Passed::Broken)
         };
         self.runtime.block_on(async {
             tokio::select! {
                 followed = replay => followed,
                 _ = tokio::signal::ctrl_c() => {
-                    Err(Unfollowed::Failed("cancelled; what was replayed so far stays".to_owned()))
+                    Err(Passed::Broken("cancelled; what was replayed so far stays".to_owned()))
                 }
             }
         })
     }
 
+    /// Asks with a query, and reads the answer as JSON.
+    pub(super) fn get_json<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        pairs: &[(&str, Option<String>)],
+    ) -> Result<T, String> {
+        let get = async {
+            let answer = self.get(&with_query(path, pairs)).await?;
+            let text = answer.bytes().await.map_err(|error| broken(&error))?;
+            serde_json::from_slice(&text).map_err(|error| format!("not an answer: {error}"))
+        };
+        self.runtime.block_on(get)
+    }
+
+    /// Asks for a change, and reads the answer as JSON. Never [`Passed::Whole`].
+    pub(super) fn post_json<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Passed> {
+        let post = async {
+            let body = serde_json::to_vec(body).unwrap_or_default();
+            let post = self.client.post(format!("{}/{path}", self.base)).body(body);
+            let answer = post.header("content-type", "application/json").send().await;
+            let answer = taken(answer).await?;
+            let text = answer.bytes().await.map_err(|error| Passed::Broken(broken(&error)))?;
+            serde_json::from_slice(&text)
+                .map_err(|error| Passed::Broken(format!("not an answer: {error}")))
+        };
+        self.runtime.block_on(post)
+    }
+
     /// Passes an export on.
     pub(super) fn export(&self, query: &ExportQuery, out: &mut dyn Write) -> Passed {
+        let pairs: Vec<_> =
+            query.pairs().map(|(key, value)| (key, Some(value.to_owned()))).collect();
+        self.pass_on("store/export", &pairs, out)
+    }
+
+    /// Passes an answer on as it comes.
+    pub(super) fn pass_on(
+        &self,
+        path: &str,
+        pairs: &[(&str, Option<String>)],
+        out: &mut dyn Write,
+    ) -> Passed {
         let follow = async {
-            let url = with_query(format!("{}/store/export", self.base), query.pairs());
-            let mut answer = match self.client.get(url).send().await {
-                Ok(answer) if answer.status().is_success() => answer,
-                Ok(answer) => {
-                    let wrong = answer.status() == reqwest::StatusCode::BAD_REQUEST;
-                    let why = answer.text().await.unwrap_or_default().trim_end().to_owned();
-                    return if wrong { Passed::WrongInput(why) } else { Passed::Broken(why) };
-                }
-                Err(error) => return Passed::Broken(broken(&error)),
+            let url = format!("{}/{}", self.base, with_query(path, pairs));
+            let mut answer = match taken(self.client.get(url).send().await).await {
+                Ok(answer) => answer,
+                Err(passed) => return passed,
             };
             loop {
                 match answer.chunk().await {
@@ -194,11 +220,31 @@ async fn follow<T: DeserializeOwned>(
     Err("the gateway stopped before the end".to_owned())
 }
 
-fn with_query<'a>(url: String, pairs: impl Iterator<Item = (&'static str, &'a str)>) -> String {
-    pairs.fold(url, |url, (key, value)| {
-        let before = if url.contains('?') { '&' } else { '?' };
-        format!("{url}{before}{key}={}", percent_encoded(value))
-    })
+/// An answer that is one, or why not.
+async fn taken(
+    answer: Result<reqwest::Response, reqwest::Error>,
+) -> Result<reqwest::Response, Passed> {
+    let answer = answer.map_err(|error| Passed::Broken(broken(&error)))?;
+    if answer.status().is_success() {
+        return Ok(answer);
+    }
+    let wrong = answer.status().is_client_error()
+        && answer.status() != reqwest::StatusCode::TOO_MANY_REQUESTS;
+    let why = answer.text().await.unwrap_or_default().trim_end().to_owned();
+    Err(if wrong { Passed::WrongInput(why) } else { Passed::Broken(why) })
+}
+
+/// A path with what is set of a query.
+fn with_query(path: &str, pairs: &[(&str, Option<String>)]) -> String {
+    let mut url = path.to_owned();
+    for (key, value) in pairs {
+        if let Some(value) = value {
+            let before = if url.contains('?') { '&' } else { '?' };
+            // Writing to a String cannot fail.
+            write!(url, "{before}{key}={}", percent_encoded(value)).ok();
+        }
+    }
+    url
 }
 
 /// Keeps the unreserved characters of RFC 3986.

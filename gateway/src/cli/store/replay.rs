@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::super::{DONE, FAILED, WRONG_INPUT};
 use super::print;
-use super::remote::{Remote, Unfollowed};
+use super::remote::{Passed, Remote};
 use crate::admin::replay::{ReplayQuery, ReplayReport};
 use crate::config::units;
 use crate::inspection::place::Bound;
@@ -65,7 +65,7 @@ pub(in crate::cli) fn replay(args: &ReplayArgs) -> u8 {
         rate: args.rate.unwrap_or(0),
     };
     let followed = Remote::at(&args.admin)
-        .map_err(Unfollowed::Failed)
+        .map_err(Passed::Broken)
         .and_then(|remote| remote.replay::<ReplayReport>(&query));
     match followed {
         Ok(report) if args.json => {
@@ -84,13 +84,14 @@ pub(in crate::cli) fn replay(args: &ReplayArgs) -> u8 {
             ));
             DONE
         }
-        Err(Unfollowed::WrongInput(why)) => {
+        Err(Passed::WrongInput(why)) => {
             eprintln!("edge-gateway: {why}");
             WRONG_INPUT
         }
-        Err(Unfollowed::Failed(why)) => {
+        Err(Passed::Broken(why)) => {
             eprintln!("edge-gateway: {why}");
             FAILED
         }
+        Err(Passed::Whole) => unreachable!("a replay is whole only with its report"),
     }
 }

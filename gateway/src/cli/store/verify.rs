@@ -4,9 +4,8 @@ use std::fmt::Write as _;
 
 use clap::Args;
 
-use super::super::{ConfigFile, DONE, FAILED, UNBALANCED};
-use super::progress::Bar;
-use super::{Look, fail, look, print};
+use super::super::ConfigFile;
+use super::Walk;
 use crate::inspection::{self, report::VerifyReport};
 use crate::text::{bytes, count, table};
 
@@ -30,36 +29,14 @@ pub(in crate::cli) struct VerifyArgs {
 }
 
 pub(super) fn verify(args: &VerifyArgs) -> u8 {
-    let (config, look) = match look(&args.config.path) {
-        Ok(found) => found,
-        Err(code) => return code,
+    let walk = Walk {
+        what: "verify",
+        path: "store/verify",
+        here: inspection::verify,
+        render,
+        is_sound: |report| report.sound,
     };
-    let report = match look {
-        Look::Folder(store) => {
-            let mut bar = Bar::new("verify");
-            let mut tell = |progress| {
-                bar.show(progress);
-                true
-            };
-            match inspection::verify(&store, &config.gateway.id, &mut tell) {
-                Ok(report) => report,
-                Err(error) => return fail(&error),
-            }
-        }
-        Look::Gateway(remote) => match remote.walk("store/verify", "verify") {
-            Ok(report) => report,
-            Err(why) => {
-                eprintln!("edge-gateway: {why}");
-                return FAILED;
-            }
-        },
-    };
-    if args.json {
-        print(&(serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"));
-    } else {
-        print(&render(&report));
-    }
-    if report.sound { DONE } else { UNBALANCED }
+    walk.run(&args.config.path, args.json)
 }
 
 fn render(report: &VerifyReport) -> String {

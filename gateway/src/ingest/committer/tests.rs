@@ -577,6 +577,7 @@ mod over_the_real_log {
             at_quota: AtQuota::Hold,
             retain_bytes: 0,
             retain_age_us: 0,
+            dead_letter_bytes_max: 64 << 20,
             journal: storage::JournalMode::Auto,
             journal_bytes: 32 << 20,
             commits_ahead_max: 2,

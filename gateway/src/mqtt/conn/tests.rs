@@ -56,6 +56,7 @@ fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
         at_quota: AtQuota::Hold,
         retain_bytes: 1 << 30,
         retain_age_us: u64::MAX,
+        dead_letter_bytes_max: 64 << 20,
         journal: storage::JournalMode::Auto,
         journal_bytes: 32 << 20,
         commits_ahead_max: 2,

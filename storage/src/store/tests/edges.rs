@@ -3,6 +3,7 @@
 
 use super::world::{self, SINKS, World};
 use super::*;
+use crate::DeadLetter;
 use crate::disk::Disk;
 use crate::sim::SimDisk;
 
@@ -109,6 +110,30 @@ fn fill_up(world: &mut World) {
         }
     }
     panic!("the disk is not full");
+}
+
+/// The folder could not be synced after a new file got its name. It once went on in the file before,
+/// beyond the new one's offset: after a crash all that was void.
+#[test]
+fn a_new_file_whose_name_could_not_be_synced_ends_the_one_before() {
+    let mut failed = 0;
+    for after in 0..6 {
+        let mut world = World::new(SimDisk::new(after), world::options());
+        // The file is full.
+        world.commit_events(80, 2000);
+        world.disk.set_faults(|faults| faults.fail_sync_after = Some(after));
+        for _ in 0..4 {
+            let events = world.make(10, 2000);
+            failed += usize::from(world.commit(events, vec![]).is_err());
+        }
+        world.disk.set_faults(|faults| faults.fail_sync_after = None);
+        let (killed, cut) = (world.disk.after_kill(), world.disk.after_cut());
+        world.reopen(killed);
+        world.check();
+        world.reopen(cut);
+        world.check();
+    }
+    assert!(failed > 0, "no sync has failed");
 }
 
 /// What cannot be read is passed over by more than it can have held, but not past the next file,

@@ -2,6 +2,7 @@
 
 use super::world::{self, SINKS, World};
 use super::*;
+use crate::dead_letter::DeadLetter;
 use crate::disk::Disk;
 use crate::sim::SimDisk;
 
@@ -208,29 +209,199 @@ fn without_syncs_power_cuts_do_lose_what_was_acked() {
     }
 }
 
-/// Flips one bit of a closed store at a time.
-#[test]
-fn a_flipped_bit_of_the_log_is_found_or_harmless() {
-    let mut world = World::new(SimDisk::new(4), world::options());
-    for round in 0..40 {
-        world.commit_events(20 + round, 150);
+/// Events of the largest commit of [`filled`]: a batch each.
+const BATCH_EVENTS_MAX: u64 = 59;
+
+/// A store of several files, with what has to be kept in its state database.
+fn filled(seed: u64, journal: JournalMode) -> World {
+    let options = StoreOptions { journal, ..world::options() };
+    let mut world = World::new(SimDisk::new(seed), options);
+    for round in 0..15 {
+        world.commit_events(45 + round, 150);
         world.cursor_to("cloud", 5).unwrap();
     }
-    world.close();
-    let files = world.disk.list(crate::log::FOLDER).unwrap();
-    assert!(files.len() > 3, "{files:?}");
-    let mut rng = fastrand::Rng::with_seed(4);
-    let (mut found, flips) = (0, 200);
-    for _ in 0..flips {
-        let disk = world.disk.after_kill();
-        let name = format!("log/{}", files[rng.usize(..files.len())]);
-        let pages = disk.page_offsets(&name);
-        let at = pages[rng.usize(..pages.len())] + rng.u64(..4096);
-        let bit = rng.u8(..8);
-        assert!(disk.flip(&name, at, bit));
-        found += usize::from(world.reads_nothing_wrong(disk, &format!("{name} {at}.{bit}")));
+    let letters: Vec<DeadLetter> = read_all(&world.store, 0)
+        .into_iter()
+        .take(30)
+        .map(|event| DeadLetter {
+            sink: "local".into(),
+            event,
+            reason: "400".into(),
+            attempts: 1,
+            first_us: 0,
+            last_us: 0,
+        })
+        .collect();
+    world.store.put_dead_letters(&letters).unwrap();
+    world
+}
+
+/// A byte of the store: of the state database now and then, else of any file of the log.
+fn any_byte(disk: &SimDisk, rng: &mut fastrand::Rng) -> (String, u64) {
+    let files = disk.list(log::FOLDER).unwrap();
+    let name = match rng.u8(..4) {
+        0 => crate::state::NAME.to_owned(),
+        _ => format!("{}/{}", log::FOLDER, files[rng.usize(..files.len())]),
+    };
+    let pages = disk.page_offsets(&name);
+    (name, pages[rng.usize(..pages.len())] + rng.u64(..4096))
+}
+
+/// How many flipped bytes; the environment may ask for more.
+fn flips() -> usize {
+    std::env::var("FLIPPED_BYTES").ok().and_then(|flips| flips.parse().ok()).unwrap_or(200)
+}
+
+/// Changes one byte of a store at a time, closed or killed. A page of the log costs one batch at most,
+/// one of its tree costs nothing; a state database that is damaged is refused, and made anew.
+#[test]
+fn a_flipped_byte_is_found_or_harmless() {
+    let seed = std::env::var("EDGE_GATEWAY_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or(4);
+    println!("seed {seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let (mut lossy, mut refused) = (0, 0);
+    for (round, journal) in [JournalMode::Off, JournalMode::On].into_iter().enumerate() {
+        let mut world = filled(4, journal);
+        if round == 0 {
+            world.close();
+        } else {
+            world.reopen(world.disk.after_kill());
+        }
+        for _ in 0..flips() / 2 {
+            let disk = world.disk.after_kill();
+            let (name, at) = any_byte(&disk, &mut rng);
+            let change = rng.u8(1..);
+            for bit in (0..8).filter(|bit| change >> bit & 1 == 1) {
+                assert!(disk.flip(&name, at, bit));
+            }
+            let damage = format!("{journal:?} {name} {at}^{change}");
+            if name == crate::state::NAME
+                && let Err(error) = world::open(disk.after_kill(), &world.options, NOW_US)
+            {
+                assert!(matches!(error, OpenError::DamagedState { .. }), "{damage}: {error}");
+                Store::rebuild_state_on(&(Arc::new(disk.clone()) as SharedDisk)).unwrap();
+                refused += 1;
+            }
+            let lost = world.reads_nothing_wrong(disk, &damage);
+            assert!(lost <= BATCH_EVENTS_MAX, "{damage}: {lost} events are lost");
+            lossy += usize::from(lost > 0);
+        }
     }
-    assert!(found > 20, "of {flips} flipped bits {found} were found");
+    let all = flips();
+    println!("{all} flipped bytes: {lossy} cost a batch, {refused} a damaged state");
+    assert!(lossy > all / 10 && refused > 0, "of {all}: {lossy} and {refused}");
+}
+
+/// Each page of a log file in turn cannot be read: of a batch, or of the tree.
+#[test]
+fn a_bad_sector_costs_its_own_batch_and_nothing_else() {
+    for killed in [false, true] {
+        let mut world = filled(16, JournalMode::Off);
+        if killed {
+            world.reopen(world.disk.after_kill());
+        } else {
+            world.close();
+        }
+        let files = world.disk.list(log::FOLDER).unwrap();
+        // The first one is sealed, the last one would be appended to.
+        for file in [&files[0], files.last().unwrap()] {
+            let name = format!("{}/{file}", log::FOLDER);
+            let (mut lossy, mut harmless) = (0, 0);
+            for at in world.disk.page_offsets(&name) {
+                let disk = world.disk.after_kill();
+                disk.spoil(&name, at);
+                let lost = world.reads_nothing_wrong(disk, &format!("{name} {at}"));
+                assert!(lost <= BATCH_EVENTS_MAX, "{name} {at}: {lost} events are lost");
+                *if lost > 0 { &mut lossy } else { &mut harmless } += 1;
+            }
+            assert!(lossy > 0 && harmless > 0, "{name}: {lossy} {harmless}");
+        }
+    }
+}
+
+/// Whoever reads it is told to try again; the writer, without a commit, gives it up.
+#[test]
+fn a_bad_sector_in_the_active_file_is_passed_over_and_the_log_goes_on() {
+    for journal in [JournalMode::Off, JournalMode::On] {
+        let mut world = filled(17, journal);
+        // So that nothing of it is in redb's cache.
+        world.options.cache_bytes = 4096;
+        world.commit_events(20, 150);
+        world.reopen_cleanly();
+        let watermark = world.watermark();
+        let active = world.store.files().unwrap().last().unwrap().clone();
+        let name = active.path.display().to_string();
+        for at in world.disk.page_offsets(&name) {
+            world.disk.spoil(&name, at);
+        }
+        let told = Arc::new(AtomicU64::new(0));
+        let telling = told.clone();
+        world.writer.on_failure(move || {
+            telling.fetch_add(1, Ordering::Relaxed);
+        });
+        world.store.read(active.offsets.start, 10, 1 << 20).unwrap_err();
+        world.store.read(active.offsets.start, 10, 1 << 20).unwrap_err();
+        assert_eq!(told.load(Ordering::Relaxed), 1);
+        world.writer.check().unwrap();
+        let read = world.store.read(active.offsets.start, 10, 1 << 20).unwrap();
+        assert_eq!((read.next, &read.missing[..]), (watermark, &[active.offsets.clone()][..]));
+        for sink in SINKS {
+            let losses = world.store.losses().unwrap();
+            let loss = losses.iter().find(|l| l.sink.as_deref() == Some(sink)).unwrap();
+            assert_eq!((&loss.offsets, loss.reason), (&active.offsets, LossReason::Corrupt));
+        }
+        let events = world.make(3, 10);
+        let committed = world.commit(events, vec![]).unwrap();
+        assert_eq!(committed.offsets, watermark..watermark + 3);
+        world.writer.shared.log.settle().unwrap();
+        assert_eq!(read_all(&world.store, watermark).len(), 3);
+    }
+}
+
+/// What is refused with a remedy is mended by it: nothing is lost, and nothing is used twice.
+#[test]
+fn a_damaged_state_is_made_anew_from_the_log() {
+    let mut world = filled(18, JournalMode::Off);
+    world.close();
+    let disk = world.disk.after_kill();
+    let page = disk.page_offsets(crate::state::NAME)[0];
+    assert!(disk.flip(crate::state::NAME, page, 0));
+    let Err(error) = world::open(disk.clone(), &world.options, NOW_US) else { panic!("opened") };
+    assert!(error.to_string().contains("store repair"), "{error}");
+    // Also for who only looks, and for a disk that does not give it.
+    let look = Store::look_on(Arc::new(disk.clone()), None, world.options.clone(), NOW_US);
+    assert!(matches!(look, Err(OpenError::DamagedState { .. })));
+    let unreadable = world.disk.after_kill();
+    unreadable.spoil(crate::state::NAME, page);
+    let opened = world::open(unreadable, &world.options, NOW_US);
+    assert!(matches!(opened, Err(OpenError::DamagedState { .. })));
+
+    let shared: SharedDisk = Arc::new(disk.clone());
+    Store::rebuild_state_on(&shared).unwrap();
+    assert_eq!(world.reads_nothing_wrong(disk.after_kill(), "made anew"), 0);
+    let (store, _writer) = world::open(disk, &world.options, NOW_US).unwrap();
+    assert_eq!(store.mark().watermark, world.watermark());
+    // The log knows where this one was; of the other it does not, which begins anew.
+    assert_eq!((store.cursor("cloud"), store.cursor("local")), (Some(5), Some(0)));
+}
+
+/// The dead letters are whole as far as their own pages are.
+#[test]
+fn a_state_that_is_made_anew_keeps_the_dead_letters() {
+    let mut world = filled(19, JournalMode::Off);
+    world.close();
+    let kept = world.disk.page_offsets(crate::state::NAME).into_iter().filter(|page| {
+        let disk = world.disk.after_kill();
+        disk.flip(crate::state::NAME, page + 40, 1);
+        if world::open(disk.after_kill(), &world.options, NOW_US).is_ok() {
+            return false;
+        }
+        Store::rebuild_state_on(&(Arc::new(disk.clone()) as SharedDisk)).unwrap();
+        let (store, _writer) = world::open(disk, &world.options, NOW_US).unwrap();
+        store.dead_letters("local", 0, 100).unwrap().len() == 30
+    });
+    assert!(kept.count() > 0);
 }
 
 /// A journal that failed is kept where its home file could not be synced. It once was replayed into

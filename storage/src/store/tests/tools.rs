@@ -5,7 +5,7 @@ use super::*;
 use crate::disk::Disk;
 use crate::passed::{Ahead, Spent};
 use crate::sim::SimDisk;
-use crate::{Attribute, Attributes, Damage, Lane, Place};
+use crate::{Attribute, Attributes, Damage, DeadLetter, Lane, Place};
 
 type Batches<'a> = redb::Table<'a, (u64, u32), &'static [u8]>;
 
