@@ -24,9 +24,10 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use gateway::Gateway;
-use gateway::config::Config;
+use gateway::access::Access;
+use gateway::config::{Bind, Config};
 use gateway::ingest::{Append, Ingest, Routes};
 use gateway::mqtt::{self, Downlink, Front};
 use hdrhistogram::Histogram;
@@ -372,12 +373,14 @@ async fn serve_front(config: Config, log: impl Append) -> anyhow::Result<()> {
     let shared = mqtt::Shared::new(
         ingest,
         Routes::new(&config.routes)?,
+        Access::load(&config.auth, &config.acl)?,
         downlink,
         config.ingest.held_bytes_max,
         config.gateway.shutdown_grace,
     );
-    let front = Front::bind(&config.listeners[0], Arc::new(shared)).await?;
-    announce(front.local_addr())?;
+    let front = Front::bind(&config.listeners[0], None, Arc::new(shared)).await?;
+    let Bind::Tcp(address) = *front.bound() else { bail!("it is on a Unix socket") };
+    announce(address)?;
     let stop = CancellationToken::new();
     tokio::join!(front.run(stop.clone()), async {
         end_of_input().await;

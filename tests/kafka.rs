@@ -79,23 +79,37 @@ async fn an_at_least_once_sink_rides_out_errors_of_brokers() {
     errors_are_retried(32, "at_least_once").await;
 }
 
-/// A real broker: a topic that does not exist yet holds the sink and loses nothing; then it is
-/// created; then the broker is killed and comes back, and the gateway is killed too.
+/// A real broker that wants a password: a wrong one holds the sink, and the right one, written to the
+/// file, ends that without a restart; a topic that does not exist yet holds it too, and loses nothing;
+/// then it is created; then the broker is killed and comes back, and the gateway is killed too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_kafka_gets_everything_through_kills_of_both_sides() {
-    let mut broker = match Broker::start().await {
+    let mut broker = match Broker::start_secure().await {
         Ok(broker) => broker,
         Err(missing) => return harness::skip("a real Kafka", &missing),
     };
     let bench = Bench::new(33);
-    bench.configure(&kafka_sink(&broker.bootstrap(), "idempotent"));
+    let password = bench.path("password");
+    std::fs::write(&password, "wrong\n").unwrap();
+    bench.configure(&format!(
+        "{}[sink.sasl]\nmechanism = \"plain\"\nusername = \"gw\"\npassword_file = {password:?}\n",
+        kafka_sink(broker.said("sasl_plaintext"), "idempotent")
+    ));
     let gateway = bench.start().await;
     let fleet = bench.fleet(30, 1_000.0);
-    let held =
-        gateway.until("the sink is held", |status| sink(status, "bus").state == "held").await;
-    let error = sink(&held, "bus").error.clone().unwrap_or_default();
-    assert!(error.to_lowercase().contains("topic"), "it says why: {error}");
-    assert_eq!(sink(&held, "bus").dead_letters, 0);
+    let held = async |what: &str| {
+        let found = gateway
+            .until(what, |status| {
+                let sink = sink(status, "bus");
+                let error = sink.error.as_deref().unwrap_or_default().to_lowercase();
+                sink.state == "held" && error.contains(what)
+            })
+            .await;
+        assert_eq!(sink(&found, "bus").dead_letters, 0);
+    };
+    held("authentication").await;
+    std::fs::write(&password, "pw\n").unwrap();
+    held("topic").await;
 
     broker.create_topic(TOPIC, 4).await;
     gateway

@@ -1,4 +1,5 @@
-//! How an event looks upstream: CloudEvents 1.0, structured JSON, written straight into a buffer.
+//! How an event looks upstream: CloudEvents 1.0, structured JSON, written straight into a buffer, and
+//! the attributes one by one for what carries them beside the payload (binary mode).
 //!
 //! Owns: the mapping of an event to CloudEvents attributes. Payload bytes pass through untouched:
 //! JSON is embedded as it is, everything else is base64.
@@ -19,7 +20,7 @@
 //! | `stream` | `live` or `backfill`, where a sink has more than one stream, and `replay`; order holds per device, lane and stream |
 //! | `requeued` | `true` on an event that was a dead letter: it stands outside the order of its device |
 //!
-//! Deliberately absent: Kafka headers (binary mode), which reuse [`Envelope`] from `kafka`.
+//! Deliberately absent: where attributes go in binary mode (each sink).
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -47,7 +48,7 @@ pub(crate) struct Envelope {
 
 /// How events follow each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Framing {
+pub enum Framing {
     /// A JSON array.
     Array,
     /// One a line. JSON that contains line breaks goes as base64, so that its bytes stay as they
@@ -69,14 +70,14 @@ impl Envelope {
     }
 
     /// Writes events one after the other, in the stream that they come in.
-    pub(crate) fn write_all(
+    pub(crate) fn write_all<'a>(
         &self,
         out: &mut Vec<u8>,
-        events: &[StoredEvent],
+        events: impl Iterator<Item = &'a StoredEvent> + Clone,
         stream: Option<Mark>,
         framing: Framing,
     ) {
-        out.reserve(events.iter().map(|e| e.event.size_bytes() + ENVELOPE_BYTES).sum());
+        out.reserve(events.clone().map(|e| e.event.size_bytes() + ENVELOPE_BYTES).sum());
         match framing {
             Framing::Array => {
                 let mut before = b'[';
@@ -118,7 +119,8 @@ impl Envelope {
         out.extend_from_slice(b"}\n");
     }
 
-    fn write(
+    /// Writes one event, in the stream that it comes in.
+    pub(crate) fn write(
         &self,
         out: &mut Vec<u8>,
         stored: &StoredEvent,
@@ -133,7 +135,7 @@ impl Envelope {
         out.extend_from_slice(br#","source":""#);
         self.write_source(out, event);
         out.extend_from_slice(br#"","type":"#);
-        write_string(out, self.event_type(&context));
+        write_string(out, self.event_type(event));
         if !event.topic.is_empty() {
             out.extend_from_slice(br#","subject":"#);
             write_string(out, &event.topic);
@@ -188,6 +190,51 @@ impl Envelope {
         out.push(b'}');
     }
 
+    /// Gives the attributes of an event with their values, for binary mode; `datacontenttype` is not
+    /// among them, as every transport has a place of its own for it.
+    pub(crate) fn for_each_attribute(
+        &self,
+        stored: &StoredEvent,
+        context: &Context<'_>,
+        stream: Option<Mark>,
+        mut give: impl FnMut(&'static str, &str),
+    ) {
+        fn text(write: impl FnOnce(&mut Vec<u8>)) -> String {
+            let mut out = Vec::new();
+            write(&mut out);
+            String::from_utf8(out).expect("attributes are text")
+        }
+        let event = &stored.event;
+        let received = text(|out| write_time(out, event.received_us));
+        give("specversion", "1.0");
+        give("id", &self.id(stored).to_string());
+        give("source", &text(|out| self.write_source(out, event)));
+        give("type", self.event_type(event));
+        if !event.topic.is_empty() {
+            give("subject", &event.topic);
+        }
+        give("time", context.time.unwrap_or(&received));
+        if context.time.is_some() {
+            give("recordedtime", &received);
+        }
+        if !event.device_key.is_empty() {
+            give("partitionkey", &event.device_key);
+        }
+        give("sequence", &text(|out| write_decimal(out, stored.seq, 20)));
+        if let Some(traceparent) = context.traceparent {
+            give("traceparent", traceparent);
+        }
+        if context.lane != Lane::Live {
+            give("lane", context.lane.name());
+        }
+        if let Some(stream) = stream {
+            give("stream", stream.name());
+        }
+        if context.requeued {
+            give("requeued", "true");
+        }
+    }
+
     pub(crate) fn id(&self, stored: &StoredEvent) -> EventId<'_> {
         EventId {
             gateway: &self.gateway,
@@ -202,9 +249,13 @@ impl Envelope {
         percent_encode(out, &event.device_key);
     }
 
+    pub(crate) fn gateway(&self) -> &str {
+        &self.gateway
+    }
+
     /// The event's own type, else the sink's.
-    pub(crate) fn event_type<'a>(&'a self, context: &Context<'a>) -> &'a str {
-        context.event_type.unwrap_or(&self.event_type)
+    pub(crate) fn event_type<'a>(&'a self, event: &'a Event) -> &'a str {
+        event.attributes.event_type().unwrap_or(&self.event_type)
     }
 }
 
@@ -216,7 +267,6 @@ pub(crate) struct Context<'a> {
     /// It was a dead letter.
     pub(crate) requeued: bool,
     pub(crate) content_type: &'a str,
-    pub(crate) event_type: Option<&'a str>,
     pub(crate) lane: Lane,
     /// The payload is JSON, and may be called so.
     pub(crate) is_json: bool,
@@ -225,12 +275,10 @@ pub(crate) struct Context<'a> {
 impl<'a> Context<'a> {
     pub(crate) fn of(event: &'a Event) -> Self {
         let (mut time, mut traceparent, mut content_type) = (None, None, None);
-        let (mut event_type, mut lane) = (None, Lane::default());
-        let mut requeued = false;
+        let (mut requeued, mut lane) = (false, Lane::default());
         for attribute in event.attributes.iter() {
             match attribute {
                 Attribute::ContentType(v) => content_type = content_type.or(Some(v)),
-                Attribute::EventType(v) => event_type = Some(v),
                 Attribute::Lane(v) => lane = v,
                 Attribute::UserProperty("time", v) if is_rfc3339(v) => time = Some(v),
                 Attribute::UserProperty("traceparent", v) if is_traceparent(v) => {
@@ -242,7 +290,7 @@ impl<'a> Context<'a> {
         }
         let is_json = content_type.is_none_or(is_json_type) && is_json(&event.payload);
         let content_type = content_type.unwrap_or(if is_json { JSON } else { OCTET_STREAM });
-        Self { time, traceparent, requeued, content_type, event_type, lane, is_json }
+        Self { time, traceparent, requeued, content_type, lane, is_json }
     }
 }
 
@@ -443,7 +491,7 @@ mod tests {
 
     fn written(event: &StoredEvent, framing: Framing) -> String {
         let mut out = Vec::new();
-        envelope().write_all(&mut out, std::slice::from_ref(event), None, framing);
+        envelope().write_all(&mut out, [event].into_iter(), None, framing);
         String::from_utf8(out).expect("JSON is UTF-8")
     }
 
@@ -500,10 +548,10 @@ mod tests {
     #[test]
     fn a_batch_is_one_array_also_when_empty() {
         let mut out = Vec::new();
-        envelope().write_all(&mut out, &[], None, Framing::Array);
+        envelope().write_all(&mut out, [].iter(), None, Framing::Array);
         out.clear();
         let event = stored("d", "t", &[], b"1");
-        envelope().write_all(&mut out, &[event.clone(), event], None, Framing::Array);
+        envelope().write_all(&mut out, [&event, &event].into_iter(), None, Framing::Array);
         let value: Value = serde_json::from_slice(&out).expect("an array");
         assert_eq!(value.as_array().map(Vec::len), Some(2));
     }

@@ -3,14 +3,23 @@
 //!
 //! Owns: the settings, and beside each its default and its range, so that both have one home.
 
+#[cfg(feature = "kafka")]
+mod kafka;
+
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use storage::Lanes;
 
+#[cfg(feature = "kafka")]
+pub use self::kafka::{
+    KafkaCompression, KafkaConfig, KafkaDelivery, KafkaHeaders, KafkaSasl, KafkaTls, KafkaTopic,
+    OAuthToken, ScramHash,
+};
 use crate::filter::Filter;
 use crate::shaper::Shaping;
+use crate::template::Template;
 
 /// A value that must not reach a log: `Debug` hides it.
 #[derive(Clone, PartialEq, Eq)]
@@ -143,23 +152,27 @@ impl SinkConfig {
 
 /// Where a sink sends.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one per sink, made at the start")]
 pub enum Target {
-    /// HTTP or HTTPS, one POST per request.
+    /// HTTP or HTTPS, by POST.
     Http(HttpConfig),
     /// Kafka.
     #[cfg(feature = "kafka")]
     Kafka(KafkaConfig),
+    /// An MQTT broker.
+    Mqtt(MqttConfig),
     /// NDJSON in a rotated local file.
     File(FileConfig),
 }
 
 impl Target {
-    /// `http`, `kafka` or `file`.
+    /// `http`, `kafka`, `mqtt` or `file`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Http(_) => "http",
             #[cfg(feature = "kafka")]
             Self::Kafka(_) => "kafka",
+            Self::Mqtt(_) => "mqtt",
             Self::File(_) => "file",
         }
     }
@@ -170,30 +183,50 @@ impl Target {
 pub struct HttpConfig {
     /// `http://` or `https://` address that takes the POST.
     pub url: String,
-    /// Shape of the body.
+    /// Shape of a request.
     pub format: HttpFormat,
     /// Content coding of the body.
     pub compression: Compression,
+    /// Requests in flight at once, each with whole partitions, so that a device's events stay in
+    /// order.
+    pub in_flight_max: usize,
+    /// HTTP version.
+    pub version: HttpVersion,
     /// `Authorization` header.
     pub auth: HttpAuth,
+    /// Key with which every body is signed (HMAC-SHA256).
+    pub signing_key: Option<SecretSource>,
+    /// Certificates other than the system's.
+    pub tls: TlsConfig,
+    /// Proxy; `None`: what the environment says (`HTTPS_PROXY` ...), and none for loopback.
+    pub proxy: Option<HttpProxy>,
     /// Further headers, sent as they are.
     pub headers: Vec<(String, String)>,
 }
 
 impl HttpConfig {
+    /// Range of [`HttpConfig::in_flight_max`].
+    pub const IN_FLIGHT_RANGE: RangeInclusive<usize> = 1..=64;
+
     /// An HTTP sink with every default: CloudEvents batches, not compressed, no authorization.
     pub fn new(url: impl Into<String>) -> Self {
+        let format = HttpFormat::default();
         Self {
             url: url.into(),
-            format: HttpFormat::default(),
+            format,
             compression: Compression::default(),
+            in_flight_max: format.in_flight_default(),
+            version: HttpVersion::default(),
             auth: HttpAuth::default(),
+            signing_key: None,
+            tls: TlsConfig::default(),
+            proxy: None,
             headers: Vec::new(),
         }
     }
 }
 
-/// Shape of an HTTP body.
+/// Shape of an HTTP request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HttpFormat {
     /// `application/cloudevents-batch+json`: one JSON array of structured CloudEvents.
@@ -201,6 +234,71 @@ pub enum HttpFormat {
     CloudEventsBatch,
     /// `application/x-ndjson`: one structured CloudEvent a line.
     NdJson,
+    /// `application/json`: one JSON array of payloads, without anything around them. A payload that
+    /// is no JSON is a base64 string.
+    JsonArray,
+    /// `application/cloudevents+json`: one structured CloudEvent a request.
+    CloudEvent,
+    /// One payload a request, with the CloudEvents attributes as `ce-` headers.
+    CloudEventBinary,
+    /// One payload a request, with the event's id in the header `Edge-Gateway-Event`.
+    Raw,
+}
+
+impl HttpFormat {
+    /// Whether a request carries one event only.
+    pub fn is_single(self) -> bool {
+        match self {
+            Self::CloudEventsBatch | Self::NdJson | Self::JsonArray => false,
+            Self::CloudEvent | Self::CloudEventBinary | Self::Raw => true,
+        }
+    }
+
+    /// Default of [`HttpConfig::in_flight_max`]: 1, so that requests grow with the load and radio
+    /// and CPU are spared; 8 where each event is a request, and the round trip would set the pace.
+    pub fn in_flight_default(self) -> usize {
+        if self.is_single() { 8 } else { 1 }
+    }
+}
+
+/// HTTP version.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HttpVersion {
+    /// What TLS negotiates (HTTP/2 where the upstream has it); 1.1 without TLS.
+    #[default]
+    Auto,
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2, also without TLS (prior knowledge).
+    Http2,
+}
+
+/// A proxy for HTTP requests.
+#[derive(Clone, Debug)]
+pub struct HttpProxy {
+    /// `http://` or `https://` address.
+    pub url: String,
+    /// User name and password.
+    pub credentials: Option<(String, SecretSource)>,
+}
+
+/// Certificates of a TLS connection, PEM files. They are read when a connection's client is built,
+/// and again after the upstream could not be reached or refused us.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// Certificate authorities to trust, instead of the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Certificate chain and private key that this gateway shows.
+    pub identity: Option<TlsIdentity>,
+}
+
+/// What a gateway shows who it is with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsIdentity {
+    /// Certificate chain, PEM.
+    pub cert_file: PathBuf,
+    /// Private key of it, PEM.
+    pub key_file: PathBuf,
 }
 
 /// Content coding.
@@ -242,61 +340,86 @@ pub enum HttpAuth {
         /// Password.
         password: SecretSource,
     },
+    /// RFC 6749, section 4.4: client credentials.
+    OAuth2(OAuth2Config),
 }
 
-/// Settings of a Kafka sink.
-#[cfg(feature = "kafka")]
+/// Where an access token comes from.
 #[derive(Clone, Debug)]
-pub struct KafkaConfig {
-    /// Bootstrap brokers, `host:port[,host:port]`.
-    pub brokers: String,
-    /// Topic; it must exist, or the broker must create it on first use.
-    pub topic: String,
-    /// What a retry may do.
-    pub delivery: KafkaDelivery,
-    /// Compression of record batches: `none`, `gzip`, `snappy`, `lz4` or `zstd`.
-    pub compression: KafkaCompression,
+pub struct OAuth2Config {
+    /// `http://` or `https://` address of the token endpoint.
+    pub token_url: String,
+    /// Client id.
+    pub client_id: String,
+    /// Client secret, sent as RFC 6749 section 2.3.1 asks (HTTP Basic).
+    pub client_secret: SecretSource,
+    /// Scopes, with spaces between.
+    pub scope: Option<String>,
+    /// Audience, for token endpoints that want one.
+    pub audience: Option<String>,
 }
 
-#[cfg(feature = "kafka")]
-impl KafkaConfig {
-    /// A Kafka sink with every default: idempotent, LZ4.
-    pub fn new(brokers: impl Into<String>, topic: impl Into<String>) -> Self {
+/// Settings of an MQTT sink.
+#[derive(Clone, Debug)]
+pub struct MqttConfig {
+    /// Host name or address of the broker.
+    pub host: String,
+    /// Port of it.
+    pub port: u16,
+    /// TLS and its certificates; `None`: plain TCP.
+    pub tls: Option<TlsConfig>,
+    /// Topic that an event is published to.
+    pub topic: Template,
+    /// What goes as MQTT 5 user properties.
+    pub user_properties: UserProperties,
+    /// Client id; `None`: the gateway's id and the sink's name, with a hyphen between.
+    pub client_id: Option<String>,
+    /// User name, and password if there is one.
+    pub credentials: Option<(String, Option<SecretSource>)>,
+    /// Publishes on the wire that wait for their ack; a broker's Receive Maximum makes it less.
+    pub in_flight_max: u16,
+}
+
+impl MqttConfig {
+    /// Default of [`MqttConfig::topic`].
+    pub const TOPIC: &str = "{topic}";
+    /// Default of [`MqttConfig::in_flight_max`].
+    pub const IN_FLIGHT_MAX: u16 = 100;
+    /// Range of [`MqttConfig::in_flight_max`].
+    pub const IN_FLIGHT_RANGE: RangeInclusive<u16> = 1..=1_000;
+    /// Port without TLS, where none is given.
+    pub const PORT: u16 = 1883;
+    /// Port with TLS, where none is given.
+    pub const TLS_PORT: u16 = 8883;
+
+    /// An MQTT sink with every default: plain TCP, the topics as they are, nobody's credentials.
+    ///
+    /// # Panics
+    /// Never: the default topic is one.
+    pub fn new(host: impl Into<String>, port: u16) -> Self {
         Self {
-            brokers: brokers.into(),
-            topic: topic.into(),
-            delivery: KafkaDelivery::default(),
-            compression: KafkaCompression::default(),
+            host: host.into(),
+            port,
+            tls: None,
+            topic: Template::parse(Self::TOPIC).expect("a template"),
+            user_properties: UserProperties::default(),
+            client_id: None,
+            credentials: None,
+            in_flight_max: Self::IN_FLIGHT_MAX,
         }
     }
 }
 
-/// What a retry into Kafka may do.
-#[cfg(feature = "kafka")]
+/// What an MQTT sink says of an event beside its payload.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KafkaDelivery {
-    /// Idempotent producer: no duplicate and no reorder while the producer lives.
+pub enum UserProperties {
+    /// CloudEvents attributes, and the content type (CloudEvents MQTT binding 1.0, binary mode).
     #[default]
-    Idempotent,
-    /// Plain producer with acks from all replicas: a lost answer gives a duplicate.
-    AtLeastOnce,
-}
-
-/// Compression of record batches.
-#[cfg(feature = "kafka")]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KafkaCompression {
-    /// None.
+    CloudEvents,
+    /// The id alone.
+    Id,
+    /// Nothing.
     None,
-    /// gzip.
-    Gzip,
-    /// Snappy.
-    Snappy,
-    /// LZ4.
-    #[default]
-    Lz4,
-    /// Zstandard.
-    Zstd,
 }
 
 /// Settings of a file sink.

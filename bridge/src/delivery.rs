@@ -12,6 +12,11 @@
 //!   the contract of [`Sink`](crate::sink::Sink), no event overtakes an older one of its device.
 //! - What is held is at most the window, two requests' worth read ahead, and one read.
 //!
+//! A refusal of a whole request is dear: what was good in it is sent again with every halving. So
+//! requests get smaller where refusals are frequent: each refusal halves the next ones, and each
+//! request that comes through whole doubles them again. Where one event in a hundred is bad that ends
+//! near seventy events, and an event is sent less than three times instead of six.
+//!
 //! Deliberately absent: how an upstream's answers are sorted (each sink), when to read (forwarder).
 
 use std::collections::VecDeque;
@@ -198,6 +203,8 @@ impl std::ops::Add for Load {
 pub(crate) struct Delivery {
     sink: String,
     limits: Limits,
+    /// Events that the next request takes: fewer than the limit after refusals.
+    request_events: usize,
     backoff: Backoff,
     /// In offset order; none is empty.
     parts: VecDeque<Part>,
@@ -215,6 +222,7 @@ impl Delivery {
         Self {
             sink,
             limits,
+            request_events: limits.request_events_max,
             backoff,
             parts: VecDeque::new(),
             letters: Vec::new(),
@@ -364,18 +372,19 @@ impl Delivery {
     }
 
     /// The part that may begin now, if one may.
-    fn next_part(&self, now: Moment) -> Option<usize> {
+    fn next_part(&mut self, now: Moment) -> Option<usize> {
         let place = self.parts.iter().position(|part| part.in_flight.is_none())?;
         // A part that failed waits for whatever was in flight behind it.
         if self.parts.iter().skip(place).any(|part| part.in_flight.is_some()) {
             return None;
         }
+        self.shorten(place);
         let part = &self.parts[place];
         self.may_begin(place, part.events.len(), part.size_bytes, now).then_some(place)
     }
 
     /// What the next request to begin now carries, if one may.
-    pub(crate) fn next_load(&self, now: Moment) -> Option<Load> {
+    pub(crate) fn next_load(&mut self, now: Moment) -> Option<Load> {
         self.next_part(now).map(|place| self.parts[place].load())
     }
 
@@ -392,6 +401,18 @@ impl Delivery {
             part.first_us = now.unix_us;
         }
         Some(Request { id, stream: None, events: Arc::clone(&part.events) })
+    }
+
+    /// Leaves no more of a part than the next request takes; the rest waits behind it.
+    fn shorten(&mut self, place: usize) {
+        let part = &self.parts[place];
+        if part.suspect || part.events.len() <= self.request_events {
+            return;
+        }
+        let (first, rest) = part.events.split_at(self.request_events);
+        let (first, rest) = (part.rest(first.to_vec(), false), part.rest(rest.to_vec(), false));
+        self.parts[place] = first;
+        self.parts.insert(place + 1, rest);
     }
 
     /// Whether a request of this size may begin while the parts before `place` are in flight.
@@ -428,19 +449,23 @@ impl Delivery {
             .iter()
             .position(|part| part.in_flight == Some(id))
             .expect("an answer belongs to a request in flight");
-        let part = self.parts.remove(place).expect("the place was just found");
+        let mut part = self.parts.remove(place).expect("the place was just found");
         if answer.failed.is_empty() {
             self.counts.delivered_events += part.events.len() as u64;
             self.counts.delivered_bytes += part.size_bytes as u64;
+            if !part.suspect {
+                let doubled = self.request_events.saturating_mul(2);
+                self.request_events = doubled.min(self.limits.request_events_max);
+            }
         } else {
-            self.take_apart(place, &part, answer);
+            self.take_apart(place, &mut part, answer);
         }
         self.settle(id, answer, now, random);
     }
 
     /// Sorts the events of a request that was not delivered as a whole; what is still open waits at
     /// its place again.
-    fn take_apart(&mut self, place: usize, part: &Part, answer: &Answer) {
+    fn take_apart(&mut self, place: usize, part: &mut Part, answer: &Answer) {
         let fates = Fates::sort(part.events.len(), answer);
         for (index, stored) in part.events.iter().enumerate() {
             match fates.of[index] {
@@ -459,9 +484,16 @@ impl Delivery {
                 Fate::Open | Fate::Suspect => {}
             }
         }
+        if answer.was_taken_back() {
+            // For these it was no attempt.
+            part.attempts -= 1;
+        }
         let open = |range: Range<usize>| -> Vec<StoredEvent> {
             range.filter(|&i| fates.is_open(i)).map(|i| part.events[i].clone()).collect()
         };
+        if fates.halfway.is_some() && !part.suspect {
+            self.request_events = (self.request_events.min(part.events.len()) / 2).max(1);
+        }
         let suspect = part.suspect || fates.halfway.is_some();
         let halfway = fates.halfway.unwrap_or(0);
         for events in [open(halfway..part.events.len()), open(0..halfway)] {
@@ -477,10 +509,11 @@ impl Delivery {
         let mut failures = answer.failed.iter().filter_map(|failed| match failed.failure {
             Failure::Retry { after } => Some((Trouble::Upstream(failed.reason.clone()), after)),
             Failure::Hold => Some((Trouble::Held(failed.reason.clone()), None)),
-            Failure::Suspect | Failure::Reject => None,
+            Failure::Again | Failure::Suspect | Failure::Reject => None,
         });
         let Some((mut trouble, mut after)) = failures.next() else {
-            if fresh {
+            // What was taken back says nothing of the upstream.
+            if fresh && !answer.was_taken_back() {
                 self.recover();
             }
             return;
@@ -571,7 +604,7 @@ impl Fates {
                 Which::These(indexes) => indexes.len(),
             };
             let fate = match failed.failure {
-                Failure::Retry { .. } | Failure::Hold => Fate::Open,
+                Failure::Again | Failure::Retry { .. } | Failure::Hold => Fate::Open,
                 Failure::Suspect if count > 1 => Fate::Suspect,
                 // Suspected alone is guilty.
                 Failure::Suspect | Failure::Reject => Fate::Bad(group),

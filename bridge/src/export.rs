@@ -7,7 +7,6 @@
 use storage::{DeadLetter, StoredEvent};
 
 use crate::cloudevents::{Envelope, Framing};
-use crate::config::HttpFormat;
 use crate::origin::Origin;
 
 /// Writes one text, piece by piece.
@@ -20,11 +19,7 @@ pub struct Export {
 
 impl Export {
     /// A text of events of this gateway, each of the CloudEvents type `event_type`.
-    pub fn new(origin: &Origin, event_type: &str, format: HttpFormat) -> Self {
-        let framing = match format {
-            HttpFormat::CloudEventsBatch => Framing::Array,
-            HttpFormat::NdJson => Framing::Lines,
-        };
+    pub fn new(origin: &Origin, event_type: &str, framing: Framing) -> Self {
         Self { envelope: Envelope::new(origin, event_type), framing, begun: false }
     }
 
@@ -34,7 +29,7 @@ impl Export {
             return;
         }
         let start = out.len();
-        self.envelope.write_all(out, events, None, self.framing);
+        self.envelope.write_all(out, events.iter(), None, self.framing);
         if self.framing == Framing::Array {
             // The pieces are one array: it opens once and is closed at the end.
             out.pop();
@@ -92,9 +87,9 @@ mod tests {
             .collect()
     }
 
-    fn written(format: HttpFormat, pieces: &[&[StoredEvent]]) -> String {
+    fn written(framing: Framing, pieces: &[&[StoredEvent]]) -> String {
         let origin = Origin { gateway: "edge-01".into(), epoch: 1 };
-        let (mut export, mut out) = (Export::new(&origin, "t", format), Vec::new());
+        let (mut export, mut out) = (Export::new(&origin, "t", framing), Vec::new());
         for piece in pieces {
             export.write(&mut out, piece);
         }
@@ -105,17 +100,17 @@ mod tests {
     #[test]
     fn however_it_is_cut_a_batch_is_one_array() {
         let events = events(5);
-        let whole = written(HttpFormat::CloudEventsBatch, &[&events]);
+        let whole = written(Framing::Array, &[&events]);
         for cut in 0..=5 {
             let pieces = [&events[..cut], &[], &events[cut..]];
-            assert_eq!(written(HttpFormat::CloudEventsBatch, &pieces), whole);
+            assert_eq!(written(Framing::Array, &pieces), whole);
         }
         let array: Vec<Value> = serde_json::from_str(&whole).unwrap();
         assert_eq!(
             array.iter().map(|e| e["data"].as_u64()).collect::<Vec<_>>(),
             [0, 1, 2, 3, 4].map(Some)
         );
-        assert_eq!(written(HttpFormat::CloudEventsBatch, &[]), "[]\n");
+        assert_eq!(written(Framing::Array, &[]), "[]\n");
     }
 
     #[test]
@@ -145,9 +140,9 @@ mod tests {
     #[test]
     fn a_line_is_an_event_and_no_events_are_no_lines() {
         let events = events(3);
-        let text = written(HttpFormat::NdJson, &[&events[..1], &events[1..]]);
+        let text = written(Framing::Lines, &[&events[..1], &events[1..]]);
         assert_eq!(text.lines().count(), 3);
         assert!(text.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
-        assert_eq!(written(HttpFormat::NdJson, &[]), "");
+        assert_eq!(written(Framing::Lines, &[]), "");
     }
 }

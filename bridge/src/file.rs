@@ -90,7 +90,8 @@ impl Writer {
             open = Open::at(&self.config.path)?;
         }
         self.lines.clear();
-        self.envelope.write_all(&mut self.lines, &request.events, request.stream, Framing::Lines);
+        let events = request.events.iter();
+        self.envelope.write_all(&mut self.lines, events, request.stream, Framing::Lines);
         if let Err(error) = open.append(&self.lines) {
             open.take_back();
             return Err(error);

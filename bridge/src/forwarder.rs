@@ -20,17 +20,20 @@ use tokio_util::sync::CancellationToken;
 use self::report::Report;
 use crate::breaker::Circuit;
 use crate::cloudevents::Envelope;
+#[cfg(feature = "kafka")]
+use crate::config::KafkaDelivery;
 use crate::config::{Backlog, SinkConfig, Target};
 use crate::delivery::{Limits, Moment, Trouble};
 use crate::file::FileSink;
 use crate::http::HttpSink;
 #[cfg(feature = "kafka")]
-use crate::kafka::KafkaSink;
+use crate::kafka::{KafkaSink, Place, TransactionalSink};
+use crate::mqtt::MqttSink;
 use crate::origin::Origin;
 use crate::replay::{Order, Replays, Running};
 use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
-use crate::sink::{Answer, OUTSIDE_ORDER, RequestId, Sink};
+use crate::sink::{Answer, RequestId, Sink};
 use crate::streams::{Key, Plan, ReadOrder, Seen, StreamStatus, Streams};
 
 /// What a sink is doing.
@@ -67,7 +70,7 @@ pub enum SinkState {
 pub struct SinkStatus {
     /// Name.
     pub name: String,
-    /// `http`, `kafka` or `file`.
+    /// `http`, `kafka`, `mqtt` or `file`.
     pub kind: &'static str,
     /// What it is doing.
     pub state: SinkState,
@@ -161,17 +164,33 @@ impl Forwarder {
     ///
     /// # Panics
     /// Only on a bug of this package. Give it a task of its own, so that it ends nothing else.
-    pub async fn run(self, shutdown: CancellationToken) {
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        #[cfg(feature = "kafka")]
         let timeout = self.config.request_timeout;
         let envelope = Envelope::new(&self.origin, &self.config.event_type);
         match self.config.target.clone() {
             Target::Http(config) => {
-                let sink = HttpSink::new(config, envelope, &self.origin, timeout);
+                let sink = HttpSink::new(config, envelope, &self.origin, &self.config);
+                // It cuts what it is given into POSTs of the configured size itself.
+                (self.config.request_events_max, self.config.request_bytes_max) = sink.at_once();
+                self.drive(sink, shutdown).await;
+            }
+            #[cfg(feature = "kafka")]
+            Target::Kafka(config) if config.delivery == KafkaDelivery::ExactlyOnce => {
+                // Its cursor in Kafka is one offset: what went ahead before it was set up goes again.
+                self.progress.passed.ahead.clear();
+                let place = Place::new(&self.origin, &self.config.name, &config);
+                let log_end = *self.watermark.borrow();
+                let sink = TransactionalSink::new(config, envelope, place, log_end, timeout);
                 self.drive(sink, shutdown).await;
             }
             #[cfg(feature = "kafka")]
             Target::Kafka(config) => {
                 self.drive(KafkaSink::new(config, envelope, timeout), shutdown).await;
+            }
+            Target::Mqtt(config) => {
+                let sink = MqttSink::new(config, envelope, &self.config);
+                self.drive(sink, shutdown).await;
             }
             Target::File(config) => self.drive(FileSink::new(config, envelope), shutdown).await,
         }
@@ -268,6 +287,10 @@ impl<S: Sink> Task<S> {
                     self.read_on(now);
                 }
             }
+            let all_begun = self.reading.is_none() && self.streams.in_flight() > 0;
+            if all_begun || self.requeue.is_in_flight() {
+                self.sink.close();
+            }
             self.report.update(&self.streams, &self.requeue, caught_up, now);
             self.tell_replay();
             if stopping && self.is_quiet() {
@@ -281,7 +304,10 @@ impl<S: Sink> Task<S> {
                 "what is owed is under way, or waits for a time"
             );
             tokio::select! {
-                () = shutdown.cancelled(), if !stopping => stopping = true,
+                () = shutdown.cancelled(), if !stopping => {
+                    stopping = true;
+                    self.sink.stop();
+                }
                 (id, answer) = self.sink.answer() => self.answered(id, &answer),
                 (order, read) = finished(&mut self.reading) => self.has_read(order, read),
                 (key, count, result) = finished(&mut self.writing) => {
@@ -393,10 +419,10 @@ impl<S: Sink> Task<S> {
 
     fn answered(&mut self, id: RequestId, answer: &Answer) {
         let (now, random) = (Moment::now(), fastrand::f64());
-        if id >= OUTSIDE_ORDER {
-            self.requeue.answer(id, answer, !self.streams.is_idle(), now, random);
-        } else {
+        if self.streams.carries(id) {
             self.streams.answer(id, answer, now, random);
+        } else {
+            self.requeue.answer(id, answer, !self.streams.is_idle(), now, random);
         }
     }
 

@@ -1,73 +1,94 @@
-//! The HTTP sink: one POST per request, one request at a time.
+//! The HTTP sink: POSTs of one or of many events.
 //!
-//! Owns: body and headers of a request, and the sorting of answers ([`sort`]).
+//! Owns: how a request becomes POSTs and their answers one answer. What a POST carries is in `body`,
+//! what its answer means in `answer`, how events are spread over POSTs in `tracks`, what they are sent
+//! with in `link` and `oauth`.
 //!
-//! - Body: CloudEvents (see `cloudevents`) as a JSON array or one a line, as it is or compressed.
-//! - `Edge-Gateway-Offsets: <epoch>/<first>-<last>` names the range of log offsets of the request,
-//!   both ends included, the epoch in 16 hexadecimal digits. A hint for logs and receivers: what the
-//!   upstream has refused before is not in it, so a range may have holes.
+//! - Up to `in_flight_max` POSTs at a time, each with whole partitions. One request of `delivery` is
+//!   in the sink at a time; it is as large as that many POSTs, and its answer is theirs together.
+//! - `Edge-Gateway-Offsets: <gateway>/<epoch>/<first>-<last>` names the range of log offsets of the
+//!   POST, both ends included, the epoch in 16 hexadecimal digits. A hint for logs and receivers: what
+//!   went in another POST, or was refused before, is not in it, so a range may have holes.
 //! - Redirects are not followed: an upstream that moved is for somebody to confirm.
 //!
-//! TLS takes the process's default rustls provider, which the binary installs. Roots are the
-//! system's (`ca-certificates` on Debian, or `SSL_CERT_FILE`), read when the client is built: nothing
-//! is fetched and nothing is baked in. A system without roots holds an `https` sink; plain `http`
-//! needs none.
-//!
 //! Deliberately absent: pauses and repeats (`delivery`); what reqwest would retry or follow by
-//! itself is switched off.
+//! itself is switched off. The one repeat is that of a POST whose access token was refused, with a new
+//! token.
+
+mod answer;
+mod body;
+mod link;
+mod oauth;
+mod tracks;
 
 use std::error::Error as _;
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
-use reqwest::header::{
-    AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION,
-    RETRY_AFTER,
-};
-use reqwest::{Client, Response, StatusCode, Url};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Response, StatusCode};
+use storage::StoredEvent;
 use tokio::task::JoinSet;
 
-use crate::cloudevents::{Envelope, Framing};
-use crate::config::{Compression, HttpAuth, HttpConfig, HttpFormat, Secret, SecretSource};
+use self::link::Link;
+use self::tracks::{PieceLimits, Track};
+use crate::cloudevents::Envelope;
+use crate::config::{HttpConfig, SinkConfig};
 use crate::origin::Origin;
-use crate::sink::{Answer, Failure, Request, RequestId, Sink, Window};
+use crate::sink::{Answer, Failed, Failure, Request, RequestId, Sink, Window};
 
 const OFFSETS: HeaderName = HeaderName::from_static("edge-gateway-offsets");
-const USER_AGENT: &str = concat!("edge-gateway/", env!("CARGO_PKG_VERSION"));
 
-/// Bytes of an error's body that are quoted.
-const QUOTE_BYTES_MAX: usize = 200;
-/// Bytes of a good answer's body that are read away, so that the connection can be used again.
-const DRAIN_BYTES_MAX: usize = 64 * 1024;
-/// zstd's fastest ordinary level: an event costs CPU on a small board.
-const ZSTD_LEVEL: i32 = 1;
+/// POSTs of one event that one track sends for a request: bounds how long a request takes.
+const SINGLES_MAX: usize = 32;
 
 /// Sends requests to an HTTP upstream.
 pub(crate) struct HttpSink {
     upstream: Arc<Upstream>,
-    posts: JoinSet<(RequestId, Answer)>,
+    requests: JoinSet<(RequestId, Answer)>,
 }
 
 impl HttpSink {
+    /// A sink that keeps the limits of `sink` for each POST.
     pub(crate) fn new(
         config: HttpConfig,
         envelope: Envelope,
         origin: &Origin,
-        request_timeout: Duration,
+        sink: &SinkConfig,
     ) -> Self {
+        let is_single = config.format.is_single();
         let upstream = Upstream {
+            limits: PieceLimits {
+                events_max: if is_single { 1 } else { sink.request_events_max },
+                bytes_max: sink.request_bytes_max,
+            },
             config,
             envelope,
-            epoch: origin.epoch,
-            request_timeout,
-            client: Mutex::new(None),
+            origin: origin.clone(),
+            request_timeout: sink.request_timeout,
+            link: Mutex::new(None),
         };
-        Self { upstream: Arc::new(upstream), posts: JoinSet::new() }
+        Self { upstream: Arc::new(upstream), requests: JoinSet::new() }
+    }
+
+    /// Events and event bytes that one request of `delivery` should hold: what fits into
+    /// `in_flight_max` POSTs.
+    pub(crate) fn at_once(&self) -> (usize, usize) {
+        let Upstream { config, limits, .. } = &*self.upstream;
+        let posts = |one: usize| match config.in_flight_max {
+            1 => one,
+            // An eighth less: partitions are not of one size, and what does not fit into the POST of
+            // its track waits for a second one.
+            in_flight_max => one.saturating_mul(in_flight_max).saturating_mul(7).div_ceil(8),
+        };
+        let events_max = if config.format.is_single() {
+            SINGLES_MAX * config.in_flight_max
+        } else {
+            posts(limits.events_max)
+        };
+        (events_max, posts(limits.bytes_max))
     }
 }
 
@@ -77,15 +98,12 @@ impl Sink for HttpSink {
     }
 
     fn begin(&mut self, request: Request) {
-        let upstream = Arc::clone(&self.upstream);
-        self.posts.spawn(async move {
-            let id = request.id;
-            (id, upstream.post(request).await.unwrap_or_else(|refused| refused))
-        });
+        let (id, upstream) = (request.id, Arc::clone(&self.upstream));
+        self.requests.spawn(async move { (id, upstream.deliver(request).await) });
     }
 
     async fn answer(&mut self) -> (RequestId, Answer) {
-        match self.posts.join_next().await {
+        match self.requests.join_next().await {
             Some(Ok(answered)) => answered,
             // A bug of ours: it ends this sink's task and no other.
             Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
@@ -97,200 +115,135 @@ impl Sink for HttpSink {
 struct Upstream {
     config: HttpConfig,
     envelope: Envelope,
-    epoch: u64,
+    origin: Origin,
+    limits: PieceLimits,
     request_timeout: Duration,
     /// Carries the secrets; thrown away when they are refused, so that they are read again.
-    client: Mutex<Option<Client>>,
+    link: Mutex<Option<Link>>,
+}
+
+/// A POST that is ready to go.
+struct Prepared {
+    link: Link,
+    headers: HeaderMap,
+    body: Bytes,
 }
 
 impl Upstream {
+    /// Sends a request's events on their tracks.
+    async fn deliver(self: Arc<Self>, request: Request) -> Answer {
+        let mut tracks = JoinSet::new();
+        for track in tracks::split(&request.events, self.config.in_flight_max, self.limits) {
+            tracks.spawn(Arc::clone(&self).send(request.clone(), track));
+        }
+        let mut failed = Vec::new();
+        while let Some(ended) = tracks.join_next().await {
+            match ended {
+                Ok(of_one) => failed.extend(of_one),
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            }
+        }
+        tracks::merge(request.events.len(), failed)
+    }
+
+    /// Sends the pieces of a track, one after the other. Gives what was not delivered.
+    async fn send(self: Arc<Self>, request: Request, mut track: Track) -> Vec<Failed> {
+        while let Some(piece) = track.next() {
+            let piece = Arc::new(piece);
+            let answer = self.post(&request, &piece).await.unwrap_or_else(|refused| refused);
+            track.answered(&piece, answer);
+        }
+        track.into_failed()
+    }
+
     /// Both sides are an answer: `Err` is what is known before the upstream was asked.
-    async fn post(self: Arc<Self>, request: Request) -> Result<Answer, Answer> {
-        let offsets = self.offsets(&request);
+    async fn post(
+        self: &Arc<Self>,
+        request: &Request,
+        piece: &Arc<Vec<usize>>,
+    ) -> Result<Answer, Answer> {
         // Files are read and bodies compressed where blocking harms nobody.
-        let upstream = Arc::clone(&self);
-        let prepared = tokio::task::spawn_blocking(move || upstream.prepare(&request)).await;
-        let (client, body) = match prepared {
+        let (upstream, request, places) = (Arc::clone(self), request.clone(), Arc::clone(piece));
+        let prepared = tokio::task::spawn_blocking(move || upstream.prepare(&request, &places));
+        let prepared = match prepared.await {
             Ok(prepared) => prepared?,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         };
-
-        let mut post = client
-            .post(&self.config.url)
-            .header(CONTENT_TYPE, self.content_type())
-            .header(OFFSETS, offsets)
-            .body(body);
-        if let Some(coding) = self.content_coding() {
-            post = post.header(CONTENT_ENCODING, coding);
+        let token = prepared.link.token().await?;
+        let mut response = self.ask(&prepared, token.as_ref()).await?;
+        if response.status() == StatusCode::UNAUTHORIZED
+            && let Some(token) = token
+        {
+            // It may have been withdrawn before its time.
+            prepared.link.token_refused(&token).await;
+            let token = prepared.link.token().await?;
+            response = self.ask(&prepared, token.as_ref()).await?;
         }
-        let response = match post.send().await {
-            Ok(response) => response,
-            Err(error) => {
-                return Err(Answer::failed(Failure::Retry { after: None }, chain(error)));
+        if matches!(response.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+            self.forget_link();
+        }
+        Ok(answer::read(response, piece.len(), self.config.format.is_single()).await)
+    }
+
+    async fn ask(
+        &self,
+        prepared: &Prepared,
+        token: Option<&HeaderValue>,
+    ) -> Result<Response, Answer> {
+        let Prepared { link, headers, body } = prepared;
+        let mut headers = headers.clone();
+        if let Some(token) = token {
+            headers.insert(AUTHORIZATION, token.clone());
+        }
+        if let Some(signature) = link.sign(body, SystemTime::now()) {
+            headers.insert(link::SIGNATURE, signature);
+        }
+        let post = link.client.post(&self.config.url).headers(headers).body(body.clone());
+        post.send().await.map_err(|error| {
+            // Certificates may have been renewed. That ours is refused shows only after connecting.
+            if error.is_connect() || self.config.tls.identity.is_some() {
+                self.forget_link();
             }
-        };
-        let status = response.status();
-        if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
-            *self.client.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        }
-        let headers = response.headers().clone();
-        let quote_max = if status.is_success() { DRAIN_BYTES_MAX } else { QUOTE_BYTES_MAX };
-        let quote = quote(response, quote_max).await;
-        Ok(sort(status, &headers, &quote, SystemTime::now()))
-    }
-
-    fn offsets(&self, request: &Request) -> String {
-        let first = request.events.first().map_or(0, |e| e.offset);
-        let last = request.events.last().map_or(0, |e| e.offset);
-        format!("{:016x}/{first}-{last}", self.epoch)
-    }
-
-    fn content_type(&self) -> &'static str {
-        match self.config.format {
-            HttpFormat::CloudEventsBatch => "application/cloudevents-batch+json",
-            HttpFormat::NdJson => "application/x-ndjson",
-        }
-    }
-
-    fn content_coding(&self) -> Option<&'static str> {
-        match self.config.compression {
-            Compression::None => None,
-            Compression::Gzip => Some("gzip"),
-            Compression::Zstd => Some("zstd"),
-        }
-    }
-
-    fn prepare(&self, request: &Request) -> Result<(Client, Bytes), Answer> {
-        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        let client = match &mut *client {
-            Some(client) => client.clone(),
-            none => {
-                let built =
-                    self.build_client().map_err(|reason| Answer::failed(Failure::Hold, reason))?;
-                none.insert(built).clone()
-            }
-        };
-        Ok((client, self.body(request)))
-    }
-
-    fn build_client(&self) -> Result<Client, String> {
-        let url = Url::parse(&self.config.url)
-            .map_err(|error| format!("url is not a valid address: {error}"))?;
-        let mut headers = HeaderMap::new();
-        for (name, value) in &self.config.headers {
-            match (HeaderName::try_from(name), HeaderValue::try_from(value)) {
-                (Ok(name), Ok(value)) => headers.append(name, value),
-                _ => return Err(format!("headers: {name:?} or its value is no HTTP header")),
-            };
-        }
-        if let Some(value) = authorization(&self.config.auth)? {
-            headers.insert(AUTHORIZATION, value);
-        }
-        let mut builder = Client::builder()
-            .user_agent(USER_AGENT)
-            .default_headers(headers)
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .timeout(self.request_timeout);
-        if url.scheme() == "http" {
-            // Nothing will be verified, so a system without roots is no obstacle.
-            builder = builder.tls_certs_only([]);
-        }
-        if is_loopback(&url) {
-            builder = builder.no_proxy();
-        }
-        builder.build().map_err(|error| {
-            format!(
-                "cannot build the client: {}; is the package ca-certificates installed?",
-                chain(error)
-            )
+            Answer::failed(Failure::Retry { after: None }, chain(error))
         })
     }
 
-    fn body(&self, request: &Request) -> Bytes {
-        let framing = match self.config.format {
-            HttpFormat::CloudEventsBatch => Framing::Array,
-            HttpFormat::NdJson => Framing::Lines,
-        };
-        let mut body = Vec::new();
-        self.envelope.write_all(&mut body, &request.events, request.stream, framing);
-        match self.config.compression {
-            Compression::None => body,
-            Compression::Gzip => gzip(&body),
-            Compression::Zstd => {
-                zstd::bulk::compress(&body, ZSTD_LEVEL).expect("zstd has room for its own bound")
+    fn prepare(&self, request: &Request, piece: &[usize]) -> Result<Prepared, Answer> {
+        let link = {
+            let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+            match &mut *link {
+                Some(link) => link.clone(),
+                none => {
+                    let built = Link::build(&self.config, self.request_timeout)
+                        .map_err(|reason| Answer::failed(Failure::Hold, reason))?;
+                    none.insert(built).clone()
+                }
             }
-        }
-        .into()
+        };
+        let (own, body) = body::write(
+            self.config.format,
+            self.config.compression,
+            &self.envelope,
+            request,
+            piece,
+        );
+        let mut headers = link.headers().clone();
+        headers.extend(own);
+        headers.insert(OFFSETS, self.offsets(&request.events, piece));
+        Ok(Prepared { link, headers, body: body.into() })
     }
-}
 
-fn gzip(body: &[u8]) -> Vec<u8> {
-    let out = Vec::with_capacity(body.len() / 4);
-    let mut encoder = flate2::write::GzEncoder::new(out, flate2::Compression::fast());
-    encoder.write_all(body).and_then(|()| encoder.finish()).expect("a Vec takes every write")
-}
+    fn forget_link(&self) {
+        *self.link.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
 
-fn is_loopback(url: &Url) -> bool {
-    match url.host_str() {
-        Some("localhost" | "[::1]") => true,
-        Some(host) => host.parse().is_ok_and(|ip: std::net::Ipv4Addr| ip.is_loopback()),
-        None => false,
+    fn offsets(&self, events: &[StoredEvent], piece: &[usize]) -> HeaderValue {
+        let offset = |place: Option<&usize>| place.map_or(0, |&place| events[place].offset);
+        let (first, last) = (offset(piece.first()), offset(piece.last()));
+        let Origin { gateway, epoch } = &self.origin;
+        HeaderValue::try_from(format!("{gateway}/{epoch:016x}/{first}-{last}"))
+            .expect("a gateway's id is printable")
     }
-}
-
-/// What an answer means. Anything that neither takes the events nor blames them, and that waiting
-/// does not mend, is held: nothing is dropped for an answer that we do not know.
-fn sort(status: StatusCode, headers: &HeaderMap, quote: &str, now: SystemTime) -> Answer {
-    if status.is_success() {
-        return Answer::delivered();
-    }
-    let mut reason = format!("HTTP {status}");
-    if !quote.is_empty() {
-        let _ = write!(reason, ": {quote}");
-    }
-    let (failure, advice) = match status.as_u16() {
-        408 | 425 | 429 | 500..=599 => {
-            let after = headers.get(RETRY_AFTER).and_then(|value| retry_after(value, now));
-            (Failure::Retry { after }, "")
-        }
-        400 | 413 | 422 => (Failure::Suspect, ""),
-        300..=399 => {
-            let to = headers.get(LOCATION).and_then(|value| value.to_str().ok());
-            let _ = write!(reason, ": it redirects to {}", to.unwrap_or("nowhere"));
-            (Failure::Hold, "; set url to where it moved")
-        }
-        401 | 403 => (Failure::Hold, "; check auth, it is read again before the next try"),
-        404 | 405 | 410 => (Failure::Hold, "; check url"),
-        406 | 415 => (Failure::Hold, "; check format and compression"),
-        407 => (Failure::Hold, "; check the proxy"),
-        _ => (Failure::Hold, "; this sink does not know that answer"),
-    };
-    reason.push_str(advice);
-    Answer::failed(failure, reason)
-}
-
-/// RFC 9110, section 10.2.3: seconds or a date.
-fn retry_after(value: &HeaderValue, now: SystemTime) -> Option<Duration> {
-    let text = value.to_str().ok()?.trim();
-    match text.parse() {
-        Ok(seconds) => Some(Duration::from_secs(seconds)),
-        Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(now).ok(),
-    }
-}
-
-/// The beginning of a body, in one line.
-async fn quote(mut response: Response, bytes_max: usize) -> String {
-    let mut head = Vec::new();
-    while head.len() < bytes_max
-        && let Ok(Some(chunk)) = response.chunk().await
-    {
-        head.extend_from_slice(&chunk);
-    }
-    head.truncate(QUOTE_BYTES_MAX);
-    let text = String::from_utf8_lossy(&head);
-    let words = text.split(|c: char| c.is_whitespace() || c.is_control());
-    words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 /// An error with its causes in one line, without the address: that may hold a secret.
@@ -303,43 +256,6 @@ fn chain(error: reqwest::Error) -> String {
         cause = error.source();
     }
     text
-}
-
-fn authorization(auth: &HttpAuth) -> Result<Option<HeaderValue>, String> {
-    let text = match auth {
-        HttpAuth::None => return Ok(None),
-        HttpAuth::Bearer(token) => format!("Bearer {}", read(token)?.reveal()),
-        HttpAuth::Basic { username, password } => {
-            let pair = format!("{username}:{}", read(password)?.reveal());
-            format!("Basic {}", BASE64.encode(pair))
-        }
-    };
-    let mut value = HeaderValue::try_from(text)
-        .map_err(|_| "auth: the secret has characters that a header cannot carry".to_owned())?;
-    value.set_sensitive(true);
-    Ok(Some(value))
-}
-
-fn read(source: &SecretSource) -> Result<Secret, String> {
-    let (text, place) = match source {
-        SecretSource::Inline(secret) => return Ok(secret.clone()),
-        SecretSource::File(path) => {
-            let place = path.display().to_string();
-            let text = std::fs::read_to_string(path)
-                .map_err(|error| format!("auth: cannot read {place}: {error}"))?;
-            (text.lines().next().unwrap_or_default().to_owned(), place)
-        }
-        SecretSource::Env(name) => {
-            let place = format!("the environment variable {name}");
-            let text = std::env::var(name)
-                .map_err(|error| format!("auth: cannot read {place}: {error}"))?;
-            (text, place)
-        }
-    };
-    if text.is_empty() {
-        return Err(format!("auth: {place} is empty"));
-    }
-    Ok(Secret::new(text))
 }
 
 #[cfg(test)]

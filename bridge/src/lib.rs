@@ -14,8 +14,10 @@
 //! - `requeue` (pure): dead letters on their way to their sink again; [`replay`]: asking a sink to
 //!   send stored events again.
 //! - [`forwarder`]: the shell around them; `retry`: backoff; `breaker`: what shows of it.
-//! - `http`, `kafka`, `file`: the sinks; `cloudevents`: how an event looks upstream,
+//! - `http`, `kafka`, `mqtt`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
+//! - [`Template`]: topics made from events; `secret`: reading what must not reach a log; `tls`:
+//!   certificates for what is not HTTP.
 
 mod breaker;
 mod cloudevents;
@@ -30,17 +32,23 @@ pub mod forwarder;
 mod http;
 #[cfg(feature = "kafka")]
 mod kafka;
+mod mqtt;
 mod origin;
 pub mod replay;
 mod requeue;
 mod retry;
+mod secret;
 pub mod shaper;
 mod sink;
 mod streams;
+mod template;
+mod tls;
 
 pub use breaker::Circuit;
+pub use cloudevents::Framing;
 pub use export::{Export, letters as export_letters};
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;
 pub use replay::Replays;
 pub use streams::{ReplayProgress, StreamStatus};
+pub use template::Template;

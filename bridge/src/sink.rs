@@ -14,8 +14,8 @@ use storage::StoredEvent;
 /// Number of a request, rising by one within a sink's life.
 pub(crate) type RequestId = u64;
 
-/// Requests from this number on carry requeued dead letters, and each goes alone. They stand outside
-/// the order: whatever their offsets, they are to be sent, and a sink that keeps a cursor of its own
+/// Requests from this number on carry requeued dead letters, each alone, or what is replayed. They
+/// stand outside the order: whatever their offsets, they are to be sent, and a sink that keeps a cursor of its own
 /// leaves it where it is.
 pub(crate) const OUTSIDE_ORDER: RequestId = 1 << 63;
 
@@ -88,13 +88,16 @@ pub(crate) enum Which {
     /// All of them.
     All,
     /// These, by index; not empty.
-    #[cfg_attr(not(feature = "kafka"), allow(dead_code, reason = "only Kafka names events"))]
     These(Vec<usize>),
 }
 
-/// The four ways to fail: every answer of every upstream is sorted into one of them, once.
+/// The ways to fail: every answer of every upstream is sorted into one of them, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Failure {
+    /// Nothing wrong with the events and nothing with the upstream: they were taken back because of
+    /// a neighbour that is bad, and may go again as soon as that one is a dead letter.
+    #[cfg_attr(not(feature = "kafka"), allow(dead_code, reason = "only Kafka has transactions"))]
+    Again,
     /// Nothing wrong with the events: try again later, and not before the upstream asks for it.
     Retry {
         /// Pause that the upstream asked for.
@@ -103,7 +106,6 @@ pub(crate) enum Failure {
     /// At least one of these events is bad, and the upstream does not say which.
     Suspect,
     /// Each of these events is bad.
-    #[cfg_attr(not(feature = "kafka"), allow(dead_code, reason = "only Kafka names events"))]
     Reject,
     /// The upstream refuses us, not the events (authentication, unknown topic ...). Somebody must
     /// act, and the reason says how; until then nothing is dropped.
@@ -119,6 +121,10 @@ impl Answer {
     pub(crate) fn failed(failure: Failure, reason: impl Into<String>) -> Self {
         Self { failed: vec![Failed { which: Which::All, failure, reason: reason.into() }] }
     }
+    /// Events of it were taken back: see [`Failure::Again`].
+    pub(crate) fn was_taken_back(&self) -> bool {
+        self.failed.iter().any(|failed| failed.failure == Failure::Again)
+    }
 }
 
 /// One upstream.
@@ -126,6 +132,14 @@ impl Answer {
 /// Contract, on which the order per device rests: requests are taken in the order in which they
 /// were begun, and once one of them was not delivered, no later one that was in flight beside it
 /// delivers an event of the same device.
+///
+/// For a sink that keeps its cursor upstream, beside the data (Kafka, exactly once), three things
+/// more hold:
+/// - When a request begins, everything below its first event is delivered, or a durable dead letter,
+///   filtered, or gone from the log: so the end of a request is a cursor, and may be kept as one.
+/// - Answers may come together, once what was begun is delivered as one; [`Sink::close`] says when it
+///   is no use to wait for more.
+/// - A request may be answered as delivered without being sent: the upstream knows that it has it.
 pub(crate) trait Sink: Send + 'static {
     /// What may be in flight; constant through the sink's life.
     fn window(&self) -> Window;
@@ -133,8 +147,15 @@ pub(crate) trait Sink: Send + 'static {
     /// Hands a request over. Does not wait for the upstream.
     fn begin(&mut self, request: Request);
 
-    /// Waits for the answer to any request that was begun. Each gets exactly one, within the
-    /// request timeout. Pends while nothing is in flight.
+    /// Nothing more is at hand: what was begun is to be answered without waiting for what may come.
+    fn close(&mut self) {}
+
+    /// Nothing will be begun any more: a sink that knows its upstream to be away answers for what is
+    /// in flight at once, instead of waiting until it comes back.
+    fn stop(&mut self) {}
+
+    /// Waits for the answer to any request that was begun. Each gets exactly one, within the request
+    /// timeout for every step that it takes. Pends while nothing is in flight.
     ///
     /// Cancel-safe: dropping the future loses no answer.
     fn answer(&mut self) -> impl Future<Output = (RequestId, Answer)> + Send;

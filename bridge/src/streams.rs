@@ -38,13 +38,15 @@ use crate::delivery::{Counts, Delivery, Limits, Load, Moment, Trouble};
 use crate::filter::Filter;
 use crate::retry::Backoff;
 use crate::shaper::{Shaper, Shaping};
-use crate::sink::{Answer, Mark, Request, RequestId, Window};
+use crate::sink::{Answer, Mark, OUTSIDE_ORDER, Request, RequestId, Window};
 
 /// Backlogs that may be owed at once.
 const BACKLOGS_MAX: usize = 4;
 /// What a replay gets of the requests, by bytes, beside the weights of live events and of what can
 /// wait, which are 1 together.
 const REPLAY_WEIGHT: f64 = 0.1;
+/// First request of a replay: it stands outside the order, apart from requeued dead letters.
+const REPLAY_IDS: RequestId = OUTSIDE_ORDER | 1 << 62;
 
 /// What a sink is to have, and in which order.
 #[derive(Clone, Debug)]
@@ -334,6 +336,9 @@ pub(crate) struct Streams {
     /// Events say which stream they come in.
     marked: bool,
     next_id: RequestId,
+    next_replay_id: RequestId,
+    /// Events were taken back: nothing begins until everything in flight has ended.
+    taken_back: bool,
     next_key: u32,
     /// Whose read was ordered last.
     last_read: Option<Key>,
@@ -368,6 +373,8 @@ impl Streams {
             all: Vec::new(),
             turns: Turns::default(),
             next_id: 0,
+            next_replay_id: REPLAY_IDS,
+            taken_back: false,
             next_key: 0,
             last_read: None,
             filtered_before: progress.passed.filtered,
@@ -460,6 +467,11 @@ impl Streams {
     /// Whether any event is owed that was read.
     pub(crate) fn is_idle(&self) -> bool {
         self.all.iter().all(|stream| stream.delivery.is_idle())
+    }
+
+    /// Whether a request in flight is one of theirs.
+    pub(crate) fn carries(&self, id: RequestId) -> bool {
+        self.all.iter().any(|stream| stream.delivery.carries(id))
     }
 
     /// Number of requests in flight.
@@ -627,6 +639,10 @@ impl Streams {
             return None;
         }
         let flight = self.flight(|_| true);
+        if self.taken_back && flight.requests > 0 {
+            return None;
+        }
+        self.taken_back = false;
         let alone = self.all.iter().any(|stream| stream.delivery.wants_alone());
         if alone && flight.requests > 0 && self.all.len() > 1 {
             return None;
@@ -635,6 +651,8 @@ impl Streams {
         let shares = self.all.iter().any(|stream| stream.class.can_wait());
         let late = self.flight(|stream| stream.class.can_wait());
         let late_window = self.late_window();
+        let loads: Vec<_> =
+            self.all.iter_mut().map(|stream| stream.delivery.next_load(now)).collect();
         let place = (0..self.all.len())
             .filter(|&place| self.has_turn(place))
             .filter_map(|place| {
@@ -644,7 +662,7 @@ impl Streams {
                 {
                     return None;
                 }
-                let size = stream.delivery.next_load(now)?;
+                let size = loads[place]?;
                 let can_wait = stream.class.can_wait();
                 (fits(flight, size, self.window)
                     && (!shares || !can_wait || fits(late, size, late_window)))
@@ -666,9 +684,13 @@ impl Streams {
                 })
             })?;
         let stream = &mut self.all[place];
-        stream.delivery.number_from(self.next_id);
+        let next_id = match stream.class {
+            Class::Replay => &mut self.next_replay_id,
+            _ => &mut self.next_id,
+        };
+        stream.delivery.number_from(*next_id);
         let request = stream.delivery.next_request(now)?;
-        self.next_id = request.id + 1;
+        *next_id = request.id + 1;
         let size_bytes = request.events.iter().map(|e| e.event.size_bytes()).sum();
         self.shaper.sent(size_bytes, now);
         let weight = match stream.class {
@@ -723,6 +745,7 @@ impl Streams {
             .expect("an answer belongs to a request in flight");
         stream.delivery.answer(id, answer, now, random);
         stream.settle();
+        self.taken_back |= answer.was_taken_back();
         if stream.class == Class::Replay {
             // It was delivered once, or stands in the dead letters already.
             let refused = stream.delivery.letters().len();

@@ -132,6 +132,7 @@ enum PayloadArg {
 Examples:
   firmware-sim collect --http 127.0.0.1:8080 --ledger received.csv
   firmware-sim collect --http 127.0.0.1:0 --ledger received.csv    # prints: listening on 127.0.0.1:PORT
+  firmware-sim collect --http 127.0.0.1:8080 --ledger received.csv --exactly-once
   firmware-sim collect --kafka 127.0.0.1:9092 --topic events --ledger received.csv
 
 It ends on Ctrl-C, SIGTERM, or after --idle-seconds without an event.")]
@@ -149,6 +150,11 @@ struct CollectArgs {
     /// Ledger to write, one row per event that arrived
     #[arg(long, value_name = "FILE")]
     ledger: PathBuf,
+    /// Record each event once: keep the last sequence number per gateway, epoch and partition, and
+    /// pass over what is not above it. Lanes and streams of a sink have numbers of their own; with
+    /// them, begin with a new ledger
+    #[arg(long, requires = "http")]
+    exactly_once: bool,
     /// End after this time without an event; 0 is never [default: 0 for HTTP, 10 for Kafka]
     #[arg(long, value_name = "N", value_parser = seconds)]
     idle_seconds: Option<Duration>,
@@ -355,7 +361,11 @@ async fn run_collect(args: CollectArgs) -> anyhow::Result<ExitCode> {
         return collect_kafka(args).await;
     }
     let addr = args.source.http.context("no source")?;
-    let collector = HttpCollector::start(addr, &args.ledger)?;
+    let collector = if args.exactly_once {
+        HttpCollector::start_exactly_once(addr, &args.ledger)?
+    } else {
+        HttpCollector::start(addr, &args.ledger)?
+    };
     println!("listening on {}", collector.addr());
     let idle_max = args.idle_seconds.filter(|idle| !idle.is_zero());
     let idle = async {
@@ -409,8 +419,11 @@ fn print_collected(counters: &CollectCounters, json: bool) -> anyhow::Result<Exi
     if json {
         println!("{}", serde_json::to_string(counters)?);
     } else {
-        let CollectCounters { received, requests, refused } = counters;
-        println!("received {received} events in {requests} requests; {refused} refused");
+        let CollectCounters { received, skipped, requests, refused } = counters;
+        println!(
+            "received {received} events in {requests} requests, passed over {skipped}; \
+             {refused} refused"
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,15 +1,19 @@
 //! Where a running gateway listens, and the ready line that says so.
 //!
-//! Scripts read the ports from `edge-gateway ready: mqtt=ADDR [mqtt=ADDR ...] admin=ADDR`.
+//! Scripts read the ports from `edge-gateway ready: mqtt=ADDR [mqtt=ADDR ...] [unix=FILE ...]
+//! admin=ADDR`.
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 /// Addresses a gateway has bound, ports from the system resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Addresses {
-    /// One per `[[listener]]`, in the order of the configuration.
+    /// One per `[[listener]]` with an address, in the order of the configuration.
     pub mqtt: Vec<SocketAddr>,
+    /// One per `[[listener]]` on a Unix socket, in the order of the configuration.
+    pub unix: Vec<PathBuf>,
     /// The admin endpoint.
     pub admin: SocketAddr,
 }
@@ -24,18 +28,18 @@ impl Addresses {
 
     /// Reads [`Addresses::ready_line`].
     pub fn from_ready_line(line: &str) -> Option<Self> {
-        let mut mqtt = Vec::new();
+        let (mut mqtt, mut unix) = (Vec::new(), Vec::new());
         let mut admin = None;
         for part in line.strip_prefix(READY)?.split_whitespace() {
-            let (name, address) = part.split_once('=')?;
-            let address = address.parse().ok()?;
+            let (name, place) = part.split_once('=')?;
             match name {
-                "mqtt" => mqtt.push(address),
-                "admin" => admin = Some(address),
+                "mqtt" => mqtt.push(place.parse().ok()?),
+                "unix" => unix.push(place.into()),
+                "admin" => admin = Some(place.parse().ok()?),
                 _ => {}
             }
         }
-        Some(Self { mqtt, admin: admin? })
+        Some(Self { mqtt, unix, admin: admin? })
     }
 }
 
@@ -43,6 +47,9 @@ impl fmt::Display for Addresses {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for address in &self.mqtt {
             write!(f, "mqtt={address} ")?;
+        }
+        for file in &self.unix {
+            write!(f, "unix={} ", file.display())?;
         }
         write!(f, "admin={}", self.admin)
     }
@@ -56,6 +63,7 @@ mod tests {
     fn the_ready_line_reads_back() {
         let addresses = Addresses {
             mqtt: vec![([127, 0, 0, 1], 1883).into(), ([0, 0, 0, 0], 1884).into()],
+            unix: vec!["/run/edge-gateway/mqtt.sock".into()],
             admin: ([127, 0, 0, 1], 9641).into(),
         };
         assert_eq!(Addresses::from_ready_line(&addresses.ready_line()), Some(addresses));

@@ -1,6 +1,6 @@
 //! A gateway as a whole: started, run, and stopped in the order in which data flows.
 
-use std::net::SocketAddr;
+use std::fmt::Display;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,12 +13,13 @@ use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::access::{Access, AccessError};
 use crate::addresses::Addresses;
 use crate::admin;
-use crate::config::Config;
+use crate::config::{Bind, Config};
 use crate::ingest::device_key::RouteFilterError;
 use crate::ingest::{CommitterError, CommitterHandle, Ingest, Routes, clock};
-use crate::mqtt::{self, Downlink, Front};
+use crate::mqtt::{self, Downlink, Front, Tls, TlsError};
 
 /// Why a gateway did not start. Each text is one line that says what and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -32,10 +33,16 @@ pub enum StartError {
         /// Key of the configuration.
         key: &'static str,
         /// The address.
-        address: SocketAddr,
+        address: String,
         /// What the system said.
         source: std::io::Error,
     },
+    /// A listener's certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Users or tokens' keys cannot be used.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// A route's filter is none; a configuration that was read from TOML has no such route.
     #[error("route.filter {0}")]
     Route(#[from] RouteFilterError),
@@ -58,9 +65,43 @@ pub enum RunError {
     },
 }
 
+/// What of a running gateway follows its configuration without a restart: certificates, users,
+/// tokens' keys and rules.
+#[derive(Clone)]
+pub struct Reload {
+    front: Arc<mqtt::Shared>,
+    listeners: Vec<(Bind, Option<Arc<Tls>>)>,
+}
+
+impl Reload {
+    /// Takes over what can be taken over from a configuration that was read again. What cannot be
+    /// used is logged and stays as it was. Connections stay, but for those whose log-in would not give
+    /// the same rights any more. Reads files.
+    pub fn apply(&self, config: &Config) {
+        match self.front.access.reload(&config.auth, &config.acl) {
+            Ok(()) => info!("users and rules read again"),
+            Err(error) => error!(%error, "the users and rules in use stay in use"),
+        }
+        for (bind, tls) in &self.listeners {
+            let now = config.listeners.iter().find(|listener| listener.bind == *bind);
+            match (tls, now.and_then(|listener| listener.tls.as_ref())) {
+                (None, None) => {}
+                (Some(tls), Some(files)) => match tls.reload(files) {
+                    Ok(()) => info!(listener = %bind, "certificates read again"),
+                    Err(error) => {
+                        error!(listener = %bind, %error, "the certificates in use stay in use");
+                    }
+                },
+                _ => warn!(listener = %bind, "[listener.tls] came or went: that needs a restart"),
+            }
+        }
+    }
+}
+
 /// A gateway that is ready: its store is open and its addresses are bound.
 pub struct Gateway {
     addresses: Addresses,
+    reload: Reload,
     fronts: Vec<Front>,
     forwarders: Vec<Forwarder>,
     downlink: Downlink,
@@ -79,10 +120,17 @@ impl Gateway {
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let started = Instant::now();
         let routes = Routes::new(&config.routes)?;
-        // Before the store: when this fails there is nothing to undo.
+        // Before the store: when these fail there is nothing to undo.
+        let tls: Vec<_> = config
+            .listeners
+            .iter()
+            .map(|listener| listener.tls.as_ref().map(Tls::load).transpose())
+            .map(|tls| tls.map(|tls| tls.map(Arc::new)))
+            .collect::<Result<_, _>>()?;
         let admin = TcpListener::bind(config.admin.bind)
             .await
-            .map_err(|source| bind_error("admin.bind", config.admin.bind, source))?;
+            .map_err(|source| bind_error("admin.bind", &config.admin.bind, source))?;
+        let access = Access::load(&config.auth, &config.acl)?;
         let (store, writer) = open_store(&config).await?;
         let (ingest, committer) = {
             let (watermark, storage) = (store.mark().watermark, &config.storage);
@@ -93,18 +141,19 @@ impl Gateway {
         let front = Arc::new(mqtt::Shared::new(
             ingest.clone(),
             routes,
+            access,
             downlink.clone(),
             config.ingest.held_bytes_max,
             config.gateway.shutdown_grace,
         ));
         let mut fronts = Vec::new();
-        for listener in &config.listeners {
-            match Front::bind(listener, Arc::clone(&front)).await {
+        for (listener, tls) in config.listeners.iter().zip(&tls) {
+            match Front::bind(listener, tls.clone(), Arc::clone(&front)).await {
                 Ok(front) => fronts.push(front),
                 Err(source) => {
                     // The store was opened: close it in good order before saying why.
                     committer.stop().await.ok();
-                    return Err(bind_error("listener.bind", listener.bind, source));
+                    return Err(bind_error("listener.bind", &listener.bind, source));
                 }
             }
         }
@@ -118,10 +167,16 @@ impl Gateway {
                 Forwarder::new(sink, origin.clone(), store, watermark, ingest.move_cursor())
             })
             .collect();
-        let addresses = Addresses {
-            mqtt: fronts.iter().map(Front::local_addr).collect(),
-            admin: admin.local_addr()?,
-        };
+        let mut addresses =
+            Addresses { mqtt: Vec::new(), unix: Vec::new(), admin: admin.local_addr()? };
+        for front in &fronts {
+            match front.bound().clone() {
+                Bind::Tcp(address) => addresses.mqtt.push(address),
+                Bind::Unix(path) => addresses.unix.push(path),
+            }
+        }
+        let binds = config.listeners.iter().map(|listener| listener.bind.clone());
+        let reload = Reload { front: Arc::clone(&front), listeners: binds.zip(tls).collect() };
         let parts = admin::Parts {
             gateway_id: config.gateway.id,
             started,
@@ -142,12 +197,17 @@ impl Gateway {
         };
         let grace = config.gateway.shutdown_grace;
         let admin = (admin, Arc::new(parts));
-        Ok(Self { addresses, fronts, forwarders, downlink, store, committer, admin, grace })
+        Ok(Self { addresses, reload, fronts, forwarders, downlink, store, committer, admin, grace })
     }
 
     /// Where it listens.
     pub fn addresses(&self) -> &Addresses {
         &self.addresses
+    }
+
+    /// What follows the configuration while it runs.
+    pub fn reload(&self) -> Reload {
+        self.reload.clone()
     }
 
     /// Serves until `shutdown` is cancelled; then drains within the grace time: the front acks what
@@ -263,12 +323,14 @@ fn bind_remedy(source: &std::io::Error) -> &'static str {
         std::io::ErrorKind::PermissionDenied => {
             "ports below 1024 take a privilege (CAP_NET_BIND_SERVICE); choose a higher one"
         }
+        std::io::ErrorKind::NotFound => "create the folder of the socket first",
+        std::io::ErrorKind::AlreadyExists => "move it away, or name another file",
         _ => "is another process listening there? choose another port, or 0 for a free one",
     }
 }
 
-fn bind_error(key: &'static str, address: SocketAddr, source: std::io::Error) -> StartError {
-    StartError::Bind { key, address, source }
+fn bind_error(key: &'static str, address: &dyn Display, source: std::io::Error) -> StartError {
+    StartError::Bind { key, address: address.to_string(), source }
 }
 
 /// Opening reads the disk, and repairs after a kill: off the async workers.

@@ -7,6 +7,7 @@
 //! # Code map
 //! - [`config`]: TOML to validated settings, every problem at once.
 //! - [`mqtt`]: the front. Listener, codec seam, connection (shell), session (pure), downlink.
+//! - [`access`]: who is let in and what they may do. Users, tokens, rules.
 //! - [`ingest`]: from an accepted publish to a durable event. Device key, partition, rings, ack
 //!   ledger (pure), committer (the one thread that writes).
 //! - `storage` (package): the durable log. `bridge` (package): sinks and delivery.
@@ -18,6 +19,7 @@
 //! Panics unwind. One in a connection or a sink ends that task only, and is logged. One in the
 //! committer ends the process with an error: nothing could be acked any more.
 
+pub mod access;
 pub mod addresses;
 pub mod admin;
 pub mod cli;
@@ -29,7 +31,7 @@ pub mod mqtt;
 pub mod text;
 
 pub use addresses::Addresses;
-pub use gateway::{Gateway, RunError, StartError};
+pub use gateway::{Gateway, Reload, RunError, StartError};
 
 /// Chooses ring as the one TLS provider of the process. Calling it again changes nothing.
 pub fn install_tls_provider() {

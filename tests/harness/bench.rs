@@ -92,6 +92,11 @@ level = "info"
 
     /// A fleet that publishes to this bench's gateway until it is told to stop.
     pub(crate) fn fleet(&self, devices: u32, rate: f64) -> Fleet {
+        self.fleet_at(self.mqtt, devices, rate)
+    }
+
+    /// As [`Bench::fleet`], to another address.
+    pub(crate) fn fleet_at(&self, broker: SocketAddr, devices: u32, rate: f64) -> Fleet {
         let config = FleetConfig {
             devices,
             rate,
@@ -100,7 +105,7 @@ level = "info"
             backoff_ms_max: 200,
             ..FleetConfig::default()
         };
-        let (_, broker) = watch::channel(self.mqtt.to_string());
+        let (_, broker) = watch::channel(broker.to_string());
         Fleet::start(config, broker, &self.sent(), &CancellationToken::new()).unwrap()
     }
 

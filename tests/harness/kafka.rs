@@ -1,14 +1,19 @@
 //! A real Apache Kafka through `scripts/kafka`, and a topic read back into a received ledger.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use firmware_sim::collect::kafka::{KafkaSource, collect};
-use rdkafka::ClientConfig;
+use firmware_sim::ledger::{Place, RECEIVED_HEADER, ReceivedRow};
+use firmware_sim::payload::identify;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{BorrowedMessage, Headers, Message};
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -22,20 +27,42 @@ const MISSING: i32 = 3;
 pub(crate) struct Broker {
     folder: TempDir,
     port: u16,
+    options: Vec<String>,
     pid: Pid,
+    /// What `scripts/kafka start` printed, by name.
+    said: HashMap<String, String>,
 }
 
 impl Broker {
     /// Starts a broker; `Err` says what this machine lacks.
     pub(crate) async fn start() -> Result<Self, String> {
+        Self::start_with(Vec::new()).await
+    }
+
+    /// Starts a broker with listeners for TLS and SASL.
+    pub(crate) async fn start_secure() -> Result<Self, String> {
+        Self::start_with(vec!["--secure".to_owned()]).await
+    }
+
+    /// Starts a broker that has a listener behind a proxy.
+    pub(crate) async fn start_behind(proxy: SocketAddr) -> Result<Self, String> {
+        Self::start_with(vec!["--proxied".to_owned(), proxy.port().to_string()]).await
+    }
+
+    async fn start_with(options: Vec<String>) -> Result<Self, String> {
         let folder = tempfile::Builder::new().prefix("edge-gateway-kafka-").tempdir().unwrap();
         let port = stable_address().port();
-        let pid = launch(folder.path().to_owned(), port).await?;
-        Ok(Self { folder, port, pid })
+        let said = launch(folder.path().to_owned(), port, &options).await?;
+        Ok(Self { pid: pid_of(&said), folder, port, options, said })
     }
 
     pub(crate) fn bootstrap(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// What the script printed under a name: another listener's address, or a folder.
+    pub(crate) fn said(&self, name: &str) -> &str {
+        &self.said[name]
     }
 
     /// SIGKILL; returns when the process is gone and the port is closed.
@@ -51,7 +78,8 @@ impl Broker {
 
     /// Starts it again: same data, same port.
     pub(crate) async fn restart(&mut self) {
-        self.pid = launch(self.folder.path().to_owned(), self.port).await.unwrap();
+        let said = launch(self.folder.path().to_owned(), self.port, &self.options).await;
+        self.pid = pid_of(&said.unwrap());
     }
 
     pub(crate) async fn create_topic(&self, name: &str, partitions: i32) {
@@ -71,10 +99,24 @@ impl Drop for Broker {
     }
 }
 
-async fn launch(folder: PathBuf, port: u16) -> Result<Pid, String> {
+fn pid_of(said: &HashMap<String, String>) -> Pid {
+    Pid::from_raw(said["pid"].parse().unwrap()).unwrap()
+}
+
+async fn launch(
+    folder: PathBuf,
+    port: u16,
+    options: &[String],
+) -> Result<HashMap<String, String>, String> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/kafka");
     let mut command = Command::new(script);
-    command.arg("start").arg("--dir").arg(&folder).arg("--port").arg(port.to_string());
+    command
+        .arg("start")
+        .arg("--dir")
+        .arg(&folder)
+        .arg("--port")
+        .arg(port.to_string())
+        .args(options);
     // A file: the broker inherits a pipe, and reading one to its end would wait for the broker.
     let said = folder.join("start.log");
     command.stdin(Stdio::null()).stderr(std::fs::File::create(&said).unwrap());
@@ -86,8 +128,79 @@ async fn launch(folder: PathBuf, port: u16) -> Result<Pid, String> {
         code => panic!("scripts/kafka start ended with {code:?}: {said}"),
     }
     let text = String::from_utf8(output.stdout).unwrap();
-    let pid = text.lines().find_map(|line| line.strip_prefix("pid=")?.parse().ok());
-    Ok(Pid::from_raw(pid.expect("it names the pid")).unwrap())
+    let pairs = text.lines().filter_map(|line| line.split_once('='));
+    Ok(pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
+}
+
+/// What a reader of a topic sees of transactions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Isolation {
+    Committed,
+    Uncommitted,
+}
+
+/// Reads all that a topic holds now into a received ledger, each partition in its order, whatever
+/// transactions have left between its records.
+pub(crate) async fn read_records(
+    brokers: String,
+    topic: &'static str,
+    isolation: Isolation,
+    ledger: PathBuf,
+) {
+    let read = move || {
+        let level = match isolation {
+            Isolation::Committed => "read_committed",
+            Isolation::Uncommitted => "read_uncommitted",
+        };
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &brokers)
+            .set("group.id", "reader")
+            .set("isolation.level", level)
+            .set("enable.auto.commit", "false")
+            .set("enable.partition.eof", "true")
+            .create()
+            .unwrap();
+        let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).unwrap();
+        let mut list = TopicPartitionList::new();
+        let mut unread = metadata.topics()[0].partitions().len();
+        for partition in metadata.topics()[0].partitions() {
+            list.add_partition_offset(topic, partition.id(), Offset::Beginning).unwrap();
+        }
+        consumer.assign(&list).unwrap();
+        let mut text = format!("{RECEIVED_HEADER}\n").into_bytes();
+        let mut arrival = 0;
+        while unread > 0 {
+            match consumer.poll(PATIENCE) {
+                Some(Ok(message)) => {
+                    received_row(arrival, &message).write_to(&mut text);
+                    arrival += 1;
+                }
+                Some(Err(KafkaError::PartitionEOF(_))) => unread -= 1,
+                Some(Err(error)) => panic!("{error}"),
+                // An event of another kind.
+                None => {}
+            }
+        }
+        std::fs::write(ledger, text).unwrap();
+    };
+    tokio::task::spawn_blocking(read).await.unwrap();
+}
+
+fn received_row(arrival: u64, message: &BorrowedMessage<'_>) -> ReceivedRow<'static> {
+    let (device, origin) = identify(message.payload().unwrap()).expect("a fleet's event");
+    let id = message.headers().unwrap().iter().find(|header| header.key == "ce_id");
+    let id = String::from_utf8(id.unwrap().value.unwrap().to_vec()).unwrap();
+    let mut parts = id.rsplit('/');
+    let seq = parts.next().unwrap().parse().unwrap();
+    let partition = parts.next().unwrap().parse().unwrap();
+    ReceivedRow {
+        arrival,
+        received_us: 0,
+        device: device.into(),
+        origin: Some(origin),
+        place: Some(Place { partition, seq }),
+        id: id.into(),
+    }
 }
 
 /// Reads all that a topic holds now, and records it.

@@ -11,8 +11,13 @@
 
 mod bench;
 mod client;
+mod fault_proxy;
 mod gateway_process;
 pub(crate) mod kafka;
+pub(crate) mod kafka_proxy;
+pub(crate) mod pki;
+pub(crate) mod raw;
+pub(crate) mod tunnel;
 
 use std::io::Write as _;
 use std::path::Path;
@@ -22,6 +27,7 @@ use firmware_sim::audit::{AuditReport, audit};
 
 pub(crate) use bench::{Bench, http_sink, stable_address};
 pub(crate) use client::Subscriber;
+pub(crate) use fault_proxy::{Fault, FaultProxy};
 pub(crate) use gateway_process::{Ended, GatewayProcess, command, run_to_end, run_words, sink};
 
 /// How long anything may take before the test gives up on it. Generous: machines are slow and shared.

@@ -93,6 +93,40 @@ fn a_rejected_request_is_bisected_until_the_poison_is_alone_and_the_rest_goes_on
     assert_eq!(delivery.counts().retries, 0);
 }
 
+/// One event in a hundred is bad, and the upstream refuses requests as a whole: halving requests of
+/// a thousand would send each event six times.
+#[test]
+fn where_refusals_are_frequent_requests_get_smaller_and_grow_again_after_them() {
+    let now = start();
+    let mut delivery = delivery(1_000, window(1));
+    let (mut requests, mut sent, mut largest, mut letters) = (0, 0, 0, 0);
+    while delivery.cursor() < 40_000 {
+        if delivery.wants_events(true, now) && delivery.read_to() < 40_000 {
+            let from = delivery.read_to();
+            let events = (from..from + 1_000).map(|offset| stored(offset, 0, 10)).collect();
+            delivery.push(Read { events, next: from + 1_000, missing: Vec::new() });
+        }
+        let request = delivery.next_request(now).expect("nothing in the way");
+        let offsets = offsets(&request);
+        requests += 1;
+        sent += offsets.len();
+        let bad = offsets.iter().any(|offset| *offset < 30_000 && offset.is_multiple_of(100));
+        if offsets[0] >= 38_000 {
+            largest = largest.max(offsets.len());
+        }
+        let answer = Answer::failed(Failure::Suspect, "bad");
+        let answer = if bad { answer } else { Answer::delivered() };
+        delivery.answer(request.id, &answer, now, 0.5);
+        letters += delivery.letters().len();
+        delivery.letters_written(delivery.letters().len());
+    }
+    println!("{requests} requests, {sent} events were sent for 40,000");
+    assert_eq!(letters, 300);
+    assert!(requests < 16 * letters, "{requests} requests");
+    assert!(sent < 3 * 40_000, "{sent} events were sent for 40,000");
+    assert_eq!(largest, 1_000, "clean again, they are as large as they may be");
+}
+
 #[test]
 fn a_window_is_filled_and_the_cursor_follows_the_contiguous_prefix() {
     let now = start();

@@ -44,6 +44,17 @@ struct Cause {
     reason: String,
 }
 
+/// What is known of the way to the brokers since the producer was made.
+#[derive(Debug, Default)]
+struct Contact {
+    /// Something may have got through.
+    lived: bool,
+    /// Somebody was to be connected to, and was not there.
+    refused: bool,
+    /// No broker can be reached, and nothing was delivered since librdkafka said so.
+    cut_off: bool,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     /// In the order in which they were begun.
@@ -53,8 +64,13 @@ pub(super) struct Ledger {
     cause: Option<Cause>,
     /// The producer is gone; nothing is reported any more.
     settled: bool,
+    /// Events that librdkafka has.
+    pending: usize,
+    contact: Contact,
     /// What librdkafka complained of last, for the watchdog to quote.
     complaint: Option<String>,
+    /// The gateway is stopping: nobody waits for brokers that are away.
+    hurried: bool,
 }
 
 impl Ledger {
@@ -62,6 +78,7 @@ impl Ledger {
     pub(super) fn admit(&mut self, id: RequestId, events: usize) -> Ticket {
         let first = self.next;
         self.next = first.wrapping_add(events as Ticket);
+        self.pending += events;
         let fates = vec![Fate::Pending; events];
         self.flights.push_back(Flight { id, first, fates, pending: events });
         first
@@ -69,6 +86,11 @@ impl Ledger {
 
     pub(super) fn is_empty(&self) -> bool {
         self.flights.is_empty()
+    }
+
+    /// Events that librdkafka has.
+    pub(super) fn pending(&self) -> usize {
+        self.pending
     }
 
     /// Counts reports: while it rises, the upstream lives.
@@ -107,12 +129,39 @@ impl Ledger {
             _ if code == RDKafkaErrorCode::Fatal => {
                 self.breaks(Failure::Retry { after: None }, text)
             }
+            Failure::Retry { .. } if code == RDKafkaErrorCode::AllBrokersDown => {
+                self.contact.cut_off = true;
+                // A producer that never got through has nothing to lose: say so at once.
+                (self.hurried || self.contact.refused && !self.contact.lived) && self.cut()
+            }
             // librdkafka goes on trying; the watchdog decides.
             _ => {
+                let no_connection =
+                    code == RDKafkaErrorCode::Resolve || reason.contains("Connect to ");
+                self.contact.refused |= no_connection;
+                // A connection that breaks has been one.
+                self.contact.lived |=
+                    code == RDKafkaErrorCode::BrokerTransportFailure && !no_connection;
                 self.complaint = Some(text);
                 false
             }
         }
+    }
+
+    /// Nobody waits any longer: if no broker can be reached, that is the answer.
+    pub(super) fn hurry(&mut self) -> bool {
+        self.hurried = true;
+        self.contact.cut_off && self.cut()
+    }
+
+    /// Whether the gateway is stopping.
+    pub(super) fn is_hurried(&self) -> bool {
+        self.hurried
+    }
+
+    fn cut(&mut self) -> bool {
+        let reason = self.with_complaint("no broker can be reached".to_owned());
+        self.breaks(Failure::Retry { after: None }, reason)
     }
 
     /// Nothing can be sent as things are.
@@ -120,20 +169,36 @@ impl Ledger {
         self.breaks(Failure::Hold, reason);
     }
 
+    /// This holds, whatever was the cause so far: the producer's last word.
+    pub(super) fn holds_after_all(&mut self, reason: String) {
+        self.cause = Some(Cause { failure: Failure::Hold, reason });
+    }
+
     /// The watchdog bites.
     pub(super) fn no_sign_of_life(&mut self, patience: Duration) {
-        let mut reason = format!("the brokers did not answer within {patience:?}");
-        if let Some(complaint) = self.complaint.take() {
-            reason = format!("{reason}: {complaint}");
-        }
+        let reason = self.silence(patience);
         self.breaks(Failure::Retry { after: None }, reason);
     }
 
-    fn breaks(&mut self, failure: Failure, reason: String) -> bool {
+    /// What is said of brokers that let us wait for so long.
+    pub(super) fn silence(&self, patience: Duration) -> String {
+        self.with_complaint(format!("the brokers did not answer within {patience:?}"))
+    }
+
+    fn with_complaint(&self, reason: String) -> String {
+        match &self.complaint {
+            Some(complaint) => format!("{reason}: {complaint}"),
+            None => reason,
+        }
+    }
+
+    /// Ends the producer for this reason, unless it ends for another already; gives whether it is
+    /// news.
+    pub(super) fn breaks(&mut self, failure: Failure, reason: String) -> bool {
         let first = self.cause.is_none();
         if first {
             let failure = match failure {
-                Failure::Hold => Failure::Hold,
+                Failure::Hold | Failure::Again => failure,
                 _ => Failure::Retry { after: None },
             };
             self.cause = Some(Cause { failure, reason });
@@ -144,15 +209,31 @@ impl Ledger {
     /// Gives whether a request is complete with it.
     fn decide(&mut self, ticket: Ticket, fate: Fate) -> bool {
         self.moves += 1;
+        if fate == Fate::Delivered {
+            self.contact = Contact { lived: true, cut_off: false, ..self.contact };
+        }
+        let Some(oldest) = self.flights.front().map(|flight| flight.first) else { return false };
+        // Tickets rise from flight to flight, seen from the oldest: they may wrap.
+        let distance = ticket.wrapping_sub(oldest);
+        let after =
+            self.flights.partition_point(|flight| flight.first.wrapping_sub(oldest) <= distance);
+        let flight = &mut self.flights[after - 1];
+        let place = ticket.wrapping_sub(flight.first) as usize;
+        let Some(open @ Fate::Pending) = flight.fates.get_mut(place) else { return false };
+        *open = fate;
+        flight.pending -= 1;
+        self.pending -= 1;
+        flight.pending == 0
+    }
+
+    /// The transaction that carried everything here did not come to its end: what was delivered in
+    /// it was not.
+    pub(super) fn void(&mut self) {
         for flight in &mut self.flights {
-            let place = ticket.wrapping_sub(flight.first) as usize;
-            if let Some(open @ Fate::Pending) = flight.fates.get_mut(place) {
-                *open = fate;
-                flight.pending -= 1;
-                return flight.pending == 0;
+            for fate in flight.fates.iter_mut().filter(|fate| **fate == Fate::Delivered) {
+                *fate = Fate::Pending;
             }
         }
-        false
     }
 
     /// The producer is gone: what was not reported was not delivered, and every request can be
@@ -182,8 +263,9 @@ impl Ledger {
         };
         let answered = answered.map(|flight| (flight.id, flight.answer(self.cause.as_ref())));
         if self.settled && self.flights.is_empty() {
-            self.settled = false;
-            self.cause = None;
+            // Ready for the next producer; which tickets were given stays known.
+            let Self { next, moves, hurried, .. } = *self;
+            *self = Self { next, moves, hurried, ..Self::default() };
         }
         answered
     }
@@ -220,8 +302,18 @@ fn is_purge(code: RDKafkaErrorCode) -> bool {
     matches!(code, RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight)
 }
 
+/// What to do once somebody else writes under our name.
+pub(super) const FENCED: &str = "another gateway with the same id and sink name has taken over: \
+    give one of them another id, then restart this one";
+
+/// Somebody else writes under our name, or the brokers believe so.
+pub(super) fn is_fenced(code: RDKafkaErrorCode) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(code, Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch)
+}
+
 /// What an error means for the events that it came with. What is not named here is worth a try.
-fn sort(code: RDKafkaErrorCode) -> Failure {
+pub(super) fn sort(code: RDKafkaErrorCode) -> Failure {
     use RDKafkaErrorCode as Code;
     match code {
         Code::MessageSizeTooLarge
@@ -230,6 +322,8 @@ fn sort(code: RDKafkaErrorCode) -> Failure {
         | Code::InvalidRecord
         | Code::InvalidTimestamp => Failure::Suspect,
         Code::Authentication
+        | Code::GroupAuthorizationFailed
+        | Code::InvalidTransactionTimeout
         | Code::SaslAuthenticationFailed
         | Code::UnsupportedSASLMechanism
         | Code::IllegalSASLState
@@ -249,13 +343,14 @@ fn sort(code: RDKafkaErrorCode) -> Failure {
         | Code::UnsupportedForMessageFormat
         | Code::UnsupportedCompressionType
         | Code::Fenced
-        | Code::ProducerFenced => Failure::Hold,
+        | Code::ProducerFenced
+        | Code::InvalidProducerEpoch => Failure::Hold,
         _ => Failure::Retry { after: None },
     }
 }
 
 /// The error, and what to do about it where somebody must.
-fn describe(code: RDKafkaErrorCode) -> String {
+pub(super) fn describe(code: RDKafkaErrorCode) -> String {
     use RDKafkaErrorCode as Code;
     let advice = match code {
         _ if sort(code) != Failure::Hold => return code.to_string(),
@@ -266,8 +361,15 @@ fn describe(code: RDKafkaErrorCode) -> String {
         Code::TopicAuthorizationFailed | Code::ClusterAuthorizationFailed => {
             "allow this user to write to the topic"
         }
+        Code::TransactionalIdAuthorizationFailed => {
+            "allow this user to write with the transactional id gw-<gateway>-<sink>"
+        }
+        Code::GroupAuthorizationFailed => "allow this user to read the group gw-<gateway>-<sink>",
+        Code::InvalidTransactionTimeout => {
+            "raise transaction.max.timeout.ms of the brokers, or lower request_timeout"
+        }
         Code::UnsupportedCompressionType => "choose another compression",
-        Code::Fenced | Code::ProducerFenced => "another gateway has the same id and sink name",
+        code if is_fenced(code) => FENCED,
         _ => "check the sink's settings and credentials",
     };
     format!("{code}; {advice}")
@@ -357,13 +459,60 @@ mod tests {
     fn what_librdkafka_mends_is_only_remembered_for_the_watchdog() {
         let mut ledger = Ledger::default();
         ledger.admit(0, 1);
-        assert!(!ledger.client_error(RDKafkaErrorCode::AllBrokersDown, "1/1 brokers are down"));
+        let timed_out = RDKafkaErrorCode::OperationTimedOut;
+        assert!(!ledger.client_error(timed_out, "1 request(s) timed out"));
         assert!(!ledger.is_broken());
         ledger.no_sign_of_life(Duration::from_secs(30));
         let answers = settled(ledger);
         assert_eq!(answers[0].failed[0].failure, Failure::Retry { after: None });
         let reason = &answers[0].failed[0].reason;
-        assert!(reason.contains("30s") && reason.contains("1/1 brokers are down"), "{reason}");
+        assert!(reason.contains("30s") && reason.contains("1 request(s) timed out"), "{reason}");
+    }
+
+    #[test]
+    fn a_producer_that_never_got_through_says_so_at_once_and_another_when_nobody_waits() {
+        let (refused, down) =
+            (RDKafkaErrorCode::BrokerTransportFailure, RDKafkaErrorCode::AllBrokersDown);
+        let mut never = Ledger::default();
+        never.admit(0, 1);
+        assert!(
+            !never.client_error(refused, "b:1: Connect to ipv4#b:1 failed: Connection refused")
+        );
+        assert!(never.client_error(down, "1/1 brokers are down"));
+        let reason = settled(never)[0].failed[0].reason.clone();
+        assert!(reason.contains("Connection refused"), "{reason}");
+
+        let mut broken = Ledger::default();
+        broken.admit(0, 1);
+        assert!(!broken.client_error(refused, "b:1: Disconnected (after 9ms in state UP)"));
+        assert!(!broken.client_error(down, "1/1 brokers are down"), "its answer may be lost");
+
+        let mut lived = Ledger::default();
+        let first = lived.admit(0, 2);
+        lived.report(first, Ok(()));
+        assert!(!lived.client_error(down, "1/1 brokers are down"));
+        assert!(!lived.is_broken(), "librdkafka may know that a broker has it, and tries on");
+        assert!(lived.hurry());
+        assert_eq!(settled(lived)[0].failed[0].which, Which::These(vec![1]));
+
+        let mut back = Ledger::default();
+        let first = back.admit(0, 3);
+        back.report(first, Ok(()));
+        back.client_error(down, "1/1 brokers are down");
+        back.report(first + 1, Ok(()));
+        assert!(!back.hurry());
+    }
+
+    #[test]
+    fn what_was_delivered_in_a_transaction_that_failed_was_not() {
+        let mut ledger = Ledger::default();
+        let first = ledger.admit(0, 2);
+        ledger.report(first, Ok(()));
+        ledger.report(first + 1, Ok(()));
+        ledger.breaks(Failure::Retry { after: None }, "the commit failed".to_owned());
+        ledger.void();
+        let answers = settled(ledger);
+        assert_eq!(answers[0].failed[0].which, Which::These(vec![0, 1]));
     }
 
     #[test]

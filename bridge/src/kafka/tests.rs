@@ -5,11 +5,13 @@ use std::collections::BTreeSet;
 use rdkafka::Message as _;
 use rdkafka::Offset;
 use rdkafka::TopicPartitionList;
+use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::{BorrowedMessage, Headers as _};
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::DefaultProducerContext;
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+use storage::StoredEvent;
 
 use super::*;
 use crate::config::SinkConfig;
@@ -18,12 +20,12 @@ use crate::fake;
 use crate::retry::Backoff;
 use crate::sink::{Failure, Which};
 
-const TOPIC: &str = "events";
+pub(super) const TOPIC: &str = "events";
 const PARTITIONS: i32 = 3;
 
-type Cluster = MockCluster<'static, DefaultProducerContext>;
+pub(super) type Cluster = MockCluster<'static, DefaultProducerContext>;
 
-fn cluster() -> Cluster {
+pub(super) fn cluster() -> Cluster {
     let cluster = MockCluster::new(1).expect("a mock cluster");
     cluster.create_topic(TOPIC, PARTITIONS, 1).expect("a topic");
     cluster
@@ -35,19 +37,19 @@ fn sink(cluster: &Cluster, delivery: KafkaDelivery, request_timeout: Duration) -
     KafkaSink::new(config, envelope, request_timeout)
 }
 
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Events of three devices in turn.
-fn events(offsets: std::ops::Range<u64>) -> Vec<StoredEvent> {
+pub(super) fn events(offsets: std::ops::Range<u64>) -> Vec<StoredEvent> {
     offsets.map(|o| fake::stored(o, &format!("dev-{}", o % 3), &format!("{{\"n\":{o}}}"))).collect()
 }
 
-fn request(id: RequestId, events: Vec<StoredEvent>) -> Request {
+pub(super) fn request(id: RequestId, events: Vec<StoredEvent>) -> Request {
     Request { id, stream: None, events: Arc::new(events) }
 }
 
 /// A record that arrived.
-struct Record {
+pub(super) struct Record {
     key: String,
     payload: Vec<u8>,
     seq: u64,
@@ -74,7 +76,7 @@ impl Record {
 }
 
 /// Everything in the topic; each partition in its order.
-fn arrived(cluster: &Cluster) -> Vec<Record> {
+pub(super) fn arrived(cluster: &Cluster) -> Vec<Record> {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", cluster.bootstrap_servers())
         .set("group.id", "test")
@@ -101,14 +103,14 @@ fn arrived(cluster: &Cluster) -> Vec<Record> {
     records
 }
 
-fn seqs_of(records: &[Record], key: &str) -> Vec<u64> {
+pub(super) fn seqs_of(records: &[Record], key: &str) -> Vec<u64> {
     records.iter().filter(|record| record.key == key).map(|record| record.seq).collect()
 }
 
 /// Runs a sink as a forwarder would, with pauses skipped, until all is delivered or dead-lettered;
 /// gives the offsets of the dead letters.
-async fn deliver(
-    sink: &mut KafkaSink,
+pub(super) async fn deliver<S: Sink>(
+    sink: &mut S,
     events: Vec<StoredEvent>,
     request_events: usize,
 ) -> Vec<u64> {
@@ -128,6 +130,7 @@ async fn deliver(
             sink.begin(request);
         }
         if delivery.in_flight() > 0 {
+            sink.close();
             let (id, answer) = sink.answer().await;
             delivery.answer(id, &answer, now, 0.5);
         }
@@ -136,11 +139,11 @@ async fn deliver(
     dead
 }
 
-fn distinct(records: &[Record]) -> usize {
+pub(super) fn distinct(records: &[Record]) -> usize {
     records.iter().map(|record| record.seq).collect::<BTreeSet<_>>().len()
 }
 
-fn assert_order(records: &[Record]) {
+pub(super) fn assert_order(records: &[Record]) {
     for device in 0..3 {
         let seqs = seqs_of(records, &format!("dev-{device}"));
         let mut seen = BTreeSet::new();
@@ -278,11 +281,31 @@ async fn an_unknown_topic_holds() {
 }
 
 #[tokio::test]
+async fn brokers_that_are_away_are_told_at_once_and_the_sink_comes_back() {
+    for delivery in [KafkaDelivery::Idempotent, KafkaDelivery::AtLeastOnce] {
+        let cluster = cluster();
+        let mut sink = sink(&cluster, delivery, PATIENCE);
+        cluster.broker_down(1).expect("down");
+        sink.begin(request(0, events(0..50)));
+        sink.begin(request(1, events(50..100)));
+        for id in 0..2 {
+            let (answered, answer) = sink.answer().await;
+            assert_eq!(answered, id);
+            assert_eq!(answer.failed[0].failure, Failure::Retry { after: None });
+            assert!(answer.failed[0].reason.contains("no broker can be reached"), "{answer:?}");
+        }
+        cluster.broker_up(1).expect("up");
+        assert!(deliver(&mut sink, events(0..100), 50).await.is_empty());
+        assert_order(&arrived(&cluster));
+    }
+}
+
+#[tokio::test]
 async fn the_watchdog_ends_a_silence_and_the_sink_comes_back() {
     for delivery in [KafkaDelivery::Idempotent, KafkaDelivery::AtLeastOnce] {
         let cluster = cluster();
         let mut sink = sink(&cluster, delivery, Duration::from_millis(300));
-        cluster.broker_down(1).expect("down");
+        cluster.broker_round_trip_time(1, PATIENCE).expect("set");
         sink.begin(request(0, events(0..50)));
         sink.begin(request(1, events(50..100)));
         for id in 0..2 {
@@ -291,11 +314,25 @@ async fn the_watchdog_ends_a_silence_and_the_sink_comes_back() {
             assert_eq!(answer.failed[0].failure, Failure::Retry { after: None });
             assert!(answer.failed[0].reason.contains("did not answer"), "{answer:?}");
         }
-        cluster.broker_up(1).expect("up");
+        cluster.broker_round_trip_time(1, Duration::ZERO).expect("set");
         sink.request_timeout = PATIENCE;
         assert!(deliver(&mut sink, events(0..100), 50).await.is_empty());
         assert_order(&arrived(&cluster));
     }
+}
+
+/// A gateway that stops does not wait for brokers that are away, even if they were there before.
+#[tokio::test]
+async fn a_sink_that_is_stopped_gives_up_on_brokers_that_are_away() {
+    let cluster = cluster();
+    let mut sink = sink(&cluster, KafkaDelivery::Idempotent, Duration::from_hours(1));
+    assert!(deliver(&mut sink, events(0..3), 3).await.is_empty());
+    cluster.broker_down(1).expect("down");
+    sink.begin(request(9, events(3..6)));
+    sink.stop();
+    let (answered, answer) = sink.answer().await;
+    assert_eq!(answered, 9);
+    assert!(answer.failed[0].reason.contains("no broker can be reached"), "{answer:?}");
 }
 
 #[tokio::test]

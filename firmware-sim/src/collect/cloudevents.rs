@@ -1,4 +1,4 @@
-//! Reads CloudEvents 1.0 in JSON, as far as the ledger wants them.
+//! Reads CloudEvents 1.0 in JSON, or an event beside its payload, as far as the ledger wants them.
 //!
 //! Invariant: a body is taken whole or refused with the reason and the position of the first bad
 //! event. Text with control characters is refused, as CloudEvents 1.0 section 3.1 does
@@ -7,7 +7,7 @@
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde::{Deserialize, de::IgnoredAny};
 
-use super::Arrived;
+use super::{Arrived, sequence::Row};
 use crate::{
     ledger::Place,
     payload::{self, Identity},
@@ -20,6 +20,12 @@ struct CloudEvent {
     source: String,
     r#type: String,
     sequence: Option<String>,
+    #[serde(default)]
+    lane: String,
+    #[serde(default)]
+    stream: String,
+    #[serde(default)]
+    requeued: bool,
     data: Option<Data>,
     data_base64: Option<String>,
 }
@@ -57,8 +63,31 @@ pub(super) fn read_one(body: &[u8]) -> Result<Arrived, String> {
     read(serde_json::from_slice(body).map_err(|error| error.to_string())?)
 }
 
+/// A payload whose event's id, and source if it is said, stand beside it (binary mode, or bare).
+pub(super) fn read_payload(
+    id: &str,
+    source: &str,
+    payload: &[u8],
+    row: Row,
+) -> Result<Arrived, String> {
+    for (name, value) in [("id", id), ("source", source)] {
+        if value.contains(char::is_control) || value.is_empty() && name == "id" {
+            return Err(format!("{name} is empty or has control characters"));
+        }
+    }
+    let (device, origin) = match payload::identify(payload) {
+        Some((device, _)) if device.contains(char::is_control) => {
+            return Err("device has control characters".to_owned());
+        }
+        Some((device, origin)) => (device, Some(origin)),
+        None => (source.to_owned(), None),
+    };
+    Ok(Arrived { device, origin, place: place(id), id: id.to_owned(), row })
+}
+
 fn read(event: CloudEvent) -> Result<Arrived, String> {
-    let CloudEvent { specversion, id, source, r#type, sequence, data, data_base64 } = event;
+    let CloudEvent { specversion, id, source, r#type, sequence, .. } = event;
+    let row = Row::of(&event.lane, &event.stream, event.requeued);
     if specversion != "1.0" {
         return Err(format!("specversion {specversion:?} is not 1.0"));
     }
@@ -67,7 +96,7 @@ fn read(event: CloudEvent) -> Result<Arrived, String> {
             return Err(format!("{name} is empty or has control characters"));
         }
     }
-    let identity = match (data, data_base64) {
+    let identity = match (event.data, event.data_base64) {
         (Some(_), Some(_)) => return Err("both data and data_base64".to_owned()),
         (Some(Data::Fleet(identity)), None) => {
             let origin = identity.origin();
@@ -93,7 +122,7 @@ fn read(event: CloudEvent) -> Result<Arrived, String> {
         Some((device, origin)) => (device, Some(origin)),
         None => (source, None),
     };
-    Ok(Arrived { device, origin, place, id })
+    Ok(Arrived { device, origin, place, id, row })
 }
 
 /// Partition and sequence number out of an id of the form `gateway/epoch/partition/seq`.
@@ -122,6 +151,7 @@ mod tests {
             origin: Some(Origin { boot: 9, seq: 4 }),
             place: Some(Place { partition: 3, seq: 17 }),
             id: "edge-01/00ab/3/17".to_owned(),
+            row: Row::Plain,
         };
         assert_eq!(read_one(JSON.as_bytes()).as_ref(), Ok(&expected));
         let batch = format!("[{JSON},{JSON}]");

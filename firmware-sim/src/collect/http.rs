@@ -1,8 +1,8 @@
 //! An HTTP receiver of CloudEvents that can be taken away and brought back.
 //!
 //! Takes POSTs on any path: `application/cloudevents-batch+json`, `application/cloudevents+json`
-//! and `application/x-ndjson` (one structured event a line), plain or with `Content-Encoding`
-//! gzip or zstd. Answers 204 once every row is recorded, 400 for a malformed body, 413 for one
+//! and `application/x-ndjson` (one structured event a line), a payload with `ce-` headers, and one
+//! with its event's id in `Edge-Gateway-Event`; plain or with `Content-Encoding` gzip or zstd. Answers 204 once every row is recorded, 400 for a malformed body, 413 for one
 //! that is too large, 415 for another type or encoding, 503 when the ledger cannot be written; in
 //! those cases nothing of the request is recorded.
 //!
@@ -36,12 +36,20 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use super::{Arrived, CollectCounters, Recorder, cloudevents};
+use super::{Arrived, CollectCounters, Recorder, cloudevents, sequence::Row};
 
 /// Longest body that is taken, as sent, in bytes.
 pub const BODY_BYTES_MAX: usize = 16 << 20;
 /// Longest body that is taken, decoded, in bytes.
 pub const DECODED_BYTES_MAX: usize = 64 << 20;
+
+const CE_SPECVERSION: HeaderName = HeaderName::from_static("ce-specversion");
+const CE_ID: HeaderName = HeaderName::from_static("ce-id");
+const CE_SOURCE: HeaderName = HeaderName::from_static("ce-source");
+const CE_LANE: HeaderName = HeaderName::from_static("ce-lane");
+const CE_STREAM: HeaderName = HeaderName::from_static("ce-stream");
+const CE_REQUEUED: HeaderName = HeaderName::from_static("ce-requeued");
+const EVENT: HeaderName = HeaderName::from_static("edge-gateway-event");
 
 /// Connections waiting to be accepted, at most.
 const BACKLOG: u32 = 1024;
@@ -80,7 +88,26 @@ impl HttpCollector {
     /// # Errors
     /// The address cannot be listened on, or the ledger cannot be opened.
     pub fn start(addr: SocketAddr, ledger: &Path) -> io::Result<Self> {
-        let recorder = Recorder::append_to(ledger).map_err(|error| {
+        Self::start_with(Recorder::append_to(ledger), addr, ledger)
+    }
+
+    /// As [`HttpCollector::start`], with the sequence rule: per gateway, epoch and partition it
+    /// keeps the last sequence number, and passes over what is not above it. So the ledger has each
+    /// event of a gateway once, also over restarts of this collector, as long as its sink has neither
+    /// lanes nor streams: a ledger does not say which event came in which.
+    ///
+    /// # Errors
+    /// As [`HttpCollector::start`], and when a ledger that is there cannot be read.
+    pub fn start_exactly_once(addr: SocketAddr, ledger: &Path) -> io::Result<Self> {
+        Self::start_with(Recorder::append_once_to(ledger), addr, ledger)
+    }
+
+    fn start_with(
+        recorder: io::Result<Recorder>,
+        addr: SocketAddr,
+        ledger: &Path,
+    ) -> io::Result<Self> {
+        let recorder = recorder.map_err(|error| {
             io::Error::new(error.kind(), format!("ledger {}: {error}", ledger.display()))
         })?;
         let mut collector = Self { recorder: Arc::new(recorder), addr, server: None };
@@ -187,6 +214,18 @@ fn read(headers: &HeaderMap, body: &[u8]) -> Result<Vec<Arrived>, Refusal> {
             &decoded
         }
     };
+    let row = || Row::of(text(CE_LANE), text(CE_STREAM), text(CE_REQUEUED) == "true");
+    let beside = |id, source| {
+        cloudevents::read_payload(id, source, body, row())
+            .map(|event| vec![event])
+            .map_err(|reason| refusal(StatusCode::BAD_REQUEST, &reason))
+    };
+    if headers.contains_key(CE_SPECVERSION) {
+        return beside(text(CE_ID), text(CE_SOURCE));
+    }
+    if headers.contains_key(EVENT) {
+        return beside(text(EVENT), "");
+    }
     let content_type = text(header::CONTENT_TYPE);
     let media_type = content_type.split(';').next().unwrap_or("").trim();
     match media_type.to_ascii_lowercase().as_str() {
@@ -385,13 +424,40 @@ mod tests {
             (format!("{batch_type}\r\ncontent-encoding: gzip"), &gzip, 6),
             (format!("{lines_type}\r\ncontent-encoding: zstd"), &zstd, 8),
             ("content-type: application/cloudevents+json".to_owned(), event("e").as_bytes(), 9),
+            ("ce-specversion: 1.0\r\nce-id: f\r\nce-source: /s".to_owned(), b"21.5", 10),
+            ("edge-gateway-event: g".to_owned(), b"21.5", 11),
         ] {
             assert_eq!(post(&mut stream, &headers, body).await, 204);
             assert_eq!(bench.rows().len(), rows);
         }
         let rows = bench.rows();
-        assert!(rows.iter().map(|(arrival, _)| *arrival).eq(0..9));
-        assert_eq!(bench.collector.counters().received, 9);
+        assert!(rows.iter().map(|(arrival, _)| *arrival).eq(0..11));
+        assert_eq!(bench.collector.counters().received, 11);
+    }
+
+    #[tokio::test]
+    async fn with_the_sequence_rule_each_event_has_one_row_also_over_a_restart() {
+        let bench = bench();
+        let ledger = bench.folder.path().join("once.csv");
+        let addr = "127.0.0.1:0".parse().unwrap();
+        let batch_type = format!("content-type: {BATCH}");
+        let batch = |seqs: std::ops::Range<u64>| {
+            let events: Vec<_> = seqs.map(|seq| event(&format!("edge/00/0/{seq}"))).collect();
+            format!("[{}]", events.join(","))
+        };
+        let collector = HttpCollector::start_exactly_once(addr, &ledger).unwrap();
+        let mut stream = TcpStream::connect(collector.addr()).await.unwrap();
+        for seqs in [0..5, 3..8] {
+            assert_eq!(post(&mut stream, &batch_type, batch(seqs).as_bytes()).await, 204);
+        }
+        assert_eq!(collector.finish().await.skipped, 2);
+        let collector = HttpCollector::start_exactly_once(addr, &ledger).unwrap();
+        let mut stream = TcpStream::connect(collector.addr()).await.unwrap();
+        assert_eq!(post(&mut stream, &batch_type, batch(0..10).as_bytes()).await, 204);
+        assert_eq!((collector.counters().received, collector.counters().skipped), (2, 8));
+        let mut ids = Vec::new();
+        read_received(&ledger, |row| ids.push(row.id.into_owned())).unwrap();
+        assert!(ids.iter().eq(&(0..10).map(|seq| format!("edge/00/0/{seq}")).collect::<Vec<_>>()));
     }
 
     #[tokio::test]

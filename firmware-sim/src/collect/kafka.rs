@@ -22,7 +22,7 @@ use rdkafka::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Arrived, CollectCounters, Recorder, cloudevents};
+use super::{Arrived, CollectCounters, Recorder, cloudevents, sequence::Row};
 use crate::payload;
 
 /// How long one look at the broker may take.
@@ -145,7 +145,7 @@ fn read(message: &BorrowedMessage<'_>) -> Arrived {
         Some((device, origin)) => (clean(device.as_bytes()), Some(origin)),
         None => (message.key().map(clean).unwrap_or_default(), None),
     };
-    Arrived { device, origin, place: cloudevents::place(&id), id }
+    Arrived { device, origin, place: cloudevents::place(&id), id, row: Row::Plain }
 }
 
 #[cfg(test)]

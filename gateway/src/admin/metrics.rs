@@ -73,6 +73,12 @@ fn front(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     counter(out, "mqtt_publishes_refused", help, mqtt.publishes_refused_total)?;
     let help = "QoS 0 publishes and wills without room at the end of their connection";
     counter(out, "mqtt_publishes_dropped", help, mqtt.publishes_dropped_total)?;
+    let help = "Log-ins that failed";
+    counter(out, "mqtt_logins_failed", help, mqtt.logins_failed_total)?;
+    let help = "Publishes and subscriptions that the rules did not allow";
+    counter(out, "mqtt_denied", help, mqtt.denied_total)?;
+    let help = "Times that a client was not read for a while: it was over its rate";
+    counter(out, "mqtt_paced", help, mqtt.paced_total)?;
     let help = "Connections closed for a breach of the protocol";
     counter(out, "mqtt_protocol_errors", help, mqtt.protocol_errors_total)?;
     counter(out, "mqtt_panics", "Connections that ended in a panic", mqtt.panics_total)?;

@@ -56,6 +56,15 @@ pub struct MqttStatus {
     pub publishes_refused_total: u64,
     /// QoS 0 publishes and wills for which there was no room until their connection had ended.
     pub publishes_dropped_total: u64,
+    /// Log-ins that failed: an unknown user, a wrong password, a token that is none of ours.
+    #[serde(default)]
+    pub logins_failed_total: u64,
+    /// Publishes and subscriptions that the rules did not allow.
+    #[serde(default)]
+    pub denied_total: u64,
+    /// Times that a client was not read for a while because it was over its rate.
+    #[serde(default)]
+    pub paced_total: u64,
     /// Connections closed for a breach of the protocol.
     pub protocol_errors_total: u64,
     /// Connections that ended in a panic.

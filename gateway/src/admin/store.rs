@@ -19,7 +19,7 @@ use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
-use bridge::config::HttpFormat;
+use bridge::Framing;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use storage::{Progress, Store};
@@ -108,8 +108,8 @@ impl ExportQuery {
             text.map(|text| text.parse().map_err(|wrong| format!("{key} {wrong}"))).transpose()
         };
         let format = match self.format.as_deref() {
-            None | Some("ndjson") => HttpFormat::NdJson,
-            Some("cloudevents_batch") => HttpFormat::CloudEventsBatch,
+            None | Some("ndjson") => Framing::Lines,
+            Some("cloudevents_batch") => Framing::Array,
             Some(other) => {
                 return Err(format!("format must be ndjson or cloudevents_batch, not {other:?}"));
             }
@@ -131,8 +131,8 @@ async fn export(State(walks): State<Walks>, Query(query): Query<ExportQuery>) ->
         Err(wrong) => return (StatusCode::BAD_REQUEST, format!("{wrong}\n")).into_response(),
     };
     let media_type = match selection.format {
-        HttpFormat::NdJson => "application/x-ndjson",
-        HttpFormat::CloudEventsBatch => "application/cloudevents-batch+json",
+        Framing::Lines => "application/x-ndjson",
+        Framing::Array => "application/cloudevents-batch+json",
     };
     walks.answer(media_type, move |walks, pipe| {
         let mut tell = |_: Progress| !walks.is_stopping();

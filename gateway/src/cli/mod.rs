@@ -3,6 +3,7 @@
 mod check;
 mod demo;
 mod logging;
+mod passwd;
 mod run;
 mod status;
 mod store;
@@ -39,6 +40,7 @@ Examples:
   edge-gateway demo                                 see it work: outage, kill -9, balance
   edge-gateway check --config gateway.toml          every mistake at once
   edge-gateway run --config gateway.toml            the gateway
+  edge-gateway passwd alice                         a user's password, from the terminal or stdin
   edge-gateway status                               what a running gateway is doing
   edge-gateway top                                  the same, each second
   edge-gateway balance --config gateway.toml        where every event went, per sink
@@ -54,6 +56,8 @@ enum Verb {
     Run(ConfigFile),
     /// Check a configuration: every problem at once, exit code 2 if there is one
     Check(ConfigFile),
+    /// Set or remove a user's password in the users file
+    Passwd(passwd::PasswdArgs),
     /// Show what a running gateway is doing
     Status(status::StatusArgs),
     /// Watch a running gateway on a terminal screen; q quits
@@ -100,6 +104,7 @@ pub fn main() -> ExitCode {
     let code = match cli.verb {
         Verb::Run(file) => run::run(&file.path),
         Verb::Check(file) => check::check(&file.path),
+        Verb::Passwd(args) => passwd::passwd(&args),
         Verb::Status(args) => status::status(&args),
         Verb::Top(args) => top::top(&args),
         Verb::Balance(args) => store::balance(&args),

@@ -2,10 +2,14 @@
 //!
 //! Owns: [`Config`], its defaults and bounds, and how it is read from TOML. It is validated once,
 //! here; nothing behind it checks again. `reader` does the reading, `units` sizes and times,
-//! `sinks` the sinks.
+//! `auth`, `listeners` and `sinks` their tables.
 //! Invariant: `configs/gateway.toml` shows every key with the default that this code has; a test
 //! holds the two together.
 
+mod auth;
+#[cfg(feature = "kafka")]
+mod kafka;
+mod listeners;
 mod reader;
 mod sinks;
 pub(crate) mod units;
@@ -20,7 +24,9 @@ use bridge::config::SinkConfig;
 use storage::{AtQuota, JournalMode, Lane, SinkRetention, StoreOptions};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use crate::ingest::device_key;
+use crate::ingest::device_key::{self, DeviceFrom};
+pub use auth::{AclConfig, AuthConfig, JwtConfig, JwtKeys};
+pub use listeners::{Bind, ClientIdentity, ListenerConfig, TlsConfig, Transport};
 pub use reader::{Env, Problem};
 use reader::{Reader, Section};
 
@@ -31,6 +37,10 @@ pub struct Config {
     pub gateway: GatewayConfig,
     /// `[[listener]]`, at least one.
     pub listeners: Vec<ListenerConfig>,
+    /// `[auth]`.
+    pub auth: AuthConfig,
+    /// `[[acl]]`; none: who is let in may do everything.
+    pub acl: Vec<AclConfig>,
     /// `[[route]]`, in the order in which they are tried. None: every topic is accepted and the
     /// device key is the client id.
     pub routes: Vec<RouteConfig>,
@@ -57,24 +67,6 @@ pub struct GatewayConfig {
     pub shutdown_grace: Duration,
 }
 
-/// `[[listener]]`.
-#[derive(Clone, Debug)]
-pub struct ListenerConfig {
-    /// Address and port; port 0 takes one from the system.
-    pub bind: SocketAddr,
-    /// Whether a CONNECT without credentials is let in.
-    pub allow_anonymous: bool,
-    /// Connections at once, at most.
-    pub connections_max: usize,
-    /// Time from accept to a whole CONNECT, at most.
-    pub connect_timeout: Duration,
-    /// Largest packet in bytes, fixed header included.
-    pub packet_bytes_max: usize,
-    /// QoS 1 publishes of one connection that wait for their ack, at most; v5 clients are told so
-    /// as Receive Maximum.
-    pub in_flight_max: u16,
-}
-
 /// `[[route]]`.
 #[derive(Clone, Debug)]
 pub struct RouteConfig {
@@ -82,6 +74,8 @@ pub struct RouteConfig {
     pub filter: String,
     /// Media type of payloads that name none themselves.
     pub content_type: Option<String>,
+    /// Where the device key stands.
+    pub device: DeviceFrom,
     /// CloudEvents type of its events; none: the sink's.
     pub event_type: Option<String>,
     /// Priority class of its events.
@@ -261,9 +255,12 @@ const DAY: Duration = Duration::from_hours(24);
 fn read(root: &Section<'_, '_>) -> Config {
     let routes = read_routes(root);
     let sinks = sinks::read(root, &routes);
+    let auth = auth::read(&root.section("auth"));
     Config {
         gateway: read_gateway(&root.section("gateway")),
-        listeners: read_listeners(root),
+        listeners: listeners::read(root, auth.knows_users()),
+        auth,
+        acl: auth::read_acl(root),
         routes,
         ingest: read_ingest(&root.section("ingest")),
         storage: read_storage(&root.section("storage"), !sinks.is_empty()),
@@ -296,46 +293,6 @@ fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
-fn read_listeners(root: &Section<'_, '_>) -> Vec<ListenerConfig> {
-    let sections = root.sections("listener");
-    let mut listeners: Vec<ListenerConfig> = Vec::new();
-    for section in &sections {
-        let listener = read_listener(section);
-        if listener.bind.port() != 0 && listeners.iter().any(|l| l.bind == listener.bind) {
-            section.problem("bind", format!("{} is taken by another listener", listener.bind));
-        }
-        listeners.push(listener);
-    }
-    if listeners.is_empty() {
-        // No [[listener]] at all: one on loopback, read like an empty table so that the defaults
-        // stand in one place.
-        listeners.push(read_listener(&root.absent("listener")));
-    }
-    listeners
-}
-
-fn read_listener(section: &Section<'_, '_>) -> ListenerConfig {
-    section.choice("type", &[("mqtt", ())], ());
-    let bind = read_address(section, "bind", SocketAddr::from(([127, 0, 0, 1], 1883)));
-    let loopback = bind.ip().is_loopback();
-    let allow_anonymous = section.boolean("allow_anonymous", loopback);
-    if !allow_anonymous {
-        section.problem(
-            if section.has("allow_anonymous") { "allow_anonymous" } else { "bind" },
-            "nobody could connect: this version knows no users, and anonymous access is on by \
-             default only on loopback; set allow_anonymous = true if the network is trusted",
-        );
-    }
-    ListenerConfig {
-        bind,
-        allow_anonymous,
-        connections_max: section.integer("connections_max", 1..=1_000_000, 10_000) as usize,
-        connect_timeout: section.time("connect_timeout", SECOND..=600 * SECOND, 10 * SECOND),
-        packet_bytes_max: section.size("packet_bytes_max", KIB..=64 * MIB, 256 * KIB) as usize,
-        in_flight_max: section.integer("in_flight_max", 1..=65_535, 1_024) as u16,
-    }
-}
-
 fn read_address(section: &Section<'_, '_>, key: &'static str, default: SocketAddr) -> SocketAddr {
     let Some(text) = section.string(key) else {
         return default;
@@ -353,22 +310,46 @@ fn read_routes(root: &Section<'_, '_>) -> Vec<RouteConfig> {
     let mut routes = Vec::new();
     for section in root.sections("route") {
         let filter = section.required("filter", "a topic filter such as \"devices/{device}/#\"");
-        if let (false, Err(wrong)) = (filter.is_empty(), device_key::RouteFilter::parse(&filter)) {
+        let parsed = device_key::RouteFilter::parse(&filter);
+        if let (false, Err(wrong)) = (filter.is_empty(), &parsed) {
             section.problem("filter", wrong.to_string());
         }
         let event_type = section.string("event_type");
         if event_type.as_deref() == Some("") {
             section.problem("event_type", "must not be empty: CloudEvents asks for a type");
         }
+        let in_topic = parsed.is_ok_and(|filter| filter.has_device());
         let lanes = Lane::ALL.map(|lane| (lane.name(), lane));
         routes.push(RouteConfig {
             filter,
             content_type: section.string("content_type"),
+            device: read_device(&section, in_topic),
             event_type,
             lane: section.choice("lane", &lanes, Lane::default()),
         });
     }
     routes
+}
+
+/// `in_topic`: the filter has `{device}`.
+fn read_device(section: &Section<'_, '_>, in_topic: bool) -> DeviceFrom {
+    let Some(text) = section.string("device") else {
+        return if in_topic { DeviceFrom::Topic } else { DeviceFrom::ClientId };
+    };
+    match DeviceFrom::parse(&text) {
+        Ok(device) => {
+            if in_topic != (device == DeviceFrom::Topic) {
+                let why = "\"topic\" goes with {device} in the filter, and only with that: write \
+                           '+' there if the device key stands elsewhere";
+                section.problem("device", why);
+            }
+            device
+        }
+        Err(wrong) => {
+            section.problem("device", wrong);
+            DeviceFrom::default()
+        }
+    }
 }
 
 fn read_ingest(section: &Section<'_, '_>) -> IngestConfig {

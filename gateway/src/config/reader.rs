@@ -147,23 +147,23 @@ impl<'s, 'a> Section<'s, 'a> {
         }
     }
 
-    /// A list of texts; an absent one reads as empty. `${NAME}` is replaced as in [`Section::string`].
+    /// A list of texts, with `${NAME}` replaced from the environment; an absent one is empty.
     pub(super) fn strings(&self, key: &'static str) -> Vec<String> {
         let Some((name, value)) = self.get(key) else {
             return Vec::new();
         };
-        let texts = value.get_ref().as_array().and_then(|items| {
-            items.iter().map(|item| item.get_ref().as_str()).collect::<Option<Vec<_>>>()
-        });
-        let Some(texts) = texts else {
-            self.wrong_type(name, key, value, "a list of texts, such as [\"a\", \"b\"]");
+        let Some(array) = value.get_ref().as_array() else {
+            self.wrong_type(name, key, value, "a list of texts, as in [\"a\", \"b\"]");
             return Vec::new();
         };
-        let texts = texts.into_iter().map(|text| interpolate(text, self.reader.env));
-        texts.collect::<Result<_, _>>().unwrap_or_else(|message| {
-            self.problem(key, message);
-            Vec::new()
-        })
+        let texts = array.iter().filter_map(|item| {
+            let Some(text) = item.get_ref().as_str() else {
+                self.wrong_type(name, key, item, "a list of texts in quotes");
+                return None;
+            };
+            interpolate(text, self.reader.env).map_err(|message| self.problem(key, message)).ok()
+        });
+        texts.collect()
     }
 
     /// A text that must be there and must not be empty.

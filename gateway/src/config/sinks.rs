@@ -1,18 +1,26 @@
 //! `[[sink]]`: reads every kind of sink.
 
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 
+use bridge::Template;
 use bridge::config::{
-    Backlog, Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, Secret, SecretSource,
-    SinkConfig, Target,
+    Backlog, Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, HttpProxy, HttpVersion,
+    MqttConfig, OAuth2Config, Secret, SecretSource, SinkConfig, Target, TlsConfig, TlsIdentity,
+    UserProperties,
 };
 
+#[cfg(feature = "kafka")]
+use bridge::config::KafkaDelivery;
 use bridge::filter::{Filter, TopicFilter};
 use bridge::shaper::{AtBudget, DayWindow, Shaping};
 use storage::{Lane, Lanes};
 
 use super::RouteConfig;
 use super::reader::Section;
+
+/// Longest MQTT client id that is taken; brokers need not take more than 23 [MQTT-3.1.3-5].
+const CLIENT_ID_BYTES_MAX: usize = 256;
 
 /// Range of `lag_bytes_max`, where there is a limit.
 const LAG_BYTES_MIN: u64 = 1 << 20;
@@ -22,6 +30,7 @@ const LAG_BYTES_MAX: u64 = 64 << 40;
 enum Kind {
     Kafka,
     Http,
+    Mqtt,
     File,
 }
 
@@ -35,6 +44,8 @@ pub(super) fn read(root: &Section<'_, '_>, routes: &[RouteConfig]) -> Vec<SinkCo
             continue;
         };
         sink.lanes = lanes;
+        #[cfg(feature = "kafka")]
+        refuse_streams(&section, &sink);
         if sink.shaping.at_budget == AtBudget::AlarmsOnly && !lanes.contains(Lane::Alarm) {
             section
                 .problem("at_budget", "no [[route]] has lane = \"alarm\": nothing would be sent");
@@ -47,6 +58,26 @@ pub(super) fn read(root: &Section<'_, '_>, routes: &[RouteConfig]) -> Vec<SinkCo
     sinks
 }
 
+/// The cursor that Kafka keeps is one offset: with several streams, events below it would be taken for
+/// delivered that are not.
+#[cfg(feature = "kafka")]
+fn refuse_streams(section: &Section<'_, '_>, sink: &SinkConfig) {
+    let Target::Kafka(kafka) = &sink.target else { return };
+    if kafka.delivery != KafkaDelivery::ExactlyOnce {
+        return;
+    }
+    if sink.backlog != Backlog::InOrder {
+        let why = "\"live_first\" does not go with delivery = \"exactly_once\": the cursor in Kafka is \
+                   one offset, and events below it would be lost; set \"in_order\" or \"idempotent\"";
+        section.problem("backlog", why);
+    }
+    if sink.lanes != Lanes::NONE {
+        let why = "\"exactly_once\" does not go with a [[route]] whose lane is not \"live\": the cursor \
+                   in Kafka is one offset, and events below it would be lost; set \"idempotent\"";
+        section.problem("delivery", why);
+    }
+}
+
 fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     let name = section.required("name", "a name for this sink, such as \"cloud\"");
     let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
@@ -56,15 +87,23 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
             format!("must be 1 to 64 letters, digits, '-', '_' or '.', not {name:?}"),
         );
     }
-    let kinds =
-        [("kafka", Some(Kind::Kafka)), ("http", Some(Kind::Http)), ("file", Some(Kind::File))];
+    let kinds = [
+        ("kafka", Some(Kind::Kafka)),
+        ("http", Some(Kind::Http)),
+        ("mqtt", Some(Kind::Mqtt)),
+        ("file", Some(Kind::File)),
+    ];
     if !section.has("type") {
-        section.missing("type", "\"kafka\", \"http\" or \"file\"");
+        section.missing("type", "\"kafka\", \"http\", \"mqtt\" or \"file\"");
     }
     let kind = section.choice("type", &kinds, None);
     let target = match kind {
+        #[cfg(feature = "kafka")]
+        Some(Kind::Kafka) => Some(Target::Kafka(super::kafka::read(section))),
+        #[cfg(not(feature = "kafka"))]
         Some(Kind::Kafka) => read_kafka(section),
         Some(Kind::Http) => Some(Target::Http(read_http(section))),
+        Some(Kind::Mqtt) => Some(Target::Mqtt(read_mqtt(section))),
         Some(Kind::File) => Some(Target::File(read_file(section))),
         None => {
             // What its other keys mean depends on the type: say nothing of them.
@@ -157,35 +196,100 @@ fn read_filter(section: &Section<'_, '_>) -> Filter {
     filter
 }
 
-fn wide(range: RangeInclusive<usize>) -> RangeInclusive<u64> {
+pub(super) fn wide(range: RangeInclusive<usize>) -> RangeInclusive<u64> {
     *range.start() as u64..=*range.end() as u64
 }
 
 fn read_http(section: &Section<'_, '_>) -> HttpConfig {
-    let url = section.required("url", "an address such as \"https://bus.example.com/events\"");
+    let url = read_url(section, "url", "\"https://bus.example.com/events\"", "username");
+    let formats = [
+        ("cloudevents_batch", HttpFormat::CloudEventsBatch),
+        ("ndjson", HttpFormat::NdJson),
+        ("json_array", HttpFormat::JsonArray),
+        ("cloudevent", HttpFormat::CloudEvent),
+        ("cloudevent_binary", HttpFormat::CloudEventBinary),
+        ("raw", HttpFormat::Raw),
+    ];
+    let codings =
+        [("none", Compression::None), ("gzip", Compression::Gzip), ("zstd", Compression::Zstd)];
+    let versions =
+        [("auto", HttpVersion::Auto), ("1.1", HttpVersion::Http1), ("2", HttpVersion::Http2)];
+    let format = section.choice("format", &formats, HttpFormat::default());
+    let in_flight = wide(HttpConfig::IN_FLIGHT_RANGE);
+    HttpConfig {
+        url,
+        format,
+        compression: section.choice("compression", &codings, Compression::default()),
+        in_flight_max: section.integer(
+            "in_flight_max",
+            in_flight,
+            format.in_flight_default() as u64,
+        ) as usize,
+        version: section.choice("http_version", &versions, HttpVersion::default()),
+        auth: read_auth(section),
+        signing_key: read_secret(section, ["signing_key", "signing_key_file", "signing_key_env"]),
+        tls: read_tls(section),
+        proxy: read_proxy(section),
+        headers: read_headers(&section.section("headers")),
+    }
+}
+
+/// An `http` or `https` address. Credentials have keys of their own, `instead` is one of them.
+fn read_url(section: &Section<'_, '_>, key: &'static str, such: &str, instead: &str) -> String {
+    let url = section.required(key, &format!("an address such as {such}"));
     if !url.is_empty() {
         match reqwest::Url::parse(&url) {
             Ok(parsed) if !["http", "https"].contains(&parsed.scheme()) || !parsed.has_host() => {
-                section.problem("url", format!("must begin with http:// or https://, not {url:?}"));
+                section.problem(key, format!("must begin with http:// or https://, not {url:?}"));
             }
             Ok(parsed) if !parsed.username().is_empty() || parsed.password().is_some() => {
-                section.problem("url", "must not hold credentials; use username and password_file");
+                section.problem(
+                    key,
+                    format!("must not hold credentials; use {instead} and the key for its secret"),
+                );
             }
             Ok(_) => {}
-            Err(wrong) => section.problem("url", format!("is no address: {wrong}")),
+            Err(wrong) => section.problem(key, format!("is no address: {wrong}")),
         }
     }
-    let formats =
-        [("cloudevents_batch", HttpFormat::CloudEventsBatch), ("ndjson", HttpFormat::NdJson)];
-    let codings =
-        [("none", Compression::None), ("gzip", Compression::Gzip), ("zstd", Compression::Zstd)];
-    HttpConfig {
-        url,
-        format: section.choice("format", &formats, HttpFormat::default()),
-        compression: section.choice("compression", &codings, Compression::default()),
-        auth: read_auth(section),
-        headers: read_headers(&section.section("headers")),
+    url
+}
+
+fn read_proxy(section: &Section<'_, '_>) -> Option<HttpProxy> {
+    let username = section.string("proxy_username");
+    let password =
+        read_secret(section, ["proxy_password", "proxy_password_file", "proxy_password_env"]);
+    if !section.has("proxy") {
+        if username.is_some() || password.is_some() {
+            section.missing("proxy", "the proxy's address, such as \"http://proxy:3128\"");
+        }
+        return None;
     }
+    let url = read_url(section, "proxy", "\"http://proxy:3128\"", "proxy_username");
+    if username.is_some() != password.is_some() {
+        let key = if username.is_some() { "proxy_password_file" } else { "proxy_username" };
+        section.missing(key, "the other half of the proxy's credentials");
+    }
+    Some(HttpProxy { url, credentials: username.zip(password) })
+}
+
+fn read_tls(section: &Section<'_, '_>) -> TlsConfig {
+    let section = section.section("tls");
+    let path = |key| section.string(key).map(PathBuf::from);
+    let ca_file = path("ca_file");
+    let identity = match (path("cert_file"), path("key_file")) {
+        (Some(cert_file), Some(key_file)) => Some(TlsIdentity { cert_file, key_file }),
+        (None, None) => None,
+        (Some(_), None) => {
+            section.missing("key_file", "the PEM file of the certificate's private key");
+            None
+        }
+        (None, Some(_)) => {
+            section.missing("cert_file", "the PEM file of the key's certificate chain");
+            None
+        }
+    };
+    TlsConfig { ca_file, identity }
 }
 
 fn read_headers(section: &Section<'_, '_>) -> Vec<(String, String)> {
@@ -204,27 +308,53 @@ fn read_auth(section: &Section<'_, '_>) -> HttpAuth {
     let bearer = read_secret(section, ["bearer_token", "bearer_token_file", "bearer_token_env"]);
     let password = read_secret(section, ["password", "password_file", "password_env"]);
     let username = section.string("username");
-    match (bearer, username, password) {
-        (Some(_), Some(_), _) => {
+    let oauth2 = section.has("oauth2").then(|| read_oauth2(&section.section("oauth2")));
+    if oauth2.is_some() && (bearer.is_some() || username.is_some()) {
+        section.problem("oauth2", "cannot stand beside a bearer token or a username; keep one");
+    }
+    match (oauth2, bearer, username, password) {
+        (Some(oauth2), ..) => HttpAuth::OAuth2(oauth2),
+        (None, Some(_), Some(_), _) => {
             section.problem("username", "cannot stand beside a bearer token; keep one of them");
             HttpAuth::None
         }
-        (Some(token), None, None) => HttpAuth::Bearer(token),
-        (None, Some(username), Some(password)) => HttpAuth::Basic { username, password },
-        (None, Some(_), None) => {
+        (None, Some(token), None, None) => HttpAuth::Bearer(token),
+        (None, None, Some(username), Some(password)) => HttpAuth::Basic { username, password },
+        (None, None, Some(_), None) => {
             section.missing("password_file", "the file that holds the password of username");
             HttpAuth::None
         }
-        (_, None, Some(_)) => {
+        (None, _, None, Some(_)) => {
             section.missing("username", "the user whose password is given");
             HttpAuth::None
         }
-        (None, None, None) => HttpAuth::None,
+        (None, None, None, None) => HttpAuth::None,
+    }
+}
+
+fn read_oauth2(section: &Section<'_, '_>) -> OAuth2Config {
+    let such = "\"https://login.example.com/oauth2/token\"";
+    let token_url = read_url(section, "token_url", such, "client_id");
+    let client_id = section.required("client_id", "the id of this client");
+    let keys = ["client_secret", "client_secret_file", "client_secret_env"];
+    let client_secret = read_secret(section, keys).unwrap_or_else(|| {
+        section.missing("client_secret_file", "the file that holds the client's secret");
+        SecretSource::Inline(Secret::new(""))
+    });
+    OAuth2Config {
+        token_url,
+        client_id,
+        client_secret,
+        scope: section.string("scope"),
+        audience: section.string("audience"),
     }
 }
 
 /// A secret may stand in the configuration, in a file or in the environment: in one of them.
-fn read_secret(section: &Section<'_, '_>, keys: [&'static str; 3]) -> Option<SecretSource> {
+pub(super) fn read_secret(
+    section: &Section<'_, '_>,
+    keys: [&'static str; 3],
+) -> Option<SecretSource> {
     let [inline, file, env] = keys;
     let sources = [
         section.string(inline).map(|text| SecretSource::Inline(Secret::new(text))),
@@ -242,58 +372,94 @@ fn read_secret(section: &Section<'_, '_>, keys: [&'static str; 3]) -> Option<Sec
     Some(first)
 }
 
-#[cfg(feature = "kafka")]
-#[expect(clippy::unnecessary_wraps, reason = "without the feature there is nothing to give")]
-fn read_kafka(section: &Section<'_, '_>) -> Option<Target> {
-    use bridge::config::{KafkaCompression, KafkaConfig, KafkaDelivery};
-    let brokers = section.required("brokers", "the brokers, such as \"10.0.0.5:9092\"");
-    let is_broker = |b: &str| {
-        b.trim().rsplit_once(':').is_some_and(|(host, port)| {
-            !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p != 0)
-        })
-    };
-    if !brokers.is_empty() && !brokers.split(',').all(is_broker) {
-        section.problem("brokers", format!("must be host:port[,host:port ...], not {brokers:?}"));
-    }
-    let topic = section.required("topic", "the Kafka topic, such as \"events\"");
-    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if topic.len() > 249 || !topic.chars().all(fits) {
-        section.problem(
-            "topic",
-            format!("must be 1 to 249 letters, digits, '-', '_' or '.', not {topic:?}"),
-        );
-    }
-    let deliveries = [
-        ("idempotent", Some(KafkaDelivery::Idempotent)),
-        ("at_least_once", Some(KafkaDelivery::AtLeastOnce)),
-        ("exactly_once", None),
-    ];
-    let delivery = section
-        .choice("delivery", &deliveries, Some(KafkaDelivery::default()))
-        .unwrap_or_else(|| {
-            section.problem(
-                "delivery",
-                "\"exactly_once\" is not in this version; \"idempotent\" is the nearest: no \
-                 duplicate while the gateway lives",
-            );
-            KafkaDelivery::default()
-        });
-    let compressions = [
-        ("none", KafkaCompression::None),
-        ("gzip", KafkaCompression::Gzip),
-        ("snappy", KafkaCompression::Snappy),
-        ("lz4", KafkaCompression::Lz4),
-        ("zstd", KafkaCompression::Zstd),
-    ];
-    let compression = section.choice("compression", &compressions, KafkaCompression::default());
-    Some(Target::Kafka(KafkaConfig { brokers, topic, delivery, compression }))
-}
-
 #[cfg(not(feature = "kafka"))]
 fn read_kafka(section: &Section<'_, '_>) -> Option<Target> {
     section.ignore_rest();
     section.problem("type", "this edge-gateway was built without Kafka; use the one that has it");
     None
+}
+
+fn read_mqtt(section: &Section<'_, '_>) -> MqttConfig {
+    let (host, port, is_tls) = read_broker(section);
+    let tls = read_tls(section);
+    if !is_tls && tls != TlsConfig::default() {
+        section.problem("tls", "is for a url that begins with mqtts://");
+    }
+    let topic = section.string("topic").unwrap_or_else(|| MqttConfig::TOPIC.to_owned());
+    let topic = Template::parse(&topic).and_then(|template| {
+        if template.literals().any(|text| text.contains(['+', '#', '\0'])) {
+            return Err("must be a topic to publish to, without + and #".to_owned());
+        }
+        Ok(template)
+    });
+    let defaults = MqttConfig::new(host, port);
+    let topic = topic.unwrap_or_else(|wrong| {
+        section.problem("topic", wrong);
+        defaults.topic.clone()
+    });
+    let properties = [
+        ("cloudevents", UserProperties::CloudEvents),
+        ("id", UserProperties::Id),
+        ("none", UserProperties::None),
+    ];
+    let client_id = section.string("client_id");
+    if client_id.as_ref().is_some_and(|id| id.is_empty() || id.len() > CLIENT_ID_BYTES_MAX) {
+        section.problem("client_id", format!("must be 1 to {CLIENT_ID_BYTES_MAX} bytes long"));
+    }
+    let username = section.string("username");
+    let password = read_secret(section, ["password", "password_file", "password_env"]);
+    if username.is_none() && password.is_some() {
+        section.missing("username", "the user whose password is given");
+    }
+    let in_flight = MqttConfig::IN_FLIGHT_RANGE;
+    let in_flight = u64::from(*in_flight.start())..=u64::from(*in_flight.end());
+    let in_flight_max =
+        section.integer("in_flight_max", in_flight, defaults.in_flight_max.into()) as u16;
+    MqttConfig {
+        tls: is_tls.then_some(tls),
+        topic,
+        user_properties: section.choice("user_properties", &properties, UserProperties::default()),
+        client_id,
+        credentials: username.map(|username| (username, password)),
+        in_flight_max,
+        ..defaults
+    }
+}
+
+/// Host and port of an MQTT broker, and whether it is spoken to over TLS.
+fn read_broker(section: &Section<'_, '_>) -> (String, u16, bool) {
+    let url = section.required("url", "an address such as \"mqtts://broker.example.com:8883\"");
+    let nowhere = (String::new(), MqttConfig::PORT, url.starts_with("mqtts:"));
+    if url.is_empty() {
+        return nowhere;
+    }
+    let parsed = match reqwest::Url::parse(&url) {
+        Ok(parsed) => parsed,
+        Err(wrong) => {
+            section.problem("url", format!("is no address: {wrong}"));
+            return nowhere;
+        }
+    };
+    let default = match parsed.scheme() {
+        "mqtt" => MqttConfig::PORT,
+        "mqtts" => MqttConfig::TLS_PORT,
+        _ => {
+            section.problem("url", format!("must begin with mqtt:// or mqtts://, not {url:?}"));
+            return nowhere;
+        }
+    };
+    if !parsed.username().is_empty() || parsed.password().is_some() {
+        section.problem("url", "must not hold credentials; use username and password_file");
+    } else if !matches!(parsed.path(), "" | "/") || parsed.query().is_some() {
+        section.problem("url", "must be host and port only; the topic has a key of its own");
+    }
+    match parsed.host_str() {
+        Some(host) => (host.to_owned(), parsed.port().unwrap_or(default), nowhere.2),
+        None => {
+            section.problem("url", "names no host");
+            nowhere
+        }
+    }
 }
 
 fn read_file(section: &Section<'_, '_>) -> FileConfig {

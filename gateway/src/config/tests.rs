@@ -45,6 +45,10 @@ name = "cloud"
 type = "http"
 url = "http://127.0.0.1:8080/events"
 [[sink]]
+name = "north"
+type = "mqtt"
+url = "mqtt://127.0.0.1:1884"
+[[sink]]
 name = "archive"
 type = "file"
 path = "/var/lib/edge-gateway/archive.ndjson"
@@ -65,14 +69,16 @@ fn the_annotated_defaults_are_the_defaults() {
 fn the_annotated_file_shows_every_key() {
     let (_, asked) = Config::parse_asking("t.toml", &annotated(true), &env);
     // The alternatives of a secret are named in prose.
-    let in_prose = ["bearer_token", "bearer_token_env", "password", "password_env"];
+    let secrets =
+        ["bearer_token", "password", "proxy_password", "signing_key", "client_secret", "token"];
     for path in asked {
         let key = path.rsplit('.').next().unwrap();
         let shown = ANNOTATED.lines().any(|line| {
             let line = line.trim_start_matches('#');
             line.starts_with(&format!("{key} =")) || line.trim_matches(['[', ']']) == path
         });
-        assert!(shown || in_prose.contains(&key), "configs/gateway.toml does not show {path}");
+        let in_prose = secrets.contains(&key.trim_end_matches("_env"));
+        assert!(shown || in_prose, "configs/gateway.toml does not show {path}");
     }
 }
 
@@ -95,6 +101,80 @@ fn every_shipped_configuration_is_right() {
     }
     seen.sort();
     assert_eq!(seen, ["gateway.toml", "http.toml", "kafka.toml", "quickstart.toml"]);
+}
+
+/// The services in configs/kafka.toml, each in the place of the sink above them. A build without TLS
+/// says so, and finds nothing else wrong.
+#[cfg(feature = "kafka")]
+#[test]
+fn every_kafka_service_that_is_shown_is_right() {
+    let text = include_str!("../../../configs/kafka.toml");
+    let mut blocks = text.split("\n# == ");
+    let (before, _) = blocks.next().unwrap().split_once("[[sink]]").unwrap();
+    let mut services = 0;
+    for block in blocks {
+        let lines: Vec<&str> = block.lines().filter_map(|line| line.strip_prefix("##")).collect();
+        let name = block.lines().next().unwrap();
+        match parse(&format!("{before}{}", lines.join("\n"))) {
+            Ok(config) => assert_eq!(config.sinks.len(), 1, "{name}"),
+            Err(wrong) => {
+                let built_in = bridge::config::KafkaConfig::TLS_BUILT_IN;
+                let expected = |line: &str| !built_in && line.contains("the feature kafka-tls");
+                assert!(wrong.lines().all(expected), "{name}: {wrong}");
+            }
+        }
+        services += 1;
+    }
+    assert_eq!(services, 5);
+}
+
+#[cfg(feature = "kafka")]
+#[test]
+fn what_kafka_would_refuse_is_refused_here() {
+    let sink = |more: &str| {
+        parse(&format!("[[sink]]\nname = \"a\"\ntype = \"kafka\"\nbrokers = \"b:9092\"\n{more}"))
+    };
+    for right in [
+        "topic = \"plant.{2}.{device}\"",
+        "topic = \"{type}\"\ndelivery = \"exactly_once\"\ncursor_topic = \"cursors\"",
+        "topic = \"t\"\nheaders = \"id\"\n[sink.librdkafka]\n\"linger.ms\" = \"20\"",
+        "topic = \"t\"\n[sink.sasl]\nmechanism = \"plain\"\nusername = \"u\"\npassword_env = \"P\"",
+    ] {
+        sink(right).unwrap();
+    }
+    for (wrong, place, told) in [
+        ("topic = \"a b\"", "5: sink.topic", "letters, digits"),
+        ("topic = \"a/{device}\"", "5: sink.topic", "between what is in braces"),
+        ("topic = \"{devcie}\"", "5: sink.topic", "{device}"),
+        ("topic = \"{1}\"\ndelivery = \"exactly_once\"", "1: sink.cursor_topic", "template"),
+        (
+            "topic = \"t\"\ndelivery = \"exactly_once\"\nbacklog = \"live_first\"",
+            "7: sink.backlog",
+            "exactly_once",
+        ),
+        (
+            "topic = \"t\"\ndelivery = \"exactly_once\"\n[[route]]\nfilter = \"a\"\nlane = \"alarm\"",
+            "6: sink.delivery",
+            "[[route]]",
+        ),
+        ("topic = \"t\"\n[sink.librdkafka]\nacks = \"1\"", "7: sink.librdkafka.acks", "replicas"),
+        (
+            "topic = \"t\"\n[sink.librdkafka]\n\"linger.sm\" = \"1\"",
+            "7: sink.librdkafka.linger.sm",
+            "not taken",
+        ),
+        ("topic = \"t\"\n[sink.sasl]", "6: sink.sasl.mechanism", "is missing"),
+        (
+            "topic = \"t\"\n[sink.sasl]\nmechanism = \"plain\"\nusername = \"u\"",
+            "6: sink.sasl.password_file",
+            "is missing",
+        ),
+        ("topic = \"t\"\n[sink.tls]\ncert_file = \"c.pem\"", "6: sink.tls.key_file", "private key"),
+    ] {
+        let problems = sink(wrong).unwrap_err();
+        let line = problems.lines().find(|line| line.starts_with(&format!("t.toml:{place}: ")));
+        assert!(line.is_some_and(|line| line.contains(told)), "{wrong:?}: {problems}");
+    }
 }
 
 #[test]
@@ -120,7 +200,7 @@ username = "u"
 name = "a"
 type = "kafka"
 brokers = "nowhere"
-delivery = "exactly_once"
+cursor_topic = "cursors"
 topic = "t"
 [[sink]]
 type = "htp"
@@ -138,7 +218,7 @@ whatever = 1
         (13, "sink.password_file"),
         (19, "sink.name"),
         (21, "sink.brokers"),
-        (22, "sink.delivery"),
+        (22, "sink.cursor_topic"),
         (24, "sink.name"),
         (25, "sink.type"),
         (27, "storge"),
@@ -165,6 +245,82 @@ bearer_token = "hunter2"
     assert!(parse(&twice).unwrap_err().contains("only one of"));
 }
 
+/// An HTTP sink with these keys.
+fn http_sink(keys: &str) -> Result<Config, String> {
+    parse(&format!(
+        "[[sink]]\nname = \"a\"\ntype = \"http\"\nurl = \"https://example.com/\"\n{keys}"
+    ))
+}
+
+#[test]
+fn a_format_of_single_events_has_more_of_them_in_flight() {
+    for (keys, expected) in [
+        ("", "in_flight_max: 1,"),
+        ("format = \"raw\"", "in_flight_max: 8,"),
+        ("format = \"raw\"\nin_flight_max = 2", "in_flight_max: 2,"),
+    ] {
+        let config = http_sink(keys).unwrap();
+        assert!(format!("{:?}", config.sinks).contains(expected), "{keys}: {:?}", config.sinks);
+    }
+}
+
+#[test]
+fn an_mqtt_sink_is_host_port_and_a_topic_to_publish_to() {
+    let sink = |keys: &str| parse(&format!("[[sink]]\nname = \"n\"\ntype = \"mqtt\"\n{keys}"));
+    for (url, expected) in [
+        ("mqtt://broker", "host: \"broker\", port: 1883, tls: None"),
+        ("mqtts://broker:9000", "host: \"broker\", port: 9000, tls: Some("),
+        ("mqtts://10.0.0.5/", "host: \"10.0.0.5\", port: 8883, tls: Some("),
+    ] {
+        let config = sink(&format!("url = {url:?}\nusername = \"u\"")).unwrap();
+        assert!(format!("{:?}", config.sinks).contains(expected), "{url}: {:?}", config.sinks);
+    }
+    for (keys, told) in [
+        ("", "sink.url: is missing"),
+        ("url = \"tcp://x\"", "sink.url: must begin with mqtt://"),
+        ("url = \"mqtt://u:s3cret@x\"", "sink.url: must not hold credentials"),
+        ("url = \"mqtt://x/topic\"", "sink.url: must be host and port only"),
+        ("url = \"mqtt://x\"\n[sink.tls]\nca_file = \"c\"", "sink.tls: is for a url"),
+        ("url = \"mqtt://x\"\ntopic = \"up/#\"", "sink.topic: must be a topic to publish to"),
+        ("url = \"mqtt://x\"\ntopic = \"up/{devcie}\"", "sink.topic: has {devcie}"),
+        ("url = \"mqtt://x\"\npassword = \"s3cret\"", "sink.username: is missing"),
+        ("url = \"mqtt://x\"\nin_flight_max = 0", "sink.in_flight_max: must be"),
+    ] {
+        let problems = sink(keys).unwrap_err();
+        assert!(problems.contains(told), "{keys}: {problems}");
+        assert_eq!(problems.lines().count(), 1, "{keys}: {problems}");
+    }
+}
+
+#[test]
+fn half_of_what_belongs_together_is_told() {
+    for (keys, told) in [
+        ("proxy_username = \"u\"", "sink.proxy: is missing"),
+        ("proxy = \"http://p:1\"\nproxy_password = \"s3cret\"", "sink.proxy_username: is missing"),
+        ("proxy = \"http://u:s3cret@p:1\"", "sink.proxy: must not hold credentials"),
+        ("proxy = \"socks5://p:1\"", "sink.proxy: must begin with http"),
+        ("[sink.tls]\ncert_file = \"c\"", "sink.tls.key_file: is missing"),
+        ("[sink.tls]\nkey_file = \"k\"", "sink.tls.cert_file: is missing"),
+        (
+            "bearer_token = \"s3cret\"\n[sink.oauth2]\ntoken_url = \"https://x/\"\nclient_id = \"c\"\nclient_secret = \"s3cret\"",
+            "sink.oauth2: cannot stand beside",
+        ),
+        (
+            "[sink.oauth2]\ntoken_url = \"https://x/\"\nclient_id = \"c\"",
+            "sink.oauth2.client_secret_file: is missing",
+        ),
+        (
+            "[sink.oauth2]\nclient_id = \"c\"\nclient_secret = \"s3cret\"",
+            "sink.oauth2.token_url: is missing",
+        ),
+        ("in_flight_max = 65", "sink.in_flight_max: must be a whole number from 1 to 64"),
+    ] {
+        let problems = http_sink(keys).unwrap_err();
+        assert!(problems.contains(told), "{keys}: {problems}");
+        assert_eq!(problems.lines().count(), 1, "{keys}: {problems}");
+    }
+}
+
 #[test]
 fn a_word_that_is_no_level_would_silence_the_log() {
     for right in ["warn", "INFO", "off", "info,gateway::mqtt=debug", "gateway=trace, error"] {
@@ -180,4 +336,138 @@ fn a_word_that_is_no_level_would_silence_the_log() {
 fn a_small_quota_gets_small_files() {
     let config = parse("[storage]\nquota_bytes = \"64MiB\"").unwrap();
     assert_eq!(config.storage.file_bytes_max, 16 << 20);
+}
+
+#[test]
+fn listeners_say_what_they_need() {
+    let right = r#"
+[[listener]]
+bind = "unix:/run/edge-gateway/mqtt.sock"
+unix_mode = "0600"
+[[listener]]
+type = "websocket"
+bind = "0.0.0.0:8883"
+[listener.tls]
+cert_file = "c"
+key_file = "k"
+client_ca_file = "a"
+client_identity = "san"
+"#;
+    let listeners = parse(right).unwrap().listeners;
+    assert_eq!(listeners[0].bind, Bind::Unix("/run/edge-gateway/mqtt.sock".into()));
+    assert_eq!((listeners[0].unix_mode, listeners[0].allow_anonymous), (0o600, true));
+    assert_eq!(
+        (listeners[1].transport, listeners[1].allow_anonymous),
+        (Transport::WebSocket, false)
+    );
+    let tls = listeners[1].tls.as_ref().unwrap();
+    assert_eq!(tls.client_identity, ClientIdentity::AltName);
+
+    let wrong = r#"
+[[listener]]
+bind = "unix:mqtt.sock"
+unix_mode = "rw"
+[listener.tls]
+key_file = "k"
+client_identity = "cn"
+[[listener]]
+bind = "unix:mqtt.sock"
+[[listener]]
+bind = "0.0.0.0:8883"
+unix_mode = "0600"
+[listener.tls]
+cert_file = "c"
+key_file = "k"
+client_ca_file = "a"
+client_identity = "none"
+"#;
+    let wrong = parse(wrong).unwrap_err();
+    for (line, key, what) in [
+        (3, "listener.bind", "from the root on"),
+        (4, "listener.unix_mode", "octal"),
+        (5, "listener.tls", "Unix socket"),
+        (5, "listener.tls.cert_file", "is missing"),
+        (5, "listener.tls.client_ca_file", "is missing"),
+        (9, "listener.bind", "taken by another listener"),
+        (9, "listener.bind", "from the root on"),
+        (11, "listener.bind", "nobody could connect"),
+        (12, "listener.unix_mode", "Unix sockets only"),
+    ] {
+        let place = format!("t.toml:{line}: {key}: ");
+        let told = wrong.lines().any(|l| l.starts_with(&place) && l.contains(what));
+        assert!(told, "no {place:?} with {what:?} in\n{wrong}");
+    }
+    assert_eq!(wrong.lines().count(), 9, "{wrong}");
+}
+
+#[test]
+fn log_ins_and_rules_say_what_they_need() {
+    let right = r##"
+[[listener]]
+bind = "0.0.0.0:1883"
+[auth]
+users_file = "/etc/edge-gateway/users"
+[auth.jwt]
+jwks_file = "keys"
+[[acl]]
+publish = ["devices/%c/#"]
+[[acl]]
+users = ["alice"]
+subscribe = ["plant/+/%u", "#"]
+"##;
+    let config = parse(right).unwrap();
+    assert!(!config.listeners[0].allow_anonymous);
+    assert_eq!(config.auth.jwt.unwrap().user_claim, "sub");
+    assert_eq!(config.acl[1].subscribe, ["plant/+/%u", "#"]);
+
+    let wrong = r#"
+[auth.jwt]
+hmac_key_file = "k"
+jwks_file = "keys"
+[[acl]]
+users = []
+[[acl]]
+publish = ["a/#/b", 7]
+subscribe = "t"
+"#;
+    let wrong = parse(wrong).unwrap_err();
+    for (line, key, what) in [
+        (4, "auth.jwt.jwks_file", "only one of"),
+        (5, "acl.publish", "is missing"),
+        (6, "acl.users", "nobody"),
+        (8, "acl.publish", "must be topic filters"),
+        (8, "acl.publish", "texts in quotes"),
+        (9, "acl.subscribe", "a list of texts"),
+    ] {
+        let place = format!("t.toml:{line}: {key}: ");
+        let told = wrong.lines().any(|l| l.starts_with(&place) && l.contains(what));
+        assert!(told, "no {place:?} with {what:?} in\n{wrong}");
+    }
+    assert_eq!(wrong.lines().count(), 6, "{wrong}");
+    assert!(parse("[auth.jwt]").unwrap_err().contains("jwks_file: is missing"));
+}
+
+#[test]
+fn a_device_key_stands_in_one_place() {
+    let device = |filter: &str, device: &str| {
+        parse(&format!("[[route]]\nfilter = {filter:?}\n{device}"))
+            .map(|c| c.routes[0].device.clone())
+    };
+    for (filter, written, read) in [
+        ("a/{device}/#", "", DeviceFrom::Topic),
+        ("a/+/#", "", DeviceFrom::ClientId),
+        ("a/{device}/#", "device = \"topic\"", DeviceFrom::Topic),
+        ("a/#", "device = \"username\"", DeviceFrom::Username),
+        ("a/#", "device = \"certificate\"", DeviceFrom::Certificate),
+        ("a/#", "device = \"property:dev\"", DeviceFrom::Property("dev".to_owned())),
+    ] {
+        assert_eq!(device(filter, written).unwrap(), read, "{filter} {written}");
+    }
+    for (filter, wrong) in
+        [("a/#", "topic"), ("a/{device}", "username"), ("a/#", "property:"), ("a/#", "serial")]
+    {
+        let problems = device(filter, &format!("device = {wrong:?}")).unwrap_err();
+        assert!(problems.starts_with("t.toml:3: route.device: "), "{problems}");
+        assert_eq!(problems.lines().count(), 1, "{problems}");
+    }
 }

@@ -1,4 +1,5 @@
-//! Which device an event belongs to: from the topic by a route's filter, else the client id.
+//! Which device an event belongs to: from the topic by a route's filter, else the client id; or from
+//! where the route says ([`DeviceFrom`]), which the connection knows.
 //!
 //! Owns: the syntax of `route.filter` ([`RouteFilter`]) and the choice among routes ([`Routes`]).
 //! A filter is an MQTT topic filter (MQTT 5, 4.7) in which one level may be `{device}`: it matches
@@ -21,6 +22,46 @@ pub struct Resolved<'a> {
     pub event_type: Option<&'a str>,
     /// The route's lane.
     pub lane: Lane,
+    /// Where the route says that the device key stands.
+    pub device: &'a DeviceFrom,
+}
+
+/// Where a device key stands. What has none there goes under the client id.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum DeviceFrom {
+    /// In the topic, where the filter has `{device}`.
+    #[default]
+    Topic,
+    /// In CONNECT.
+    ClientId,
+    /// The user that the client has logged in as.
+    Username,
+    /// The user in the client's certificate.
+    Certificate,
+    /// A user property of each publish, of this name (MQTT 5).
+    Property(String),
+}
+
+impl DeviceFrom {
+    /// Reads `route.device`.
+    ///
+    /// # Errors
+    /// What would be right.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "topic" => Ok(Self::Topic),
+            "client_id" => Ok(Self::ClientId),
+            "username" => Ok(Self::Username),
+            "certificate" => Ok(Self::Certificate),
+            _ => match text.strip_prefix("property:") {
+                Some(name) if !name.is_empty() => Ok(Self::Property(name.to_owned())),
+                _ => Err(format!(
+                    "must be \"topic\", \"client_id\", \"username\", \"certificate\" or \
+                     \"property:NAME\", not {text:?}"
+                )),
+            },
+        }
+    }
 }
 
 /// The routes in the order in which they are tried; the first that matches decides.
@@ -33,6 +74,7 @@ struct Route {
     content_type: Option<String>,
     event_type: Option<String>,
     lane: Lane,
+    device: DeviceFrom,
 }
 
 impl Routes {
@@ -43,8 +85,8 @@ impl Routes {
     pub fn new(routes: &[RouteConfig]) -> Result<Self, RouteFilterError> {
         let route = |config: &RouteConfig| {
             let filter = RouteFilter::parse(&config.filter)?;
-            let RouteConfig { content_type, event_type, lane, .. } = config.clone();
-            Ok(Route { filter, content_type, event_type, lane })
+            let RouteConfig { content_type, device, event_type, lane, .. } = config.clone();
+            Ok(Route { filter, content_type, device, event_type, lane })
         };
         routes.iter().map(route).collect::<Result<_, _>>().map(Self)
     }
@@ -55,6 +97,7 @@ impl Routes {
             return Some(Resolved {
                 device_key: client_id.clone(),
                 content_type: None,
+                device: &DeviceFrom::ClientId,
                 event_type: None,
                 lane: Lane::default(),
             });
@@ -64,6 +107,7 @@ impl Routes {
             Some(Resolved {
                 device_key,
                 content_type: route.content_type.as_deref(),
+                device: &route.device,
                 event_type: route.event_type.as_deref(),
                 lane: route.lane,
             })
@@ -173,6 +217,11 @@ impl RouteFilter {
         Ok(Self(levels))
     }
 
+    /// Whether one level is `{device}`.
+    pub fn has_device(&self) -> bool {
+        self.0.contains(&Level::Device)
+    }
+
     /// `None` if the topic does not match; else the level that `{device}` stands for, or the client
     /// id if the filter has none.
     fn device_key(&self, topic: &ByteString, client_id: &ByteString) -> Option<ByteString> {
@@ -212,6 +261,7 @@ mod tests {
             .map(|filter| RouteConfig {
                 filter: (*filter).to_owned(),
                 content_type: Some(format!("by/{filter}")),
+                device: DeviceFrom::default(),
                 event_type: Some(format!("type of {filter}")),
                 lane: if filter.ends_with("alarm") { Lane::Alarm } else { Lane::Live },
             })

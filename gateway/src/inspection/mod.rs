@@ -14,8 +14,8 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use bridge::config::{HttpFormat, SinkConfig};
-use bridge::{Export, Origin};
+use bridge::config::SinkConfig;
+use bridge::{Export, Framing, Origin};
 use storage::{Progress, ReadError, StateError, Store};
 
 use place::{Bound, BoundError};
@@ -102,7 +102,7 @@ pub struct Selection {
     /// Of this device key only.
     pub device: Option<String>,
     /// How the text looks.
-    pub format: HttpFormat,
+    pub format: Framing,
 }
 
 /// What an export gave.

@@ -26,15 +26,18 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::auth::{self, Peer};
 use super::clients::{Clients, Seat};
 use super::codec::{self, Connect, Delivery};
 use super::downlink::{Downlink, Inbox, Interrupted, Options};
 use super::envelope::Envelope;
+use super::pace::{Pace, Paces};
 use super::reason::{self, Violation};
 use super::session::{Delivered, Effect, Limits, Publishing, Session};
 use super::stats::{FrontStats, LogLimit};
 use super::topic;
-use crate::ingest::device_key::Routes;
+use crate::access::{Access, Grant};
+use crate::ingest::device_key::{DeviceFrom, Routes};
 use crate::ingest::{AckMailbox, Admission, Ingest, Pending, Ticket, partition};
 
 /// Bytes that may wait for a client to read them. Past it neither its packets nor messages for it
@@ -59,6 +62,8 @@ pub struct Shared {
     pub ingest: Ingest,
     /// Device keys by topic.
     pub routes: Routes,
+    /// Who is let in.
+    pub access: Access,
     /// Where subscriptions are.
     pub downlink: Downlink,
     /// Byte budget of held publishes.
@@ -70,6 +75,7 @@ pub struct Shared {
     /// See [`WRITE_STALL`].
     write_stall: Duration,
     clients: Clients,
+    paces: Paces,
     log_limit: LogLimit,
 }
 
@@ -79,6 +85,7 @@ impl Shared {
     pub fn new(
         ingest: Ingest,
         routes: Routes,
+        access: Access,
         downlink: Downlink,
         held_bytes_max: usize,
         shutdown_grace: Duration,
@@ -86,14 +93,21 @@ impl Shared {
         Self {
             ingest,
             routes,
+            access,
             downlink,
             held: Arc::new(Held { bytes: AtomicUsize::new(0), bytes_max: held_bytes_max }),
             stats: FrontStats::default(),
             shutdown_grace,
             write_stall: WRITE_STALL,
             clients: Clients::default(),
+            paces: Paces::default(),
             log_limit: LogLimit::default(),
         }
+    }
+
+    /// Whether a line may be logged that a client has caused, and how many were not of late.
+    pub(super) fn may_log(&self) -> Option<u64> {
+        self.log_limit.allows(Instant::now())
     }
 }
 
@@ -183,7 +197,7 @@ impl From<Interrupted> for End {
 pub async fn serve<R, W>(
     mut reader: R,
     mut writer: W,
-    peer: &str,
+    from: &Peer,
     limits: Limits,
     connect_timeout: Duration,
     shared: &Shared,
@@ -193,10 +207,22 @@ pub async fn serve<R, W>(
     W: AsyncWrite + Unpin,
 {
     let (mut buf, mut out) = (BytesMut::new(), BytesMut::new());
+    let peer = &*from.name;
     let connect = read_connect(&mut reader, &mut buf, &limits, connect_timeout, shared, stop).await;
     let session = match connect {
         Ok(Some(connect)) => {
-            Session::open(connect, &limits, fastrand::u64(..), Instant::now(), &mut out)
+            let admitted = auth::admit(&connect.packet, from, &shared.access);
+            match stop.run_until_cancelled(admitted).await {
+                None => return,
+                Some(Ok(grant)) => {
+                    Session::open(connect, &limits, fastrand::u64(..), Instant::now(), &mut out)
+                        .map(|session| (session, grant))
+                }
+                Some(Err(violation)) => {
+                    codec::put_refusal(&mut out, connect.version, &violation);
+                    Err(violation)
+                }
+            }
         }
         Ok(None) => return,
         Err(refused) => {
@@ -206,8 +232,8 @@ pub async fn serve<R, W>(
             Err(refused.violation)
         }
     };
-    let session = match session {
-        Ok(session) => session,
+    let (session, grant) = match session {
+        Ok(opened) => opened,
         Err(violation) => {
             FrontStats::add(&shared.stats.connections_refused, 1);
             if let Some(unlogged) = shared.log_limit.allows(Instant::now()) {
@@ -223,6 +249,8 @@ pub async fn serve<R, W>(
     let mut conn = Conn {
         shared,
         limits,
+        grant,
+        pace: shared.paces.enter(session.client_id(), from.rate, Instant::now()),
         session,
         buf,
         out,
@@ -295,6 +323,8 @@ struct Device {
     topic: ByteString,
     key: ByteString,
     partition: u16,
+    /// The user property of each publish that names another key.
+    property: Option<String>,
     content_type: Option<ByteString>,
     event_type: Option<ByteString>,
     lane: Lane,
@@ -305,6 +335,10 @@ struct Device {
 struct Conn<'a> {
     shared: &'a Shared,
     limits: Limits,
+    /// Who it is, and what it may do.
+    grant: Grant,
+    /// How fast it may publish.
+    pace: Option<Pace>,
     session: Session,
     buf: BytesMut,
     out: BytesMut,
@@ -347,6 +381,9 @@ impl Conn<'_> {
         let mut stopped = pin!(stop.cancelled());
         let mut taken_over = pin!(seat.taken_over());
         loop {
+            if let Err(end) = self.check_grant() {
+                return end;
+            }
             if let Err(end) = self.digest().await {
                 return end;
             }
@@ -427,6 +464,12 @@ impl Conn<'_> {
         self.out.len() < OUT_BYTES_MAX
             && self.session.takes_publishes()
             && self.hold.has_room(usize::from(self.limits.in_flight_max.get()))
+            && self.paced_until().is_none()
+    }
+
+    /// Until when it is not read because it is over its rate.
+    fn paced_until(&self) -> Option<Instant> {
+        self.pace.as_ref().and_then(|pace| pace.opens_at(Instant::now()))
     }
 
     fn takes_delivery(&self) -> bool {
@@ -440,6 +483,9 @@ impl Conn<'_> {
             // It could not speak while it was not read.
             self.session.heard(Instant::now());
         }
+        if !reading && self.reading && self.paced_until().is_some() {
+            FrontStats::add(&self.shared.stats.paced, 1);
+        }
         self.reading = reading;
         if self.out.is_empty() {
             self.stalled_since = None;
@@ -448,17 +494,23 @@ impl Conn<'_> {
         }
     }
 
-    /// When the client counts as gone: silent too long while it is read, or taking nothing.
+    /// When the client counts as gone: silent too long while it is read, taking nothing, or let in
+    /// until then.
     fn deadline(&self) -> Option<Instant> {
         let silent = self.session.deadline().filter(|_| self.reading);
         let stalled = self.stalled_since.map(|since| since + self.shared.write_stall);
-        silent.into_iter().chain(stalled).min()
+        let paced = self.paced_until();
+        silent.into_iter().chain(stalled).chain(self.grant.until()).chain(paced).min()
     }
 
     fn timeout(&mut self) -> Result<(), End> {
         let now = Instant::now();
         match self.deadline() {
             Some(deadline) if deadline > now => Ok(()),
+            Some(_) if self.grant.until().is_some_and(|until| until <= now) => {
+                let why = "its token has expired";
+                Err(Violation::new(reason::NOT_AUTHORIZED, why).into())
+            }
             Some(_)
                 if self
                     .stalled_since
@@ -499,6 +551,15 @@ impl Conn<'_> {
     /// Stores a publish, or holds it, or refuses it.
     fn publish(&mut self, publishing: Publishing) -> Result<(), Violation> {
         let Publishing { publish, number } = publishing;
+        if let Some(pace) = &mut self.pace {
+            pace.take(publish.topic.len() + publish.payload.len(), Instant::now());
+        }
+        if !self.may_publish(&publish.topic) {
+            FrontStats::add(&self.shared.stats.denied, 1);
+            let why = format!("topic {:?} is not allowed to this client", shorten(&publish.topic));
+            return self
+                .refuse(number, Violation { code: reason::NOT_AUTHORIZED, why: why.into() });
+        }
         if !self.resolve(&publish.topic) {
             let why = format!("topic {:?} is not taken by any route", shorten(&publish.topic));
             return self.refuse(number, Violation { code: reason::TOPIC_INVALID, why: why.into() });
@@ -544,6 +605,21 @@ impl Conn<'_> {
         self.session.refuse(number, violation, &mut self.out)
     }
 
+    /// Whether the rules let it publish to a topic: those that led to the last device did.
+    fn may_publish(&self, topic: &ByteString) -> bool {
+        self.device.as_ref().is_some_and(|device| device.topic == *topic)
+            || self.grant.may_publish(topic)
+    }
+
+    /// A grant ends with its token, and when its log-in would not give the same any more.
+    fn check_grant(&mut self) -> Result<(), End> {
+        if !self.grant.is_upheld() {
+            let why = "what this client may do has changed: log in again";
+            return Err(Violation::new(reason::ADMINISTRATIVE_ACTION, why).into());
+        }
+        Ok(())
+    }
+
     /// Finds the device of a topic; `false` if nothing takes it.
     fn resolve(&mut self, name: &ByteString) -> bool {
         if self.device.as_ref().is_some_and(|device| device.topic == *name) {
@@ -562,6 +638,16 @@ impl Conn<'_> {
         let resolved = self.shared.routes.resolve(&topic, self.session.client_id())?;
         let [content_type, event_type] =
             [resolved.content_type, resolved.event_type].map(|text| text.map(ByteString::from));
+        let key = match resolved.device {
+            DeviceFrom::Topic | DeviceFrom::ClientId | DeviceFrom::Property(_) => None,
+            DeviceFrom::Username => self.grant.user(),
+            DeviceFrom::Certificate => self.grant.certified(),
+        };
+        let key = key.cloned().unwrap_or(resolved.device_key);
+        let property = match resolved.device {
+            DeviceFrom::Property(name) => Some(name.clone()),
+            _ => None,
+        };
         let plain = [QoS::AtMostOnce, QoS::AtLeastOnce].map(|qos| {
             Attributes::encode(
                 [Attribute::QoS(qos.value()), Attribute::Lane(resolved.lane)]
@@ -571,8 +657,9 @@ impl Conn<'_> {
             )
         });
         Some(Device {
-            partition: partition::of(&resolved.device_key, self.shared.ingest.partitions()),
-            key: resolved.device_key,
+            partition: partition::of(&key, self.shared.ingest.partitions()),
+            key,
+            property,
             topic,
             content_type,
             event_type,
@@ -598,10 +685,18 @@ impl Conn<'_> {
         } else {
             device.plain[usize::from(publish.qos.value() & 1)].clone()
         };
+        let (device_key, partition) = match &device.property {
+            Some(name) => device_of_property(&publish, name).map(|key| {
+                let partition = partition::of(&key, self.shared.ingest.partitions());
+                (key, partition)
+            }),
+            None => None,
+        }
+        .unwrap_or_else(|| (device.key.clone(), device.partition));
         Event {
-            partition: device.partition,
+            partition,
             received_us: self.received_us,
-            device_key: device.key.clone(),
+            device_key,
             topic: device.topic.clone(),
             attributes,
             payload: publish.payload,
@@ -657,7 +752,7 @@ impl Conn<'_> {
 
     async fn subscribe(&mut self, subscribe: v5::Subscribe) -> Result<(), End> {
         let id = subscribe.id.map(std::num::NonZeroU32::get);
-        let filters: Vec<_> = subscribe
+        let mut filters: Vec<_> = subscribe
             .topic_filters
             .into_iter()
             .map(|(filter, asked)| {
@@ -666,7 +761,15 @@ impl Conn<'_> {
                 (filter, Options { qos, no_local: asked.no_local, retain_as_published, id })
             })
             .collect();
-        let codes = self.inbox.subscribe(&filters).await?;
+        let allowed: Vec<bool> =
+            filters.iter().map(|(filter, _)| self.grant.may_subscribe(filter)).collect();
+        let mut each = allowed.iter();
+        filters.retain(|_| each.next() == Some(&true));
+        let mut codes = self.inbox.subscribe(&filters).await?.into_iter();
+        let code = |allowed: &bool| if *allowed { codes.next() } else { None };
+        let codes: Vec<u8> =
+            allowed.iter().map(code).map(|code| code.unwrap_or(reason::NOT_AUTHORIZED)).collect();
+        FrontStats::add(&self.shared.stats.denied, (allowed.len() - filters.len()) as u64);
         self.marks_publisher = self.inbox.has_no_local();
         self.session.subscribed(subscribe.packet_id, &codes, &mut self.out);
         Ok(())
@@ -681,6 +784,7 @@ impl Conn<'_> {
 
     /// Delivers a message, and those that are there already.
     fn deliver(&mut self, first: Result<(Envelope, Options), Interrupted>) -> Result<(), End> {
+        self.check_grant()?;
         let (mut sent, mut dropped) = (0, 0);
         let now_us = self.shared.ingest.now_us();
         let mut next = Some(first);
@@ -768,6 +872,9 @@ impl Conn<'_> {
     /// Sends the last words, and stores what must outlive the connection: held publishes, the will.
     async fn end<W: AsyncWrite + Unpin>(mut self, end: End, writer: &mut W, peer: &str) {
         let client = self.session.client_id().clone();
+        if let Some(pace) = self.pace {
+            self.shared.paces.leave(&client, pace, Instant::now());
+        }
         match &end {
             End::Client => tracing::debug!(peer, %client, "disconnected"),
             End::Lost(why) => tracing::debug!(peer, %client, why, "lost"),
@@ -857,6 +964,14 @@ async fn read_some<R: AsyncRead + Unpin>(
         buf.reserve(read_bytes.max(buf.len()));
     }
     reader.read_buf(buf).await
+}
+
+/// The device key in a user property; the first of that name, if it is not empty.
+fn device_of_property(publish: &Publish, name: &str) -> Option<ByteString> {
+    let said = &publish.properties.as_ref()?.user_properties;
+    let (_, key) = said.iter().find(|(property, _)| *property == name)?;
+    // A copy: a slice of the read buffer would keep all of it.
+    (!key.is_empty()).then(|| ByteString::from(&**key))
 }
 
 fn says_nothing(properties: &v5::PublishProperties) -> bool {

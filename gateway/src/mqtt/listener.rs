@@ -1,61 +1,97 @@
 //! Accepting connections, within limits, and ending them.
 //!
+//! Owns: what lies between a socket and a connection's bytes. `socket` binds, `tls` and `websocket`
+//! unwrap, `flushed` keeps their writers honest.
 //! Invariant: a connection that panics ends alone; nothing that a client or the system does makes
-//! this loop stop or spin.
+//! this loop stop or spin. All handshakes together have `connect_timeout`, each in a task of its own:
+//! a client that is slow at them holds up nobody else.
+
+mod flushed;
+mod socket;
+pub mod tls;
+mod websocket;
 
 use std::io;
-use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use self::flushed::Flushed;
+use self::socket::{Accepted, Socket};
+use self::tls::Tls;
+use super::auth::Peer;
 use super::conn::{self, Shared};
+use super::pace::Rate;
 use super::session::Limits;
 use super::stats::FrontStats;
-use crate::config::ListenerConfig;
+use crate::config::{Bind, ListenerConfig, Transport};
 
 /// Rest after a failed accept: what fails it (no descriptors left) takes time to pass.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 
 /// One listener, bound.
 pub struct Front {
-    listener: TcpListener,
-    local_addr: SocketAddr,
+    socket: Socket,
+    bound: Bind,
     connections_max: usize,
+    door: Arc<Door>,
+}
+
+/// What a listener's connections pass through.
+struct Door {
+    transport: Transport,
+    tls: Option<Arc<Tls>>,
     connect_timeout: Duration,
+    allow_anonymous: bool,
+    rate: Rate,
     limits: Limits,
     shared: Arc<Shared>,
 }
 
+/// A connection below TLS and WebSocket, or above them.
+trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Duplex for S {}
+
 impl Front {
-    /// Binds the listener's address.
+    /// Binds the listener's address. `tls` is what `[listener.tls]` was loaded into.
     ///
     /// # Errors
     /// What the system says: the port is in use, the address is not ours.
-    pub async fn bind(config: &ListenerConfig, shared: Arc<Shared>) -> io::Result<Self> {
-        let listener = TcpListener::bind(config.bind).await?;
+    pub async fn bind(
+        config: &ListenerConfig,
+        tls: Option<Arc<Tls>>,
+        shared: Arc<Shared>,
+    ) -> io::Result<Self> {
+        let socket = Socket::bind(&config.bind, config.unix_mode).await?;
+        let limits = Limits {
+            packet_bytes_max: config.packet_bytes_max,
+            in_flight_max: NonZeroU16::new(config.in_flight_max).unwrap_or(NonZeroU16::MIN),
+        };
         Ok(Self {
-            local_addr: listener.local_addr()?,
-            listener,
+            bound: socket.bound()?,
+            socket,
             connections_max: config.connections_max,
-            connect_timeout: config.connect_timeout,
-            limits: Limits {
-                packet_bytes_max: config.packet_bytes_max,
-                in_flight_max: NonZeroU16::new(config.in_flight_max).unwrap_or(NonZeroU16::MIN),
+            door: Arc::new(Door {
+                transport: config.transport,
+                tls,
+                connect_timeout: config.connect_timeout,
                 allow_anonymous: config.allow_anonymous,
-            },
-            shared,
+                rate: config.client_rate,
+                limits,
+                shared,
+            }),
         })
     }
 
-    /// The address, with the port that the system gave where port 0 was asked for.
-    pub fn local_addr(&self) -> SocketAddr {
-        self.local_addr
+    /// Where it listens, with the port that the system gave where port 0 was asked for.
+    pub fn bound(&self) -> &Bind {
+        &self.bound
     }
 
     /// Serves until `stop`; then stops reading, acks what is durable within the grace time, says
@@ -66,10 +102,10 @@ impl Front {
             tokio::select! {
                 () = stop.cancelled() => break,
                 Some(ended) = connections.join_next() => self.ended(ended),
-                accepted = self.listener.accept() => match accepted {
-                    Ok((stream, peer)) => self.accepted(stream, peer, &mut connections, &stop),
+                accepted = self.socket.accept() => match accepted {
+                    Ok(accepted) => self.accepted(accepted, &mut connections, &stop),
                     Err(error) => {
-                        FrontStats::add(&self.shared.stats.accept_errors, 1);
+                        FrontStats::add(&self.stats().accept_errors, 1);
                         tracing::warn!(%error, "cannot accept connections");
                         tokio::time::sleep(ACCEPT_REST).await;
                     }
@@ -83,38 +119,121 @@ impl Front {
 
     fn accepted(
         &self,
-        stream: TcpStream,
-        peer: SocketAddr,
+        accepted: Accepted,
         connections: &mut JoinSet<()>,
         stop: &CancellationToken,
     ) {
-        let stats = &self.shared.stats;
+        let stats = self.stats();
         FrontStats::add(&stats.connections_total, 1);
         if connections.len() >= self.connections_max {
             FrontStats::add(&stats.connections_refused, 1);
-            tracing::debug!(%peer, "too many connections");
+            tracing::debug!(peer = accepted.name(), "too many connections");
             return;
         }
         // Acks are small and late enough already.
-        if let Err(error) = stream.set_nodelay(true) {
+        if let Accepted::Tcp(stream, peer) = &accepted
+            && let Err(error) = stream.set_nodelay(true)
+        {
             tracing::debug!(%peer, %error, "gone before it began");
             return;
         }
         FrontStats::add(&stats.connections, 1);
-        let (shared, stop) = (self.shared.clone(), stop.child_token());
-        let (limits, connect_timeout) = (self.limits, self.connect_timeout);
-        connections.spawn(async move {
-            let (reader, writer) = stream.into_split();
-            let peer = peer.to_string();
-            conn::serve(reader, writer, &peer, limits, connect_timeout, &shared, &stop).await;
-        });
+        let (door, stop) = (self.door.clone(), stop.child_token());
+        connections.spawn(async move { door.serve(accepted, &stop).await });
+    }
+
+    fn stats(&self) -> &FrontStats {
+        &self.door.shared.stats
     }
 
     fn ended(&self, ended: Result<(), JoinError>) {
-        self.shared.stats.connections.fetch_sub(1, Ordering::Relaxed);
+        self.stats().connections.fetch_sub(1, Ordering::Relaxed);
         if let Err(error) = ended {
-            FrontStats::add(&self.shared.stats.panics, 1);
+            FrontStats::add(&self.stats().panics, 1);
             tracing::error!(%error, "a connection panicked and was closed");
+        }
+    }
+}
+
+impl Door {
+    /// Serves a connection until it ends, or `stop`.
+    async fn serve(&self, accepted: Accepted, stop: &CancellationToken) {
+        let mut peer = Peer {
+            name: accepted.name(),
+            address: accepted.address(),
+            user: None,
+            allow_anonymous: self.allow_anonymous,
+            rate: self.rate,
+        };
+        let deadline = Instant::now() + self.connect_timeout;
+        let stream: Box<dyn Duplex> = match accepted {
+            // The plain way, without a box and a lock between its halves.
+            Accepted::Tcp(stream, _) if self.is_plain() => {
+                let (reader, writer) = stream.into_split();
+                return self.speak(reader, writer, &peer, deadline, stop).await;
+            }
+            Accepted::Unix(stream) if self.is_plain() => {
+                let (reader, writer) = stream.into_split();
+                return self.speak(reader, writer, &peer, deadline, stop).await;
+            }
+            Accepted::Tcp(stream, _) => Box::new(stream),
+            Accepted::Unix(stream) => Box::new(stream),
+        };
+        // Boxed, so that a plain connection's task has no room for it.
+        let unwrapped = timeout_at(deadline, Box::pin(self.unwrap(stream, &mut peer)));
+        match stop.run_until_cancelled(unwrapped).await {
+            None => {}
+            Some(Ok(Ok(stream))) => {
+                let (reader, writer) = tokio::io::split(stream);
+                self.speak(reader, Flushed::new(writer), &peer, deadline, stop).await;
+            }
+            Some(Ok(Err(error))) => self.refuse(&peer, &error.to_string()),
+            Some(Err(_)) => self.refuse(&peer, "it took too long"),
+        }
+    }
+
+    fn is_plain(&self) -> bool {
+        self.tls.is_none() && self.transport == Transport::Mqtt
+    }
+
+    /// The handshakes of TLS and WebSocket. What a client's certificate says is put down in `peer`.
+    async fn unwrap(
+        &self,
+        mut stream: Box<dyn Duplex>,
+        peer: &mut Peer,
+    ) -> io::Result<Box<dyn Duplex>> {
+        if let Some(tls) = &self.tls {
+            let (acceptor, identity) = tls.acceptor();
+            let secured = acceptor.accept(stream).await?;
+            let chain = secured.get_ref().1.peer_certificates().unwrap_or_default();
+            peer.user = chain.first().and_then(|own| tls::user_of(own, identity));
+            stream = Box::new(secured);
+        }
+        if self.transport == Transport::WebSocket {
+            stream = Box::new(websocket::accept(stream, self.limits.packet_bytes_max).await?);
+        }
+        Ok(stream)
+    }
+
+    async fn speak<R, W>(
+        &self,
+        reader: R,
+        writer: W,
+        peer: &Peer,
+        deadline: Instant,
+        stop: &CancellationToken,
+    ) where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let left = deadline.saturating_duration_since(Instant::now());
+        conn::serve(reader, writer, peer, self.limits, left, &self.shared, stop).await;
+    }
+
+    fn refuse(&self, peer: &Peer, why: &str) {
+        FrontStats::add(&self.shared.stats.connections_refused, 1);
+        if let Some(unlogged) = self.shared.may_log() {
+            tracing::info!(peer = peer.name, why, unlogged, "handshake failed");
         }
     }
 }
@@ -124,7 +243,7 @@ mod tests {
     use super::*;
     use crate::ingest::{Ingest, Routes};
     use crate::mqtt::Downlink;
-    use crate::mqtt::conn::tests::{Gate, ingest_config, listener_config};
+    use crate::mqtt::conn::tests::{Gate, ingest_config, listener_config, open_access};
 
     #[tokio::test]
     async fn a_connection_that_panicked_is_counted_and_gone() {
@@ -133,9 +252,10 @@ mod tests {
             Ingest::start(Gate::default(), 0, &ingest_config(), at_quota, Duration::from_mins(1))
                 .unwrap();
         let downlink = Downlink::new(ingest.watermark(), 1);
-        let shared = Shared::new(ingest, Routes::default(), downlink, 0, Duration::ZERO);
-        let front = Front::bind(&listener_config(), Arc::new(shared)).await.unwrap();
-        let stats = &front.shared.stats;
+        let (routes, access) = (Routes::default(), open_access());
+        let shared = Shared::new(ingest, routes, access, downlink, 0, Duration::ZERO);
+        let front = Front::bind(&listener_config(), None, Arc::new(shared)).await.unwrap();
+        let stats = front.stats();
         FrontStats::add(&stats.connections, 1);
         let mut connections = JoinSet::new();
         connections.spawn(async { panic!("injected") });

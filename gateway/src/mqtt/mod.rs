@@ -4,14 +4,15 @@
 //! Invariant: a PUBACK leaves only after its event's completion came from the committer, in the
 //! order in which the PUBLISHes came.
 //! Deliberately absent, until later: QoS 2 and retained messages (refused by the book), sessions
-//! that outlive their connection (session present is always 0, and v5 is told an expiry of 0), TLS,
-//! WebSocket, users, shared subscriptions and enhanced authentication (refused by the book).
+//! that outlive their connection (session present is always 0, and v5 is told an expiry of 0), shared subscriptions and enhanced authentication (refused by the book).
 //!
 //! # Code map
 //! - [`codec`]: bytes and packets, with every rule about single packets; [`reason`], [`topic`].
-//! - [`session`]: the protocol as a pure state machine; [`auth`]: who is let in.
+//! - [`session`]: the protocol as a pure state machine; [`auth`]: what [`crate::access`] decides, in
+//!   MQTT's words.
 //! - [`conn`]: one task per connection; [`clients`]: one connection per client id.
-//! - [`listener`]: accepting, limits, shutdown. [`Front`] is what the wiring holds.
+//! - [`pace`]: how fast a client may publish (pure).
+//! - [`listener`]: accepting, TLS, WebSocket, limits, shutdown. [`Front`] is what the wiring holds.
 //! - [`subscriptions`], [`envelope`], [`downlink`]: from the log to the subscribers.
 //!
 //! # Bounds
@@ -30,7 +31,11 @@
 //!   event is stored with its flag, and nothing is kept for later subscribers.
 //! - Overlapping subscriptions: one copy for each, with its own QoS and subscription identifier
 //!   [MQTT-3.3.4-2], [MQTT-3.3.5-1 of 3.1.1].
-//! - Credentials on a listener that lets in anonymous clients are not looked at.
+//! - Credentials are not looked at where a certificate has decided, or where neither users nor tokens
+//!   are configured and the listener lets in anonymous clients.
+//! - A publish that the rules do not allow: v5 answers 0x87. v3 is closed, as above.
+//! - Who lost rights by a change of the configuration is disconnected (v5: 0x98), so that nothing of
+//!   what it had lives on.
 //! - Wills are published when the gateway shuts down, too: their connections end without the client's
 //!   DISCONNECT. A will delay never applies, as the session ends with the connection.
 //! - A client that does not read: its packets are read no more while [`conn::OUT_BYTES_MAX`] wait,
@@ -43,6 +48,7 @@ pub mod conn;
 pub mod downlink;
 pub mod envelope;
 pub mod listener;
+pub mod pace;
 pub mod reason;
 pub mod session;
 pub mod stats;
@@ -54,4 +60,5 @@ pub(crate) mod wire;
 pub use conn::{Held, Shared};
 pub use downlink::Downlink;
 pub use listener::Front;
+pub use listener::tls::{Tls, TlsError};
 pub use stats::FrontStats;

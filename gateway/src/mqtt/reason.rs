@@ -22,6 +22,8 @@ pub const BAD_CREDENTIALS: u8 = 0x86;
 pub const NOT_AUTHORIZED: u8 = 0x87;
 /// Server unavailable.
 pub const SERVER_UNAVAILABLE: u8 = 0x88;
+/// Server busy.
+pub const SERVER_BUSY: u8 = 0x89;
 /// Server shutting down.
 pub const SHUTTING_DOWN: u8 = 0x8B;
 /// Bad authentication method.
@@ -44,6 +46,8 @@ pub const TOPIC_ALIAS_INVALID: u8 = 0x94;
 pub const PACKET_TOO_LARGE: u8 = 0x95;
 /// Quota exceeded.
 pub const QUOTA_EXCEEDED: u8 = 0x97;
+/// Administrative action.
+pub const ADMINISTRATIVE_ACTION: u8 = 0x98;
 /// Retain not supported.
 pub const RETAIN_NOT_SUPPORTED: u8 = 0x9A;
 /// QoS not supported.
@@ -62,7 +66,7 @@ pub fn connack_v3(code: u8) -> Option<u8> {
         SUCCESS => Some(0),
         UNSUPPORTED_VERSION => Some(1),
         CLIENT_ID_NOT_VALID => Some(2),
-        SERVER_UNAVAILABLE | SHUTTING_DOWN => Some(3),
+        SERVER_UNAVAILABLE | SERVER_BUSY | SHUTTING_DOWN => Some(3),
         BAD_CREDENTIALS => Some(4),
         NOT_AUTHORIZED => Some(5),
         _ => None,

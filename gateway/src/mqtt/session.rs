@@ -16,7 +16,6 @@ use bytestring::ByteString;
 use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5;
 
-use super::auth;
 use super::codec::{self, Connect, Delivery, Packet, Version, Welcome};
 use super::reason::{self, Violation};
 use crate::ingest::AckLedger;
@@ -40,8 +39,6 @@ pub struct Limits {
     pub packet_bytes_max: usize,
     /// QoS 1 publishes that wait for their ack, at most.
     pub in_flight_max: NonZeroU16,
-    /// Whether clients without credentials are let in.
-    pub allow_anonymous: bool,
 }
 
 /// A publish to be stored.
@@ -123,7 +120,6 @@ impl Session {
         now: Instant,
         out: &mut BytesMut,
     ) -> Result<Self, Violation> {
-        auth::admit(&connect, limits.allow_anonymous)?;
         let id = &connect.client_id;
         let nameless = id.is_empty();
         if id.len() > CLIENT_ID_BYTES_MAX {

@@ -12,6 +12,10 @@ pub struct FrontStats {
     pub connections_total: AtomicU64,
     /// Connections turned away: too many, no CONNECT in time, or refused in CONNACK.
     pub connections_refused: AtomicU64,
+    /// Publishes and subscriptions that the rules do not allow.
+    pub denied: AtomicU64,
+    /// Times that a client was not read for a while because it was over its rate.
+    pub paced: AtomicU64,
     /// Connections closed for a violation of the protocol.
     pub protocol_errors: AtomicU64,
     /// Connections that ended in a panic: a bug, which ended that connection only.

@@ -2,7 +2,7 @@
 
 use std::io::{BufWriter, ErrorKind};
 
-use bridge::config::HttpFormat;
+use bridge::Framing;
 use clap::{Args, ValueEnum};
 
 use super::super::{ConfigFile, DONE, FAILED, UNBALANCED, WRONG_INPUT};
@@ -59,8 +59,8 @@ pub(super) fn export(args: &ExportArgs) -> u8 {
     match look {
         Look::Folder(store) => {
             let format = match args.format {
-                Format::Ndjson => HttpFormat::NdJson,
-                Format::CloudeventsBatch => HttpFormat::CloudEventsBatch,
+                Format::Ndjson => Framing::Lines,
+                Format::CloudeventsBatch => Framing::Array,
             };
             let selection = Selection {
                 from: args.from.clone(),

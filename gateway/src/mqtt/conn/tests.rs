@@ -12,10 +12,12 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::*;
-use crate::config::{IngestConfig, ListenerConfig, RouteConfig};
+use crate::config::{AuthConfig, Bind, IngestConfig, ListenerConfig, RouteConfig, Transport};
+use crate::ingest::device_key::DeviceFrom;
 use crate::ingest::{Append, CommitterHandle};
 use crate::mqtt::Front;
 use crate::mqtt::codec::Version;
+use crate::mqtt::pace::Rate;
 use crate::mqtt::wire::{self, BOTH, ConnectPacket, V3, V5, field, packet};
 
 /// Nothing here takes long: this only ends a test that has gone wrong.
@@ -35,13 +37,23 @@ pub(crate) fn ingest_config() -> IngestConfig {
 
 pub(crate) fn listener_config() -> ListenerConfig {
     ListenerConfig {
-        bind: "127.0.0.1:0".parse().unwrap(),
+        bind: Bind::Tcp("127.0.0.1:0".parse().unwrap()),
+        transport: Transport::Mqtt,
+        tls: None,
+        unix_mode: 0o600,
         allow_anonymous: true,
         connections_max: 16,
         connect_timeout: PATIENCE,
         packet_bytes_max: 64 * 1024,
         in_flight_max: 4,
+        client_rate: Rate::default(),
     }
+}
+
+/// No users and no rules.
+pub(crate) fn open_access() -> Access {
+    let auth = AuthConfig { users_file: None, credential_cache: Duration::ZERO, jwt: None };
+    Access::load(&auth, &[]).unwrap()
 }
 
 fn open_store(dir: &tempfile::TempDir) -> (Store, storage::Writer) {
@@ -103,6 +115,7 @@ impl Rig {
             .map(|filter| RouteConfig {
                 filter: (*filter).to_owned(),
                 content_type: None,
+                device: DeviceFrom::default(),
                 event_type: None,
                 lane: storage::Lane::Live,
             })
@@ -110,11 +123,13 @@ impl Rig {
         let downlink = Downlink::new(ingest.watermark(), 16);
         let held_bytes_max = ingest_config.held_bytes_max;
         let routes = Routes::new(&routes).unwrap();
-        let mut shared = Shared::new(ingest, routes, downlink, held_bytes_max, PATIENCE);
+        let access = open_access();
+        let mut shared = Shared::new(ingest, routes, access, downlink, held_bytes_max, PATIENCE);
         shared.write_stall = Duration::from_secs(1);
         let shared = Arc::new(shared);
-        let front = Front::bind(&listener, shared.clone()).await.unwrap();
-        let (address, stop) = (front.local_addr(), CancellationToken::new());
+        let front = Front::bind(&listener, None, shared.clone()).await.unwrap();
+        let Bind::Tcp(address) = *front.bound() else { panic!("it is on TCP") };
+        let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
         tasks.spawn(front.run(stop.clone()));
         Self { shared, address, stop, tasks, committer, dir: None }
@@ -169,6 +184,40 @@ impl Rig {
     fn count(&self, counter: impl Fn(&FrontStats) -> &std::sync::atomic::AtomicU64) -> u64 {
         counter(&self.shared.stats).load(Ordering::Relaxed)
     }
+}
+
+/// Sends a CONNECT and gives the code of the CONNACK that refuses it.
+async fn refused(rig: &Rig, connect: &ConnectPacket) -> u8 {
+    let mut socket = rig.socket().await;
+    socket.send(&connect.bytes()).await;
+    let connack = socket.packet().await;
+    assert_eq!((connack[0], connack[2]), (0x20, 0), "{connack:x?}");
+    socket.expect_closed().await;
+    connack[3]
+}
+
+#[tokio::test]
+async fn a_listener_without_anonymous_clients_refuses_by_the_book() {
+    let closed = ListenerConfig { allow_anonymous: false, ..listener_config() };
+    let rig = Rig::with(closed, ingest_config(), &[]).await;
+    for (version, none, wrong) in
+        [(V3, 5, 4), (V5, reason::NOT_AUTHORIZED, reason::BAD_CREDENTIALS)]
+    {
+        assert_eq!(refused(&rig, &ConnectPacket::new(version)).await, none);
+        let rest = [field("user"), field("password")].concat();
+        let named = ConnectPacket { flags: 0xC2, rest, ..ConnectPacket::new(version) };
+        assert_eq!(refused(&rig, &named).await, wrong);
+    }
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn enhanced_authentication_is_refused_mqtt_4_12_0_1() {
+    let rig = Rig::new().await;
+    let method = [&[0x15][..], &field("SCRAM")].concat();
+    let asks = ConnectPacket { properties: method, ..ConnectPacket::new(V5) };
+    assert_eq!(refused(&rig, &asks).await, reason::BAD_AUTHENTICATION_METHOD);
+    rig.end().await;
 }
 
 struct Socket(TcpStream);

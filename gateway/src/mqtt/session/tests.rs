@@ -7,11 +7,7 @@ const BYTES_MAX: usize = 1 << 20;
 const NOTHING: [u8; 0] = [];
 
 fn limits() -> Limits {
-    Limits {
-        packet_bytes_max: BYTES_MAX,
-        in_flight_max: NonZeroU16::new(3).unwrap(),
-        allow_anonymous: true,
-    }
+    Limits { packet_bytes_max: BYTES_MAX, in_flight_max: NonZeroU16::new(3).unwrap() }
 }
 
 /// A session, and everything that it has said so far.
@@ -144,30 +140,7 @@ fn a_client_id_that_is_too_long_is_refused() {
 }
 
 #[test]
-fn a_listener_without_anonymous_clients_refuses_by_the_book() {
-    let closed = Limits { allow_anonymous: false, ..limits() };
-    for (version, none, wrong) in
-        [(V3, 5, 4), (V5, reason::NOT_AUTHORIZED, reason::BAD_CREDENTIALS)]
-    {
-        let (session, out) = open(&wire::connect(version), closed);
-        assert!(session.is_err());
-        assert_eq!(connack_of_refusal(version, &out), Some(none));
-
-        let rest = [field("user"), field("password")].concat();
-        let named = ConnectPacket { flags: 0xC2, rest, ..ConnectPacket::new(version) };
-        let (session, out) = open(&named.bytes(), closed);
-        assert!(session.is_err());
-        assert_eq!(connack_of_refusal(version, &out), Some(wrong));
-    }
-}
-
-#[test]
-fn enhanced_authentication_is_refused_mqtt_4_12_0_1() {
-    let method = [&[0x15][..], &field("SCRAM")].concat();
-    let asks = ConnectPacket { properties: method, ..ConnectPacket::new(V5) };
-    let (session, out) = open(&asks.bytes(), limits());
-    assert!(session.is_err());
-    assert_eq!(connack_of_refusal(V5, &out), Some(reason::BAD_AUTHENTICATION_METHOD));
+fn auth_without_a_method_is_a_protocol_error_mqtt_4_12_0_1() {
     assert_eq!(Client::new(V5).code(&packet(0xF0, [])), reason::PROTOCOL_ERROR);
 }
 

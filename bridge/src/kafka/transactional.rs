@@ -1,0 +1,442 @@
+//! The Kafka sink that delivers exactly once: events and cursor in one transaction.
+//!
+//! Owns: which requests the open transaction carries, and when it closes.
+//!
+//! One transactional producer per gateway and sink. A session starts by fencing whoever wrote under
+//! this name before and by asking Kafka for the cursor; what lies below it is answered as delivered
+//! without being sent, so a gateway that was killed between a commit and the move of its own cursor
+//! sends nothing twice. Then, again and again: begin, send, wait for every report, add the cursor,
+//! commit, and only now answer. After any error the producer is dropped and a new session begins; how
+//! the last transaction ended is then read, not guessed.
+//!
+//! - A transaction closes when no more events are at hand, after `transaction_time_max`, or when it
+//!   carries `transaction_bytes_max`: its price is a round trip or two, not a matter of its events.
+//!   What arrives while one is committed waits here for the next.
+//! - An event that is too large is refused before it is sent, with everything behind it: the cursor
+//!   must not pass it before it is a durable dead letter. What was begun before it is committed.
+//! - The reports are counted, and the commit is asked for when all are in: `flush` and
+//!   `commit_transaction` alone poll in slices of a tenth of a second.
+//! - Fenced means that another gateway writes under this name. It is left alone: no session begins
+//!   while the mark in Kafka is another's.
+//!
+//! Deliberately absent: calls that block (`session`), what the cursor means (`cursor`).
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::client::Shared;
+use super::cursor::{Mark, Place};
+use super::ledger::FENCED;
+use super::record::{Recorder, TOO_LARGE};
+use super::session::{Claim, Patience, Session, Setback, Start};
+use crate::cloudevents::Envelope;
+use crate::config::KafkaConfig;
+use crate::sink::{
+    Answer, Failed, Failure, OUTSIDE_ORDER, Request, RequestId, Sink, Which, Window,
+};
+
+const REQUESTS_MAX: usize = 512;
+const EVENTS_MAX: usize = 65_536;
+/// Events that librdkafka has at once, give or take a request: what it has delivered leaves it while
+/// the transaction stays open.
+const PENDING_MAX: usize = 10_000;
+
+/// Sends requests to Kafka, exactly once.
+pub(crate) struct TransactionalSink {
+    config: KafkaConfig,
+    recorder: Recorder,
+    place: Arc<Place>,
+    request_timeout: Duration,
+    shared: Arc<Shared>,
+    state: State,
+    /// Begun, and not yet in a transaction.
+    waiting: VecDeque<Request>,
+    open: Option<Transaction>,
+    answers: VecDeque<(RequestId, Answer)>,
+    /// Those among them that take something back: until they are out, whatever begins is taken back
+    /// too.
+    taken_back: usize,
+    /// Nothing more is at hand.
+    dry: bool,
+    /// Kafka has everything below.
+    done_to: u64,
+    /// The log reaches at least so far.
+    log_end: u64,
+    /// The mark that stands in Kafka, as far as we know.
+    mark: Option<Mark>,
+    fenced: bool,
+    /// When the ledger was last seen to move, and how far it was.
+    alive: (Instant, u64),
+}
+
+enum State {
+    /// No producer.
+    Down,
+    Starting(JoinHandle<Result<(Session, Option<Mark>), Setback>>),
+    Ready(Session),
+    Committing(JoinHandle<(Session, Result<(), Setback>)>),
+    /// A producer on its way out: its threads take a moment to end.
+    Closing(JoinHandle<()>),
+}
+
+struct Transaction {
+    since: Instant,
+    /// Of the last event in it.
+    end: u64,
+    size_bytes: usize,
+}
+
+/// What there is to wait for.
+enum Next {
+    Job,
+    Change(Option<Instant>),
+}
+
+impl TransactionalSink {
+    /// `log_end` is where the log ends now: no cursor in Kafka can be beyond it.
+    pub(crate) fn new(
+        config: KafkaConfig,
+        envelope: Envelope,
+        place: Place,
+        log_end: u64,
+        request_timeout: Duration,
+    ) -> Self {
+        Self {
+            recorder: Recorder::new(&config, envelope),
+            config,
+            place: Arc::new(place),
+            request_timeout,
+            shared: Arc::default(),
+            state: State::Down,
+            waiting: VecDeque::new(),
+            open: None,
+            answers: VecDeque::new(),
+            taken_back: 0,
+            dry: false,
+            done_to: 0,
+            log_end,
+            mark: None,
+            fenced: false,
+            alive: (Instant::now(), 0),
+        }
+    }
+
+    fn patience(&self) -> Patience {
+        Patience { shared: Arc::clone(&self.shared), timeout: self.request_timeout }
+    }
+
+    /// Does whatever can be done without waiting.
+    fn advance(&mut self, now: Instant) {
+        if self.shared.ledger().is_broken() {
+            return self.wind_up();
+        }
+        match self.state {
+            State::Down if !self.waiting.is_empty() => self.start(),
+            State::Ready(_) => {
+                self.hand_over(now);
+                if self.shared.ledger().is_broken() {
+                    self.wind_up();
+                } else if self.is_complete(now) {
+                    self.commit();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn start(&mut self) {
+        let start = Start {
+            config: self.config.clone(),
+            window: self.window(),
+            place: Arc::clone(&self.place),
+            patience: self.patience(),
+            claim: if self.fenced { Claim::FencedAfter(self.mark) } else { Claim::Ours },
+        };
+        self.state = State::Starting(spawn_blocking(move || start.run()));
+    }
+
+    fn started(&mut self, outcome: Result<(Session, Option<Mark>), Setback>) {
+        let (session, mark) = match outcome {
+            Ok(started) => started,
+            Err(setback) => {
+                self.state = State::Down;
+                return self.set_back(setback);
+            }
+        };
+        self.state = State::Ready(session);
+        self.fenced = false;
+        self.mark = mark;
+        match self.place.resume(mark, self.log_end) {
+            Ok(offset) => self.done_to = self.done_to.max(offset.unwrap_or(0)),
+            Err(reason) => self.set_back(Setback::hold(reason)),
+        }
+    }
+
+    fn set_back(&mut self, setback: Setback) {
+        self.fenced |= setback.fenced;
+        let mut ledger = self.shared.ledger();
+        if setback.fenced {
+            ledger.holds_after_all(FENCED.to_owned());
+        } else {
+            ledger.breaks(setback.failure, setback.reason);
+        }
+    }
+
+    /// Drops the producer of a broken ledger; once it is gone, everything that was begun is answered.
+    fn wind_up(&mut self) {
+        match std::mem::replace(&mut self.state, State::Down) {
+            State::Ready(session) => {
+                if session.is_fenced() {
+                    self.fenced = true;
+                    self.shared.ledger().holds_after_all(FENCED.to_owned());
+                }
+                self.state = State::Closing(spawn_blocking(move || drop(session)));
+            }
+            State::Down => {
+                self.open = None;
+                let mut ledger = self.shared.ledger();
+                ledger.void();
+                for request in self.waiting.drain(..) {
+                    ledger.admit(request.id, request.events.len());
+                }
+                ledger.settle();
+                let answers = std::iter::from_fn(|| ledger.take_answer());
+                let before = self.answers.len();
+                self.answers.extend(answers);
+                let new = self.answers.iter().skip(before);
+                self.taken_back += new.filter(|(_, answer)| answer.was_taken_back()).count();
+            }
+            // They see by themselves that the ledger is broken.
+            job => self.state = job,
+        }
+    }
+
+    /// Whether the open transaction takes more.
+    fn takes_more(&self, now: Instant) -> bool {
+        self.open.as_ref().is_none_or(|open| {
+            open.size_bytes < self.config.transaction_bytes_max && now < self.closes_at(open)
+        })
+    }
+
+    fn closes_at(&self, open: &Transaction) -> Instant {
+        open.since + self.config.transaction_time_max
+    }
+
+    /// Whether the open transaction has all that it will carry, delivered.
+    fn is_complete(&self, now: Instant) -> bool {
+        let closed = !self.takes_more(now) || self.dry && self.waiting.is_empty();
+        self.open.is_some() && closed && self.shared.ledger().pending() == 0
+    }
+
+    fn hand_over(&mut self, now: Instant) {
+        while self.takes_more(now) && self.shared.ledger().pending() < PENDING_MAX {
+            let Some(request) = self.waiting.pop_front() else { return };
+            // One outside the order is sent although it stands below the cursor, and moves nothing.
+            let in_order = request.id < OUTSIDE_ORDER;
+            let end = request.events.last().expect("never empty").offset + 1;
+            let end = if in_order { end } else { self.done_to };
+            if in_order && end <= self.done_to {
+                self.answers.push_back((request.id, Answer::delivered()));
+                continue;
+            }
+            let too_large = |event| self.recorder.is_too_large(event);
+            if request.events.iter().any(too_large) {
+                return self.refuse(&request);
+            }
+            self.send(&request, end, now);
+            if self.shared.ledger().is_broken() {
+                return;
+            }
+        }
+    }
+
+    /// Takes a request into the transaction.
+    fn send(&mut self, request: &Request, end: u64, now: Instant) {
+        let State::Ready(session) = &self.state else { unreachable!("only a session sends") };
+        if self.open.is_none() {
+            if let Err(setback) = session.begin() {
+                self.waiting.push_front(request.clone());
+                return self.set_back(setback);
+            }
+            self.open = Some(Transaction { since: now, end, size_bytes: 0 });
+            self.alive = (now, self.shared.ledger().moves());
+        }
+        let open = self.open.as_mut().expect("just begun");
+        open.end = open.end.max(end);
+        let first = self.shared.ledger().admit(request.id, request.events.len());
+        for (stored, place) in request.events.iter().zip(0..) {
+            let ticket = first.wrapping_add(place);
+            if request.id < OUTSIDE_ORDER && stored.offset < self.done_to {
+                self.shared.ledger().report(ticket, Ok(()));
+                continue;
+            }
+            open.size_bytes += stored.event.size_bytes();
+            if let Err(code) = self.recorder.send(&session.producer, stored, request.stream, ticket)
+            {
+                // What else is in the transaction is as good as new.
+                let mut ledger = self.shared.ledger();
+                ledger.refused(ticket, code);
+                let reason = format!("taken back with event {}: {code}", stored.offset);
+                ledger.breaks(Failure::Again, reason);
+                return;
+            }
+        }
+    }
+
+    /// Refuses what is too large in a request, and takes back the rest and all that waits behind it.
+    fn refuse(&mut self, request: &Request) {
+        let (refused, rest): (Vec<_>, Vec<_>) = (0..request.events.len())
+            .partition(|&place| self.recorder.is_too_large(&request.events[place]));
+        let mut failed = Vec::new();
+        for (places, failure, reason) in
+            [(refused, Failure::Reject, TOO_LARGE), (rest, Failure::Again, TAKEN_BACK)]
+        {
+            if !places.is_empty() {
+                let reason = reason.to_owned();
+                failed.push(Failed { which: Which::These(places), failure, reason });
+            }
+        }
+        self.answer_later(request.id, Answer { failed });
+        while let Some(behind) = self.waiting.pop_front() {
+            self.answer_later(behind.id, Answer::failed(Failure::Again, TAKEN_BACK));
+        }
+    }
+
+    fn answer_later(&mut self, id: RequestId, answer: Answer) {
+        self.taken_back += usize::from(answer.was_taken_back());
+        self.answers.push_back((id, answer));
+    }
+
+    fn commit(&mut self) {
+        let State::Ready(session) = std::mem::replace(&mut self.state, State::Down) else {
+            unreachable!("only a session commits")
+        };
+        let end = self.open.as_ref().expect("complete, so open").end;
+        let (place, patience) = (Arc::clone(&self.place), self.patience());
+        self.state = State::Committing(spawn_blocking(move || {
+            let outcome = session.commit(&place, place.mark(end), &patience);
+            (session, outcome)
+        }));
+    }
+
+    fn committed(&mut self, session: Session, outcome: Result<(), Setback>) {
+        self.state = State::Ready(session);
+        let open = self.open.take().expect("what was committed was open");
+        match outcome {
+            Ok(()) => {
+                self.done_to = open.end;
+                self.mark = Some(self.place.mark(open.end));
+                let mut ledger = self.shared.ledger();
+                self.answers.extend(std::iter::from_fn(|| ledger.take_answer()));
+            }
+            Err(setback) => self.set_back(setback),
+        }
+    }
+
+    /// Whether there is a job to wait for, and until when to wait otherwise.
+    fn next(&mut self, now: Instant) -> Next {
+        let State::Ready(_) = self.state else {
+            return if matches!(self.state, State::Down) { Next::Change(None) } else { Next::Job };
+        };
+        let ledger = self.shared.ledger();
+        if ledger.moves() != self.alive.1 || ledger.pending() == 0 {
+            self.alive = (now, ledger.moves());
+        }
+        let dies_at = (ledger.pending() > 0).then(|| self.alive.0 + self.request_timeout);
+        let open = self.open.as_ref().filter(|_| self.takes_more(now));
+        Next::Change(dies_at.into_iter().chain(open.map(|open| self.closes_at(open))).min())
+    }
+
+    /// Waits for the job that is under way. Cancel-safe.
+    async fn job(&mut self) {
+        match &mut self.state {
+            State::Starting(job) => {
+                let outcome = joined(job.await);
+                self.started(outcome);
+            }
+            State::Committing(job) => {
+                let (session, outcome) = joined(job.await);
+                self.committed(session, outcome);
+            }
+            State::Closing(job) => {
+                joined(job.await);
+                self.state = State::Down;
+            }
+            State::Down | State::Ready(_) => {}
+        }
+    }
+}
+
+const TAKEN_BACK: &str = "a neighbour is refused first";
+
+fn joined<T>(outcome: Result<T, tokio::task::JoinError>) -> T {
+    outcome.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+impl Sink for TransactionalSink {
+    fn window(&self) -> Window {
+        // One transaction is committed while the next one gathers.
+        let bytes_max = 2 * self.config.transaction_bytes_max;
+        Window { requests_max: REQUESTS_MAX, events_max: EVENTS_MAX, bytes_max }
+    }
+
+    fn begin(&mut self, request: Request) {
+        let end = request.events.last().expect("never empty").offset + 1;
+        self.log_end = self.log_end.max(end);
+        self.dry = false;
+        if self.taken_back > 0 {
+            return self.answer_later(request.id, Answer::failed(Failure::Again, TAKEN_BACK));
+        }
+        self.waiting.push_back(request);
+        self.advance(Instant::now());
+    }
+
+    fn close(&mut self) {
+        self.dry = true;
+    }
+
+    fn stop(&mut self) {
+        if self.shared.ledger().hurry() {
+            self.shared.changed.notify_one();
+        }
+    }
+
+    async fn answer(&mut self) -> (RequestId, Answer) {
+        loop {
+            let now = Instant::now();
+            self.advance(now);
+            if let Some((id, answer)) = self.answers.pop_front() {
+                self.taken_back -= usize::from(answer.was_taken_back());
+                return (id, answer);
+            }
+            match self.next(now) {
+                Next::Job => self.job().await,
+                Next::Change(None) => self.shared.changed.notified().await,
+                Next::Change(Some(at)) => {
+                    let changed = self.shared.changed.notified();
+                    // Either way the loop looks again.
+                    let silent = tokio::time::timeout_at(at.into(), changed).await.is_err();
+                    if silent && self.is_silent() {
+                        self.shared.ledger().no_sign_of_life(self.request_timeout);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl TransactionalSink {
+    /// Whether nothing was reported for a request timeout.
+    fn is_silent(&self) -> bool {
+        let ledger = self.shared.ledger();
+        ledger.pending() > 0
+            && ledger.moves() == self.alive.1
+            && self.alive.0.elapsed() >= self.request_timeout
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,136 @@
+//! Transactions against librdkafka's mock cluster, which accepts them and keeps the group's offset. It
+//! does not hide what was aborted: what a reader of committed records sees is for the real Kafka.
+
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+use rdkafka::{Offset, TopicPartitionList};
+
+use super::*;
+use crate::config::{KafkaDelivery, SinkConfig};
+use crate::fake;
+use crate::kafka::tests::{
+    Cluster, PATIENCE, TOPIC, arrived, assert_order, cluster, deliver, distinct, events, request,
+    seqs_of,
+};
+
+fn transactional(cluster: &Cluster, log_end: u64) -> TransactionalSink {
+    let delivery = KafkaDelivery::ExactlyOnce;
+    let config = KafkaConfig { delivery, ..KafkaConfig::new(cluster.bootstrap_servers(), TOPIC) };
+    let envelope = Envelope::new(&fake::origin(), SinkConfig::EVENT_TYPE);
+    let place = Place::new(&fake::origin(), "kafka", &config);
+    TransactionalSink::new(config, envelope, place, log_end, PATIENCE)
+}
+
+/// Leaves a mark as a sink of this store would: the mock keeps only what a consumer commits.
+fn leave_mark(cluster: &Cluster, offset: u64) {
+    let place = transactional(cluster, 0).place;
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", cluster.bootstrap_servers())
+        .set("group.id", &place.name)
+        .create()
+        .expect("a consumer");
+    let mut list = TopicPartitionList::new();
+    let mut element = list.add_partition(&place.topic, 0);
+    element.set_offset(Offset::Offset(offset.cast_signed())).expect("an offset");
+    element.set_metadata(place.mark(offset).metadata());
+    consumer.commit(&list, CommitMode::Sync).expect("committed");
+}
+
+#[tokio::test]
+async fn a_sink_that_starts_again_sends_nothing_of_what_is_committed() {
+    let cluster = cluster();
+    leave_mark(&cluster, 3_001);
+    // Its own cursor did not survive: it begins at the start of the log again.
+    let mut sink = transactional(&cluster, 4_000);
+    assert!(deliver(&mut sink, events(0..4_000), 130).await.is_empty());
+    let records = arrived(&cluster);
+    assert_eq!(records.len(), 999);
+    for device in 0..3 {
+        let expected: Vec<u64> = (3_001..4_000).filter(|seq| seq % 3 == device).collect();
+        assert_eq!(seqs_of(&records, &format!("dev-{device}")), expected);
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_has_lost_its_end_is_held() {
+    let cluster = cluster();
+    leave_mark(&cluster, 51);
+    let mut restored = transactional(&cluster, 50);
+    restored.begin(request(0, events(0..50)));
+    let (_, answer) = restored.answer().await;
+    assert_eq!(answer.failed[0].failure, Failure::Hold);
+    assert!(answer.failed[0].reason.contains("restored from a copy"), "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_transaction_is_answered_as_one_and_only_once_it_is_closed() {
+    let cluster = cluster();
+    let mut sink = transactional(&cluster, 9);
+    sink.config.transaction_time_max = Duration::from_hours(1);
+    for id in 0..3 {
+        sink.begin(request(id, events(id * 3..id * 3 + 3)));
+    }
+    let early = tokio::time::timeout(Duration::from_millis(300), sink.answer()).await;
+    assert!(early.is_err(), "{early:?}");
+    sink.close();
+    for id in 0..3 {
+        assert_eq!(sink.answer().await, (id, Answer::delivered()));
+    }
+    assert_eq!(sink.done_to, 9);
+}
+
+#[tokio::test]
+async fn an_event_too_large_for_a_transaction_is_refused_and_the_rest_goes_on() {
+    // Too large by itself, and too large only with its headers.
+    for payload_bytes in [1_100_000, 999_800] {
+        let cluster = cluster();
+        let mut sink = transactional(&cluster, 100);
+        let mut events = events(0..100);
+        for place in [0, 41, 42, 99] {
+            events[place].event.payload = vec![0; payload_bytes].into();
+        }
+        let dead = deliver(&mut sink, events, 10).await;
+        assert_eq!(dead, [0, 41, 42, 99], "{payload_bytes}");
+        // The mock does not hide what was aborted.
+        let records = arrived(&cluster);
+        assert_eq!(distinct(&records), 96);
+        assert_order(&records);
+    }
+}
+
+#[tokio::test]
+async fn any_error_in_a_transaction_starts_over_and_nothing_is_lost() {
+    let cluster = cluster();
+    let mut sink = transactional(&cluster, 2_000);
+    let refused = RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+    let fine = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
+    cluster.request_errors(RDKafkaApiKey::Produce, &[fine, refused, fine, fine, refused]);
+    let failed = RDKafkaRespErr::RD_KAFKA_RESP_ERR_INVALID_TXN_STATE;
+    cluster.request_errors(RDKafkaApiKey::EndTxn, &[fine, failed]);
+    cluster.request_errors(RDKafkaApiKey::TxnOffsetCommit, &[fine, fine, failed]);
+    assert!(deliver(&mut sink, events(0..2_000), 50).await.is_empty());
+    let records = arrived(&cluster);
+    assert_order(&records);
+    assert_eq!(distinct(&records), 2_000);
+}
+
+#[tokio::test]
+async fn a_transactional_sink_without_brokers_says_so_and_stops_at_once() {
+    let cluster = cluster();
+    cluster.broker_down(1).expect("down");
+    let mut sink = transactional(&cluster, 9);
+    sink.begin(request(0, events(0..9)));
+    let (_, answer) = sink.answer().await;
+    assert_eq!(answer.failed[0].failure, Failure::Retry { after: None });
+    assert!(answer.failed[0].reason.contains("no broker can be reached"), "{answer:?}");
+    // With brokers that take connections and do not answer, it is the end of the gateway that ends it.
+    cluster.broker_up(1).expect("up");
+    cluster.broker_round_trip_time(1, Duration::from_hours(1)).expect("set");
+    sink.request_timeout = Duration::from_hours(1);
+    sink.begin(request(1, events(0..9)));
+    sink.stop();
+    let (answered, answer) = sink.answer().await;
+    assert_eq!(answered, 1);
+    assert_eq!(answer.failed[0].failure, Failure::Retry { after: None });
+}

@@ -1,0 +1,184 @@
+//! How fast one client may publish: two buckets, of events and of bytes. Pure; time is an argument.
+//!
+//! Invariant: over any time a client is read no faster than its rate, but for one second's worth that
+//! it may have saved up, and the last publish, which is taken whole and paid for afterwards. Nothing
+//! is dropped: who is over its rate is not read for a while, and slows down by itself.
+//! A client that comes back finds its pace as it left it ([`Paces`]).
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytestring::ByteString;
+
+/// What a client may have saved up.
+const BURST: Duration = Duration::from_secs(1);
+
+/// Clients that are gone and whose pace is remembered, at most. It matters for a second, or until
+/// what they took is paid for.
+const REMEMBERED_MAX: usize = 4096;
+
+/// What a listener allows each client. 0: as much as it likes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rate {
+    /// Publishes per second.
+    pub events: u64,
+    /// Bytes of topics and payloads per second.
+    pub bytes: u64,
+}
+
+/// One client's buckets: each the time at which what was taken will have been paid for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pace {
+    rate: Rate,
+    events_paid: Instant,
+    bytes_paid: Instant,
+}
+
+impl Pace {
+    /// With a second's worth saved up.
+    pub fn new(rate: Rate, now: Instant) -> Self {
+        Self { rate, events_paid: now, bytes_paid: now }
+    }
+
+    /// A publish was taken.
+    pub fn take(&mut self, bytes: usize, now: Instant) {
+        charge(&mut self.events_paid, 1, self.rate.events, now);
+        charge(&mut self.bytes_paid, bytes as u64, self.rate.bytes, now);
+    }
+
+    /// When the next publish may be taken; `None`: now.
+    pub fn opens_at(&self, now: Instant) -> Option<Instant> {
+        // What the last one cost is not among what was saved.
+        let opens = self.events_paid.max(self.bytes_paid).checked_sub(BURST)?;
+        (opens > now).then_some(opens)
+    }
+
+    fn is_paid(&self, now: Instant) -> bool {
+        self.events_paid.max(self.bytes_paid) <= now
+    }
+}
+
+fn charge(paid: &mut Instant, n: u64, per_second: u64, now: Instant) {
+    if per_second > 0 {
+        let nanos = u128::from(n) * 1_000_000_000 / u128::from(per_second);
+        *paid = (*paid).max(now) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+    }
+}
+
+/// The paces of clients that are gone, so that nobody gains by coming back.
+#[derive(Debug, Default)]
+pub struct Paces(Mutex<HashMap<ByteString, Pace>>);
+
+impl Paces {
+    /// The pace of a client that comes; `None` where its listener sets no rate.
+    pub fn enter(&self, client_id: &ByteString, rate: Rate, now: Instant) -> Option<Pace> {
+        if rate == Rate::default() {
+            return None;
+        }
+        let left = self.lock().remove(client_id);
+        Some(left.map_or_else(|| Pace::new(rate, now), |left| Pace { rate, ..left }))
+    }
+
+    /// A client has gone. When too many are remembered, it is not.
+    pub fn leave(&self, client_id: &ByteString, pace: Pace, now: Instant) {
+        if pace.is_paid(now) {
+            return;
+        }
+        let mut paces = self.lock();
+        if paces.len() >= REMEMBERED_MAX {
+            paces.retain(|_, pace| !pace.is_paid(now));
+        }
+        if paces.len() < REMEMBERED_MAX {
+            paces.insert(client_id.clone(), pace);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<ByteString, Pace>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_second_is_saved_up_and_then_the_rate_holds() {
+        let now = Instant::now();
+        let mut pace = Pace::new(Rate { events: 10, bytes: 0 }, now);
+        for taken in 0..10 {
+            assert_eq!(pace.opens_at(now), None, "{taken}");
+            pace.take(1 << 20, now);
+        }
+        assert_eq!(pace.opens_at(now), None, "the tenth was the last of the second");
+        pace.take(0, now);
+        assert_eq!(pace.opens_at(now), Some(now + 100 * MS));
+        assert_eq!(pace.opens_at(now + 100 * MS), None);
+    }
+
+    #[test]
+    fn a_large_publish_is_taken_whole_and_paid_for() {
+        let now = Instant::now();
+        let mut pace = Pace::new(Rate { events: 0, bytes: 1000 }, now);
+        pace.take(5000, now);
+        assert_eq!(pace.opens_at(now), Some(now + 4000 * MS));
+        assert_eq!(pace.opens_at(now + 4000 * MS), None);
+    }
+
+    #[test]
+    fn coming_back_gains_nothing() {
+        let (paces, now) = (Paces::default(), Instant::now());
+        let rate = Rate { events: 0, bytes: 1000 };
+        let id = ByteString::from_static("d");
+        let mut pace = paces.enter(&id, rate, now).unwrap();
+        pace.take(5000, now);
+        paces.leave(&id, pace, now);
+        assert_eq!(paces.enter(&id, rate, now), Some(pace));
+        paces.leave(&id, pace, now + 5000 * MS);
+        assert_eq!(paces.enter(&id, rate, now), Some(Pace::new(rate, now)), "it was paid for");
+        assert_eq!(paces.enter(&id, Rate::default(), now), None);
+
+        for n in 0..2 * REMEMBERED_MAX {
+            paces.leave(&ByteString::from(n.to_string()), pace, now);
+        }
+        assert_eq!(paces.lock().len(), REMEMBERED_MAX);
+        paces.leave(&id, Pace { bytes_paid: now + 6000 * MS, ..pace }, now + 5000 * MS);
+        assert_eq!(paces.lock().len(), 1, "those who have paid make room");
+    }
+
+    proptest! {
+        /// However a client's publishes come, in no stretch of time does it get more than the rate,
+        /// one second's worth, and one publish.
+        #[test]
+        fn the_rate_holds_over_any_time(
+            per_second in 1_u64..1000,
+            steps in prop::collection::vec((0_u64..300, 1_usize..2000), 1..200),
+        ) {
+            let begin = Instant::now();
+            let mut now = begin;
+            let mut pace = Pace::new(Rate { events: 0, bytes: per_second }, now);
+            let mut taken: Vec<(Instant, u64)> = Vec::new();
+            for (wait_ms, bytes) in steps {
+                now += Duration::from_millis(wait_ms);
+                if pace.opens_at(now).is_none() {
+                    pace.take(bytes, now);
+                    taken.push((now, bytes as u64));
+                }
+            }
+            for first in 0..taken.len() {
+                let mut sum = 0;
+                for (at, bytes) in &taken[first..] {
+                    // Before this one.
+                    let allowed = per_second as f64 * ((*at - taken[first].0).as_secs_f64() + 1.0);
+                    prop_assert!(sum as f64 <= allowed + 1.0, "{sum} in {:?}", *at - taken[first].0);
+                    sum += bytes;
+                }
+            }
+        }
+    }
+}
