@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use harness::{Bench, Ended, eventually, http_sink, run_to_end, sink, skip};
+use redb::{ReadableTable, TableDefinition};
 
 /// Exit codes of the command line.
 const FAILED: i32 = 1;
@@ -133,8 +134,7 @@ async fn another_number_of_partitions_is_refused_with_the_remedy() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_of_a_newer_format_is_refused_and_loses_nothing() {
     let bench = Bench::new(47);
-    let partitions = 4;
-    let config = bench.configure(&format!("[ingest]\npartitions = {partitions}"));
+    let config = bench.configure("");
     let gateway = bench.start().await;
     let fleet = bench.fleet(5, 200.0);
     eventually("events are acked", async || (fleet.counters().acked > 100).then_some(())).await;
@@ -143,34 +143,34 @@ async fn a_store_of_a_newer_format_is_refused_and_loses_nothing() {
     assert_eq!(gateway.terminate().await, Some(0));
 
     let state = bench.path("data/state.redb");
-    set_format(&state, partitions, 3);
+    set_format(&state, 3);
     let ended = run_to_end("run", &config).await;
     let data_dir = bench.path("data").display().to_string();
     assert_one_line(&ended, FAILED, &[&data_dir, "format 3", "install the version that wrote it"]);
 
-    set_format(&state, partitions, 2);
+    set_format(&state, 2);
     let gateway = bench.start().await;
     assert_eq!(gateway.status().await.store.watermark, stored);
     assert_eq!(gateway.terminate().await, Some(0));
 }
 
-/// Changes the format number in every head row of a database that was closed cleanly. Magic,
-/// checksum and format stay where they are in every format to come; the checksum covers what
-/// follows it.
-fn set_format(path: &Path, partitions: usize, format: u32) {
-    const MAGIC: &[u8] = b"EGhd";
-    let row_bytes = 50 + 8 * partitions;
-    let mut file = std::fs::read(path).unwrap();
-    let rows: Vec<usize> =
-        (0..=file.len() - row_bytes).filter(|at| file[*at..].starts_with(MAGIC)).collect();
-    assert!(!rows.is_empty(), "no head row found");
-    for at in rows {
-        let row = &mut file[at..at + row_bytes];
+/// Changes the format number in the head row of a state database, as a version would have written it
+/// whose row is the same otherwise. Magic, checksum and format stay where they are in every format to
+/// come; the checksum covers what follows it.
+fn set_format(path: &Path, format: u32) {
+    const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+    let database = redb::Database::open(path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    {
+        let mut meta = transaction.open_table(META).unwrap();
+        let mut row = meta.get("head").unwrap().expect("a head row").value().to_vec();
+        assert_eq!(&row[..4], b"EGhd");
         row[8..12].copy_from_slice(&format.to_le_bytes());
         let crc = crc32c::crc32c(&row[8..]);
         row[4..8].copy_from_slice(&crc.to_le_bytes());
+        meta.insert("head", &row[..]).unwrap();
     }
-    std::fs::write(path, file).unwrap();
+    transaction.commit().unwrap();
 }
 
 /// A file system of a few megabytes, unmounted when dropped.

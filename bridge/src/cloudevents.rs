@@ -8,7 +8,7 @@
 //! | --- | --- |
 //! | `id` | `gateway/epoch/partition/seq` ([`EventId`]) |
 //! | `source` | `/gateway/device key`, each percent-encoded (an RFC 3986 absolute-path reference) |
-//! | `type` | the sink's `event_type` |
+//! | `type` | the route's `event_type`, else the sink's |
 //! | `subject` | MQTT topic |
 //! | `time` | the publish's user property `time` if that is RFC 3339, else the time of receipt |
 //! | `datacontenttype` | the publish's or route's; else `application/json` if the payload is JSON; else `application/octet-stream` |
@@ -16,6 +16,8 @@
 //! | `sequence` | sequence number in 20 digits, so that it sorts as text |
 //! | `recordedtime` | time of receipt, only where `time` is the device's |
 //! | `traceparent` | the publish's user property, if it is one (W3C Trace Context) |
+//! | `lane` | `alarm` or `backfill`, as the route says; absent for live events |
+//! | `stream` | `live` or `backfill`, where a sink has more than one stream, and `replay`; order holds per device, lane and stream |
 //! | `requeued` | `true` on an event that was a dead letter: it stands outside the order of its device |
 //!
 //! Deliberately absent: where attributes go in binary mode (each sink).
@@ -23,9 +25,10 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::de::IgnoredAny;
-use storage::{Attribute, DeadLetter, Event, EventId, StoredEvent};
+use storage::{Attribute, DeadLetter, Event, EventId, Lane, StoredEvent};
 
 use crate::origin::Origin;
+use crate::sink::Mark;
 
 const JSON: &str = "application/json";
 const OCTET_STREAM: &str = "application/octet-stream";
@@ -66,11 +69,12 @@ impl Envelope {
         }
     }
 
-    /// Writes events one after the other.
+    /// Writes events one after the other, in the stream that they come in.
     pub(crate) fn write_all<'a>(
         &self,
         out: &mut Vec<u8>,
         events: impl Iterator<Item = &'a StoredEvent> + Clone,
+        stream: Option<Mark>,
         framing: Framing,
     ) {
         out.reserve(events.clone().map(|e| e.event.size_bytes() + ENVELOPE_BYTES).sum());
@@ -79,14 +83,14 @@ impl Envelope {
                 let mut before = b'[';
                 for event in events {
                     out.push(before);
-                    self.write(out, event, framing);
+                    self.write(out, event, stream, framing);
                     before = b',';
                 }
                 out.push(b']');
             }
             Framing::Lines => {
                 for event in events {
-                    self.write(out, event, framing);
+                    self.write(out, event, stream, framing);
                     out.push(b'\n');
                 }
             }
@@ -96,7 +100,7 @@ impl Envelope {
     /// Writes a dead letter: its event as it would have gone upstream, and as extensions of it what
     /// became of it. One a line.
     pub(crate) fn write_letter(&self, out: &mut Vec<u8>, letter: &DeadLetter) {
-        self.write(out, &letter.event, Framing::Lines);
+        self.write(out, &letter.event, None, Framing::Lines);
         out.pop();
         for (name, value) in
             [("deadlettersink", &letter.sink), ("deadletterreason", &letter.reason)]
@@ -115,8 +119,14 @@ impl Envelope {
         out.extend_from_slice(b"}\n");
     }
 
-    /// Writes one event.
-    pub(crate) fn write(&self, out: &mut Vec<u8>, stored: &StoredEvent, framing: Framing) {
+    /// Writes one event, in the stream that it comes in.
+    pub(crate) fn write(
+        &self,
+        out: &mut Vec<u8>,
+        stored: &StoredEvent,
+        stream: Option<Mark>,
+        framing: Framing,
+    ) {
         let event = &stored.event;
         let context = Context::of(event);
         out.extend_from_slice(br#"{"specversion":"1.0","id":"#);
@@ -125,7 +135,7 @@ impl Envelope {
         out.extend_from_slice(br#","source":""#);
         self.write_source(out, event);
         out.extend_from_slice(br#"","type":"#);
-        write_string(out, &self.event_type);
+        write_string(out, self.event_type(event));
         if !event.topic.is_empty() {
             out.extend_from_slice(br#","subject":"#);
             write_string(out, &event.topic);
@@ -152,6 +162,17 @@ impl Envelope {
             out.extend_from_slice(br#","traceparent":"#);
             write_string(out, traceparent);
         }
+        // Names of our own, here and below: nothing in them needs escaping.
+        if context.lane != Lane::Live {
+            out.extend_from_slice(br#","lane":""#);
+            out.extend_from_slice(context.lane.name().as_bytes());
+            out.push(b'"');
+        }
+        if let Some(stream) = stream {
+            out.extend_from_slice(br#","stream":""#);
+            out.extend_from_slice(stream.name().as_bytes());
+            out.push(b'"');
+        }
         if context.requeued {
             out.extend_from_slice(br#","requeued":true"#);
         }
@@ -175,6 +196,7 @@ impl Envelope {
         &self,
         stored: &StoredEvent,
         context: &Context<'_>,
+        stream: Option<Mark>,
         mut give: impl FnMut(&'static str, &str),
     ) {
         fn text(write: impl FnOnce(&mut Vec<u8>)) -> String {
@@ -187,7 +209,7 @@ impl Envelope {
         give("specversion", "1.0");
         give("id", &self.id(stored).to_string());
         give("source", &text(|out| self.write_source(out, event)));
-        give("type", &self.event_type);
+        give("type", self.event_type(event));
         if !event.topic.is_empty() {
             give("subject", &event.topic);
         }
@@ -201,6 +223,12 @@ impl Envelope {
         give("sequence", &text(|out| write_decimal(out, stored.seq, 20)));
         if let Some(traceparent) = context.traceparent {
             give("traceparent", traceparent);
+        }
+        if context.lane != Lane::Live {
+            give("lane", context.lane.name());
+        }
+        if let Some(stream) = stream {
+            give("stream", stream.name());
         }
         if context.requeued {
             give("requeued", "true");
@@ -225,8 +253,9 @@ impl Envelope {
         &self.gateway
     }
 
-    pub(crate) fn event_type(&self) -> &str {
-        &self.event_type
+    /// The event's own type, else the sink's.
+    pub(crate) fn event_type<'a>(&'a self, event: &'a Event) -> &'a str {
+        event.attributes.event_type().unwrap_or(&self.event_type)
     }
 }
 
@@ -238,6 +267,7 @@ pub(crate) struct Context<'a> {
     /// It was a dead letter.
     pub(crate) requeued: bool,
     pub(crate) content_type: &'a str,
+    pub(crate) lane: Lane,
     /// The payload is JSON, and may be called so.
     pub(crate) is_json: bool,
 }
@@ -245,10 +275,11 @@ pub(crate) struct Context<'a> {
 impl<'a> Context<'a> {
     pub(crate) fn of(event: &'a Event) -> Self {
         let (mut time, mut traceparent, mut content_type) = (None, None, None);
-        let mut requeued = false;
+        let (mut requeued, mut lane) = (false, Lane::default());
         for attribute in event.attributes.iter() {
             match attribute {
                 Attribute::ContentType(v) => content_type = content_type.or(Some(v)),
+                Attribute::Lane(v) => lane = v,
                 Attribute::UserProperty("time", v) if is_rfc3339(v) => time = Some(v),
                 Attribute::UserProperty("traceparent", v) if is_traceparent(v) => {
                     traceparent = Some(v);
@@ -259,7 +290,7 @@ impl<'a> Context<'a> {
         }
         let is_json = content_type.is_none_or(is_json_type) && is_json(&event.payload);
         let content_type = content_type.unwrap_or(if is_json { JSON } else { OCTET_STREAM });
-        Self { time, traceparent, requeued, content_type, is_json }
+        Self { time, traceparent, requeued, content_type, lane, is_json }
     }
 }
 
@@ -416,7 +447,7 @@ pub(crate) fn write_time(out: &mut Vec<u8>, unix_us: u64) {
 
 /// Year, month and day of a number of days since 1970-01-01 in the proleptic Gregorian calendar:
 /// years are counted from March, so that the leap day is the last of its year.
-fn civil_from_days(days: u64) -> (u64, u64, u64) {
+pub(crate) fn civil_from_days(days: u64) -> (u64, u64, u64) {
     const DAYS_BEFORE_1970: u64 = 719_468; // since 0000-03-01
     const ERA_DAYS: u64 = 146_097; // 400 years
     let days = days + DAYS_BEFORE_1970;
@@ -460,7 +491,7 @@ mod tests {
 
     fn written(event: &StoredEvent, framing: Framing) -> String {
         let mut out = Vec::new();
-        envelope().write_all(&mut out, [event].into_iter(), framing);
+        envelope().write_all(&mut out, [event].into_iter(), None, framing);
         String::from_utf8(out).expect("JSON is UTF-8")
     }
 
@@ -517,10 +548,10 @@ mod tests {
     #[test]
     fn a_batch_is_one_array_also_when_empty() {
         let mut out = Vec::new();
-        envelope().write_all(&mut out, [].iter(), Framing::Array);
+        envelope().write_all(&mut out, [].iter(), None, Framing::Array);
         out.clear();
         let event = stored("d", "t", &[], b"1");
-        envelope().write_all(&mut out, [&event, &event].into_iter(), Framing::Array);
+        envelope().write_all(&mut out, [&event, &event].into_iter(), None, Framing::Array);
         let value: Value = serde_json::from_slice(&out).expect("an array");
         assert_eq!(value.as_array().map(Vec::len), Some(2));
     }

@@ -10,11 +10,15 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use storage::Lanes;
+
 #[cfg(feature = "kafka")]
 pub use self::kafka::{
     KafkaCompression, KafkaConfig, KafkaDelivery, KafkaHeaders, KafkaSasl, KafkaTls, KafkaTopic,
     OAuthToken, ScramHash,
 };
+use crate::filter::Filter;
+use crate::shaper::Shaping;
 use crate::template::Template;
 
 /// A value that must not reach a log: `Debug` hides it.
@@ -62,6 +66,31 @@ pub struct SinkConfig {
     /// Event bytes that the store keeps for it at most; 0 for no limit but the store's. Beyond it,
     /// its oldest are dropped for it, and stand in the loss ledger.
     pub lag_bytes_max: u64,
+    /// What it is to have.
+    pub filter: Filter,
+    /// Lanes besides `live` that get a stream of their own: those that some route gives.
+    pub lanes: Lanes,
+    /// What goes first after an outage.
+    pub backlog: Backlog,
+    /// Share of the requests, by bytes, that what can wait (a backlog that live events go ahead of,
+    /// and the lane `backfill`) gets beside live events, in percent.
+    pub backlog_share_percent: u8,
+    /// When it may send, and how much.
+    pub shaping: Shaping,
+}
+
+/// What goes first after an outage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backlog {
+    /// The oldest event: order per device.
+    #[default]
+    InOrder,
+    /// What comes in from now on, once the oldest event has waited for longer than `after`: order
+    /// per device within the backlog and within what went ahead of it.
+    LiveFirst {
+        /// How long an event may wait.
+        after: Duration,
+    },
 }
 
 impl SinkConfig {
@@ -90,6 +119,16 @@ impl SinkConfig {
     pub const RETRY_BACKOFF_RANGE: RangeInclusive<Duration> =
         Duration::from_millis(1)..=Duration::from_hours(1);
 
+    /// Default of [`SinkConfig::backlog_share_percent`].
+    pub const BACKLOG_SHARE_PERCENT: u8 = 50;
+    /// Range of [`SinkConfig::backlog_share_percent`].
+    pub const BACKLOG_SHARE_RANGE: RangeInclusive<u8> = 1..=99;
+    /// Default of [`Backlog::LiveFirst::after`].
+    pub const LIVE_FIRST_AFTER: Duration = Duration::from_secs(10);
+    /// Range of [`Backlog::LiveFirst::after`].
+    pub const LIVE_FIRST_AFTER_RANGE: RangeInclusive<Duration> =
+        Duration::from_millis(100)..=Duration::from_hours(24);
+
     /// A sink with every default.
     pub fn new(name: impl Into<String>, target: Target) -> Self {
         Self {
@@ -102,6 +141,11 @@ impl SinkConfig {
             retry_backoff_min: Self::RETRY_BACKOFF_MIN,
             retry_backoff_max: Self::RETRY_BACKOFF_MAX,
             lag_bytes_max: 0,
+            filter: Filter::default(),
+            lanes: Lanes::NONE,
+            backlog: Backlog::default(),
+            backlog_share_percent: Self::BACKLOG_SHARE_PERCENT,
+            shaping: Shaping::default(),
         }
     }
 }

@@ -89,8 +89,24 @@ pub(crate) struct Counts {
     pub(crate) delivered_bytes: u64,
     /// Events that stand in the dead letters.
     pub(crate) dead_lettered_events: u64,
+    /// Events that the sink was not to have.
+    pub(crate) filtered_events: u64,
     /// Requests that failed and are tried again.
     pub(crate) retries: u64,
+}
+
+impl std::ops::Add for Counts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            delivered_events: self.delivered_events + other.delivered_events,
+            delivered_bytes: self.delivered_bytes + other.delivered_bytes,
+            dead_lettered_events: self.dead_lettered_events + other.dead_lettered_events,
+            filtered_events: self.filtered_events + other.filtered_events,
+            retries: self.retries + other.retries,
+        }
+    }
 }
 
 /// What stands in the way.
@@ -142,6 +158,10 @@ impl Part {
         }
     }
 
+    fn load(&self) -> Load {
+        Load { requests: 1, events: self.events.len(), size_bytes: self.size_bytes }
+    }
+
     /// What of it is still to be delivered once everything below an offset is given up.
     fn from(self, offset: u64) -> Option<Self> {
         if self.in_flight.is_some() || self.events[0].offset >= offset {
@@ -155,6 +175,26 @@ impl Part {
     fn rest(&self, events: Vec<StoredEvent>, suspect: bool) -> Self {
         let Self { attempts, first_us, last_us, .. } = *self;
         Self { suspect, attempts, first_us, last_us, ..Self::new(events) }
+    }
+}
+
+/// A number of requests and what is in them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Load {
+    pub(crate) requests: usize,
+    pub(crate) events: usize,
+    pub(crate) size_bytes: usize,
+}
+
+impl std::ops::Add for Load {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            requests: self.requests + other.requests,
+            events: self.events + other.events,
+            size_bytes: self.size_bytes + other.size_bytes,
+        }
     }
 }
 
@@ -244,6 +284,33 @@ impl Delivery {
         self.parts.iter().filter(|part| part.in_flight.is_some()).count()
     }
 
+    /// Whether a request in flight is one of these.
+    pub(crate) fn carries(&self, id: RequestId) -> bool {
+        self.parts.iter().any(|part| part.in_flight == Some(id))
+    }
+
+    /// What is in flight.
+    pub(crate) fn flight(&self) -> Load {
+        let flying = self.parts.iter().filter(|part| part.in_flight.is_some());
+        flying.fold(Load::default(), |sum, part| sum + part.load())
+    }
+
+    /// When the oldest event that is held was received, microseconds since the Unix epoch.
+    pub(crate) fn oldest_us(&self) -> Option<u64> {
+        Some(self.parts.front()?.events[0].event.received_us)
+    }
+
+    /// Whether nothing else may be in flight beside it: after a failure one request goes first, and
+    /// a part that is suspected of holding poison goes alone.
+    pub(crate) fn wants_alone(&self) -> bool {
+        self.setback.is_some() || self.parts.iter().any(|part| part.suspect)
+    }
+
+    /// Its next request gets at least this number.
+    pub(crate) fn number_from(&mut self, id: RequestId) {
+        self.next_id = self.next_id.max(id);
+    }
+
     /// Whether to read on. While the log holds more than the last read could bring (`backlog`), one
     /// request's worth is kept ready; else only what can begin at once, so that requests grow with
     /// the load instead of going out as crumbs.
@@ -304,8 +371,8 @@ impl Delivery {
         fit.max(1)
     }
 
-    /// The next request to begin now, if one may.
-    pub(crate) fn next_request(&mut self, now: Moment) -> Option<Request> {
+    /// The part that may begin now, if one may.
+    fn next_part(&mut self, now: Moment) -> Option<usize> {
         let place = self.parts.iter().position(|part| part.in_flight.is_none())?;
         // A part that failed waits for whatever was in flight behind it.
         if self.parts.iter().skip(place).any(|part| part.in_flight.is_some()) {
@@ -313,9 +380,17 @@ impl Delivery {
         }
         self.shorten(place);
         let part = &self.parts[place];
-        if !self.may_begin(place, part.events.len(), part.size_bytes, now) {
-            return None;
-        }
+        self.may_begin(place, part.events.len(), part.size_bytes, now).then_some(place)
+    }
+
+    /// What the next request to begin now carries, if one may.
+    pub(crate) fn next_load(&mut self, now: Moment) -> Option<Load> {
+        self.next_part(now).map(|place| self.parts[place].load())
+    }
+
+    /// The next request to begin now, if one may.
+    pub(crate) fn next_request(&mut self, now: Moment) -> Option<Request> {
+        let place = self.next_part(now)?;
         let id = self.next_id;
         self.next_id += 1;
         let part = &mut self.parts[place];
@@ -325,7 +400,7 @@ impl Delivery {
         if part.attempts == 1 {
             part.first_us = now.unix_us;
         }
-        Some(Request { id, events: Arc::clone(&part.events) })
+        Some(Request { id, stream: None, events: Arc::clone(&part.events) })
     }
 
     /// Leaves no more of a part than the next request takes; the rest waits behind it.

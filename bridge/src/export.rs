@@ -29,7 +29,7 @@ impl Export {
             return;
         }
         let start = out.len();
-        self.envelope.write_all(out, events.iter(), self.framing);
+        self.envelope.write_all(out, events.iter(), None, self.framing);
         if self.framing == Framing::Array {
             // The pieces are one array: it opens once and is closed at the end.
             out.pop();

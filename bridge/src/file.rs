@@ -90,7 +90,8 @@ impl Writer {
             open = Open::at(&self.config.path)?;
         }
         self.lines.clear();
-        self.envelope.write_all(&mut self.lines, request.events.iter(), Framing::Lines);
+        let events = request.events.iter();
+        self.envelope.write_all(&mut self.lines, events, request.stream, Framing::Lines);
         if let Err(error) = open.append(&self.lines) {
             open.take_back();
             return Err(error);
@@ -210,7 +211,7 @@ mod tests {
 
     async fn write(sink: &mut FileSink, offset: u64) -> Answer {
         let events = Arc::new(vec![fake::stored(offset, "dev", &"x".repeat(100))]);
-        sink.begin(Request { id: offset, events });
+        sink.begin(Request { id: offset, stream: None, events });
         let (id, answer) = sink.answer().await;
         assert_eq!(id, offset);
         answer

@@ -1,18 +1,19 @@
 //! The shell around delivery: one task per sink that reads the log, sends, and moves the cursor.
 //!
 //! Owns: when to read, and the order of effects: a dead letter is durable before the cursor passes
-//! it, and is one until its upstream has taken it; the cursor moves only over what `delivery` calls
+//! it, and is one until its upstream has taken it; the cursor moves only over what `streams` calls
 //! done. A range that is missing from the
 //! log is passed over with a warning; it stands in the loss ledger.
-//! Deliberately absent: decisions about requests (`delivery`), and shared state between sinks.
+//! Deliberately absent: decisions about requests (`delivery`), whose turn it is (`streams`), and
+//! shared state between sinks.
 
 mod report;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use storage::{KeptLetter, Loss, Read, ReadError, StateError, Store};
-use tokio::sync::{Notify, watch};
+use storage::{KeptLetter, Loss, Passed, Read, ReadError, SinkProgress, StateError, Store};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -21,17 +22,19 @@ use crate::breaker::Circuit;
 use crate::cloudevents::Envelope;
 #[cfg(feature = "kafka")]
 use crate::config::KafkaDelivery;
-use crate::config::{SinkConfig, Target};
-use crate::delivery::{Delivery, Limits, Moment, Trouble};
+use crate::config::{Backlog, SinkConfig, Target};
+use crate::delivery::{Limits, Moment, Trouble};
 use crate::file::FileSink;
 use crate::http::HttpSink;
 #[cfg(feature = "kafka")]
 use crate::kafka::{KafkaSink, Place, TransactionalSink};
 use crate::mqtt::MqttSink;
 use crate::origin::Origin;
+use crate::replay::{Order, Replays, Running};
 use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
-use crate::sink::{Answer, OUTSIDE_ORDER, RequestId, Sink};
+use crate::sink::{Answer, RequestId, Sink};
+use crate::streams::{Key, Plan, ReadOrder, Seen, StreamStatus, Streams};
 
 /// What a sink is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +56,11 @@ pub enum SinkState {
         /// What the upstream said, and what to do.
         error: String,
     },
+    /// Its rate, windows or budget keep it from sending.
+    Waiting {
+        /// Which of them, and what goes all the same.
+        reason: &'static str,
+    },
     /// Shut down.
     Stopped,
 }
@@ -68,12 +76,16 @@ pub struct SinkStatus {
     pub state: SinkState,
     /// Next offset that it needs: the end of the contiguous acknowledged prefix.
     pub cursor: u64,
+    /// Its streams, where it has more than one.
+    pub streams: Vec<StreamStatus>,
     /// Events acknowledged.
     pub delivered_events: u64,
     /// Event bytes acknowledged.
     pub delivered_bytes: u64,
     /// Events sent to the dead letters.
     pub dead_lettered_events: u64,
+    /// Events that its filters kept from it.
+    pub filtered_events: u64,
     /// Dead letters that were requeued and delivered after all.
     pub requeued_events: u64,
     /// Requests that failed and were tried again.
@@ -86,9 +98,10 @@ pub struct SinkStatus {
     pub last_delivered_us: Option<u64>,
 }
 
-/// Reports that a sink needs nothing below an offset any more. Must not block: the committer
-/// coalesces moves and writes them with its next batch.
-pub type MoveCursor = Arc<dyn Fn(&str, u64) + Send + Sync>;
+/// Reports how far a sink is: it needs nothing below its cursor any more. Must not block: the
+/// committer coalesces moves and writes them with its next batch, a cursor and what was passed beside
+/// it in one commit.
+pub type MoveCursor = Arc<dyn Fn(&str, &SinkProgress) + Send + Sync>;
 
 /// Tells a forwarder that dead letters of its sink were requeued. Does not block.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
@@ -101,11 +114,14 @@ pub struct Forwarder {
     watermark: watch::Receiver<u64>,
     report: Report,
     requeued: Arc<Notify>,
-    cursor: u64,
+    progress: SinkProgress,
+    replays: Replays,
+    orders: mpsc::Receiver<Order>,
 }
 
 impl Forwarder {
-    /// Prepares a forwarder that starts at the store's durable cursor. `watermark` is a wake-up:
+    /// Prepares a forwarder that starts at the store's durable cursor, and goes on with what it has
+    /// passed beside that; what of the latter cannot be read is sent again. `watermark` is a wake-up:
     /// it carries the durable end of the log.
     pub fn new(
         config: SinkConfig,
@@ -115,8 +131,16 @@ impl Forwarder {
         move_cursor: MoveCursor,
     ) -> Self {
         let cursor = store.cursor(&config.name).unwrap_or_else(|| store.stats().first_offset);
-        let report = Report::new(&config.name, config.target.kind(), cursor, move_cursor);
-        Self { config, origin, store, watermark, report, requeued: Arc::default(), cursor }
+        let passed = store.passed(&config.name).unwrap_or_else(|error| {
+            tracing::error!(sink = config.name, %error, "events ahead of the cursor are sent again");
+            Passed::default()
+        });
+        let progress = SinkProgress { cursor, passed };
+        let kind = config.target.kind();
+        let report = Report::new(&config.name, kind, progress.clone(), move_cursor);
+        let (replays, orders) = Replays::new(&config.name);
+        let requeued = Arc::default();
+        Self { config, origin, store, watermark, report, requeued, progress, replays, orders }
     }
 
     /// What to call once dead letters of this sink were requeued in the store. Those that a restart
@@ -129,6 +153,11 @@ impl Forwarder {
     /// A view of the status that stays valid while the task runs, and after it.
     pub fn status(&self) -> watch::Receiver<SinkStatus> {
         self.report.subscribe()
+    }
+
+    /// The way to ask for a replay while the task runs.
+    pub fn replays(&self) -> Replays {
+        self.replays.clone()
     }
 
     /// Runs until cancelled; then lets the requests in flight end, within their timeout, and returns.
@@ -148,6 +177,8 @@ impl Forwarder {
             }
             #[cfg(feature = "kafka")]
             Target::Kafka(config) if config.delivery == KafkaDelivery::ExactlyOnce => {
+                // Its cursor in Kafka is one offset: what went ahead before it was set up goes again.
+                self.progress.passed.ahead.clear();
                 let place = Place::new(&self.origin, &self.config.name, &config);
                 let log_end = *self.watermark.borrow();
                 let sink = TransactionalSink::new(config, envelope, place, log_end, timeout);
@@ -167,14 +198,28 @@ impl Forwarder {
 
     async fn drive<S: Sink>(self, sink: S, shutdown: CancellationToken) {
         let config = self.config;
-        let limits =
-            Limits::new(config.request_events_max, config.request_bytes_max, sink.window());
+        let window = sink.window();
+        let limits = Limits::new(config.request_events_max, config.request_bytes_max, window);
         let backoff = Backoff::new(config.retry_backoff_min, config.retry_backoff_max);
+        let plan = Plan {
+            filter: config.filter,
+            event_type: config.event_type,
+            lanes: config.lanes,
+            live_first: match config.backlog {
+                Backlog::InOrder => None,
+                Backlog::LiveFirst { after } => Some(after),
+            },
+            backlog_share: f64::from(config.backlog_share_percent) / 100.0,
+            shaping: config.shaping,
+        };
+        let name = config.name.clone();
+        let streams =
+            Streams::new(config.name, plan, limits, window, backoff.clone(), &self.progress);
         let task = Task {
             sink,
-            name: config.name.clone(),
-            requeue: Requeue::new(config.name.clone(), limits, backoff.clone()),
-            delivery: Delivery::new(config.name, limits, backoff, self.cursor),
+            name: name.clone(),
+            requeue: Requeue::new(name, limits, backoff),
+            streams,
             limits,
             store: self.store,
             watermark: self.watermark,
@@ -184,7 +229,8 @@ impl Forwarder {
             writing: None,
             looking: None,
             settling: None,
-            backlog: false,
+            orders: self.orders,
+            running: None,
         };
         task.run(shutdown).await;
     }
@@ -198,7 +244,7 @@ type Written = Result<Vec<Loss>, StateError>;
 struct Task<S> {
     sink: S,
     name: String,
-    delivery: Delivery,
+    streams: Streams,
     requeue: Requeue,
     limits: Limits,
     store: Store,
@@ -207,15 +253,16 @@ struct Task<S> {
     /// Dead letters were marked.
     requeued: Arc<Notify>,
     /// A read of the log, on the blocking pool.
-    reading: Option<JoinHandle<Result<Read, ReadError>>>,
-    /// Dead letters being made durable, on the blocking pool, and how many.
-    writing: Option<JoinHandle<(usize, Written)>>,
+    reading: Option<JoinHandle<(ReadOrder, Result<Read, ReadError>)>>,
+    /// Dead letters of a stream being made durable, on the blocking pool, and how many.
+    writing: Option<JoinHandle<(Key, usize, Written)>>,
     /// A look for marked dead letters, on the blocking pool.
     looking: Option<JoinHandle<Result<Vec<KeptLetter>, StateError>>>,
     /// What came of them being made durable, on the blocking pool.
     settling: Option<JoinHandle<(Settlement, Result<(), StateError>)>>,
-    /// The last read left something behind.
-    backlog: bool,
+    orders: mpsc::Receiver<Order>,
+    /// Who is told of the replay that is under way.
+    running: Option<Running>,
 }
 
 impl<S: Sink> Task<S> {
@@ -226,14 +273,13 @@ impl<S: Sink> Task<S> {
             let now = Moment::now();
             self.write_letters(now);
             self.settle_requeued(now);
-            if let Some(passed) = self.store.cursor(&self.name).and_then(|c| self.delivery.pass(c))
-            {
-                self.report.missing(&[passed]);
+            if let Some(cursor) = self.store.cursor(&self.name) {
+                self.report.missing(&self.streams.pass(cursor));
             }
             // One look a turn: a rise after it, and before the wait below, is a change that the
             // wait sees at once.
             let watermark = *self.watermark.borrow_and_update();
-            let caught_up = self.delivery.read_to() >= watermark;
+            let Seen { all_read: caught_up, waits_for_more } = self.streams.look(watermark, now);
             if !stopping {
                 self.look_for_requeued(now);
                 self.begin_requests(now);
@@ -241,15 +287,16 @@ impl<S: Sink> Task<S> {
                     self.read_on(now);
                 }
             }
-            let all_begun = self.reading.is_none() && self.delivery.in_flight() > 0;
+            let all_begun = self.reading.is_none() && self.streams.in_flight() > 0;
             if all_begun || self.requeue.is_in_flight() {
                 self.sink.close();
             }
-            self.report.update(&self.delivery, &self.requeue, caught_up, now);
+            self.report.update(&self.streams, &self.requeue, caught_up, now);
+            self.tell_replay();
             if stopping && self.is_quiet() {
                 break;
             }
-            let resumes = [self.delivery.resumes_at(), self.requeue.resumes_at()];
+            let resumes = [self.streams.resumes_at(now), self.requeue.resumes_at()];
             let resumes = resumes.into_iter().flatten().filter(|&at| at > now.at && !stopping);
             let resumes_at = resumes.min();
             debug_assert!(
@@ -262,17 +309,24 @@ impl<S: Sink> Task<S> {
                     self.sink.stop();
                 }
                 (id, answer) = self.sink.answer() => self.answered(id, &answer),
-                read = finished(&mut self.reading) => self.has_read(read),
-                (count, result) = finished(&mut self.writing) => self.has_written(count, result),
+                (order, read) = finished(&mut self.reading) => self.has_read(order, read),
+                (key, count, result) = finished(&mut self.writing) => {
+                    self.has_written(key, count, result);
+                }
                 letters = finished(&mut self.looking) => self.has_looked(letters),
                 (settlement, result) = finished(&mut self.settling) => {
                     self.has_settled(&settlement, result);
                 }
                 () = self.requeued.notified() => self.requeue.wake(),
-                // Only once all is read: a busy log is not to wake us with every commit.
-                changed = self.watermark.changed(), if watched && caught_up => {
+                // Only who has read all: a busy log is not to wake us with every commit.
+                changed = self.watermark.changed(), if watched && waits_for_more => {
                     watched = changed.is_ok();
                 }
+                // Nothing comes where nobody can ask any more.
+                Some(order) = self.orders.recv(), if self.running.is_none() && !stopping => {
+                    self.replay(order);
+                }
+                () = abandoned(self.running.as_ref()) => self.streams.cancel_replay(),
                 () = sleep_until(resumes_at) => {}
             }
         }
@@ -285,7 +339,7 @@ impl<S: Sink> Task<S> {
     /// Whether nothing is under way any more. Dead letters that the store does not take now are
     /// found again from the cursor.
     fn is_quiet(&self) -> bool {
-        self.delivery.in_flight() == 0
+        self.streams.in_flight() == 0
             && !self.requeue.is_in_flight()
             && self.reading.is_none()
             && self.writing.is_none()
@@ -293,13 +347,39 @@ impl<S: Sink> Task<S> {
             && self.settling.is_none()
     }
 
+    fn replay(&mut self, order: Order) {
+        let Order { again, running } = order;
+        let (from, to) = (again.offsets.start, again.offsets.end);
+        tracing::info!(sink = self.name, from, to, "a replay begins");
+        self.streams.replay(again);
+        self.running = Some(running);
+    }
+
+    /// Says how far the replay is, and that it has ended.
+    fn tell_replay(&mut self) {
+        if let (Some(progress), Some(running)) = (self.streams.replay_progress(), &self.running) {
+            running.tell(progress);
+        }
+        if let Some(end) = self.streams.take_replay_end()
+            && let Some(running) = self.running.take()
+        {
+            tracing::info!(
+                sink = self.name,
+                delivered_events = end.delivered_events,
+                refused_events = end.refused_events,
+                "the replay has ended"
+            );
+            running.tell(end);
+        }
+    }
+
     fn begin_requests(&mut self, now: Moment) {
         if self.requeue.is_in_flight() {
             return;
         }
         // An upstream that fails is tried with the events whose order matters.
-        if self.delivery.trouble().is_none() && self.requeue.is_waiting(now) {
-            if self.delivery.in_flight() > 0 {
+        if self.streams.trouble().is_none() && self.requeue.is_waiting(now) {
+            if self.streams.in_flight() > 0 {
                 return;
             }
             if let Some(request) = self.requeue.next_request(now) {
@@ -307,41 +387,42 @@ impl<S: Sink> Task<S> {
                 return;
             }
         }
-        while let Some(request) = self.delivery.next_request(now) {
+        while let Some(request) = self.streams.next_request(now) {
             self.sink.begin(request);
         }
     }
 
     fn read_on(&mut self, now: Moment) {
-        let from = self.delivery.read_to();
-        if self.reading.is_some() || !self.delivery.wants_events(self.backlog, now) {
+        if self.reading.is_some() {
             return;
         }
+        let Some(order) = self.streams.next_read(now) else { return };
         let store = self.store.clone();
-        let (events_max, bytes_max) = (self.limits.read_events_max(), self.limits.read_bytes_max());
-        self.reading =
-            Some(tokio::task::spawn_blocking(move || store.read(from, events_max, bytes_max)));
+        let ReadOrder { from, events_max, bytes_max, .. } = order;
+        self.reading = Some(tokio::task::spawn_blocking(move || {
+            (order, store.read(from, events_max, bytes_max))
+        }));
     }
 
-    fn has_read(&mut self, read: Result<Read, ReadError>) {
-        let from = self.delivery.read_to();
+    fn has_read(&mut self, order: ReadOrder, read: Result<Read, ReadError>) {
         match read {
-            Ok(read) if read.next > from => {
+            Ok(read) => {
                 self.report.missing(&read.missing);
-                self.backlog = read.next < *self.watermark.borrow();
-                self.delivery.push(read);
+                if !self.streams.push(order, read) {
+                    let reason = format!("the log gave nothing at offset {}", order.from);
+                    self.store_failed(order.key, reason);
+                }
             }
-            Ok(_) => self.store_failed(format!("the log gave nothing at offset {from}")),
-            Err(error) => self.store_failed(error.to_string()),
+            Err(error) => self.store_failed(order.key, error.to_string()),
         }
     }
 
     fn answered(&mut self, id: RequestId, answer: &Answer) {
         let (now, random) = (Moment::now(), fastrand::f64());
-        if id >= OUTSIDE_ORDER {
-            self.requeue.answer(id, answer, !self.delivery.is_idle(), now, random);
+        if self.streams.carries(id) {
+            self.streams.answer(id, answer, now, random);
         } else {
-            self.delivery.answer(id, answer, now, random);
+            self.requeue.answer(id, answer, !self.streams.is_idle(), now, random);
         }
     }
 
@@ -393,35 +474,31 @@ impl<S: Sink> Task<S> {
     }
 
     fn write_letters(&mut self, now: Moment) {
-        let letters = self.delivery.letters();
-        if self.writing.is_some() || letters.is_empty() || self.store_is_failing(now) {
+        if self.writing.is_some() {
             return;
         }
+        let Some((key, letters)) = self.streams.letters(now) else { return };
         self.report.dead_letters(letters, now);
         let (store, letters) = (self.store.clone(), letters.to_vec());
         self.writing = Some(tokio::task::spawn_blocking(move || {
-            (letters.len(), store.put_dead_letters(&letters))
+            (key, letters.len(), store.put_dead_letters(&letters))
         }));
     }
 
-    fn has_written(&mut self, count: usize, result: Written) {
+    fn has_written(&mut self, key: Key, count: usize, result: Written) {
         match result {
             Ok(dropped) => {
                 self.report.dropped_letters(&dropped, Moment::now());
-                self.delivery.letters_written(count);
+                self.streams.letters_written(key, count);
             }
-            Err(error) => self.store_failed(error.to_string()),
+            Err(error) => self.store_failed(key, error.to_string()),
         }
     }
 
-    fn store_failed(&mut self, reason: String) {
+    fn store_failed(&mut self, key: Key, reason: String) {
         let now = Moment::now();
         self.report.complain(&Trouble::Store(reason.clone()), now);
-        self.delivery.store_failed(reason, now, fastrand::f64());
-    }
-
-    fn store_is_failing(&self, now: Moment) -> bool {
-        matches!(self.delivery.trouble(), Some(Trouble::Store(_))) && self.delivery.is_paused(now)
+        self.streams.store_failed(key, reason, now, fastrand::f64());
     }
 }
 
@@ -440,6 +517,14 @@ async fn finished<T>(job: &mut Option<JoinHandle<T>>) -> T {
 /// What a job gave; its panic goes on in this task.
 fn joined<T>(outcome: Result<T, JoinError>) -> T {
     outcome.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+/// Waits until nobody watches the replay any more; pends while there is none.
+async fn abandoned(running: Option<&Running>) {
+    match running {
+        Some(running) => running.abandoned().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn sleep_until(at: Option<Instant>) {

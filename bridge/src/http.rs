@@ -98,8 +98,8 @@ impl Sink for HttpSink {
     }
 
     fn begin(&mut self, request: Request) {
-        let upstream = Arc::clone(&self.upstream);
-        self.requests.spawn(async move { (request.id, upstream.deliver(request.events).await) });
+        let (id, upstream) = (request.id, Arc::clone(&self.upstream));
+        self.requests.spawn(async move { (id, upstream.deliver(request).await) });
     }
 
     async fn answer(&mut self) -> (RequestId, Answer) {
@@ -131,10 +131,10 @@ struct Prepared {
 
 impl Upstream {
     /// Sends a request's events on their tracks.
-    async fn deliver(self: Arc<Self>, events: Arc<Vec<StoredEvent>>) -> Answer {
+    async fn deliver(self: Arc<Self>, request: Request) -> Answer {
         let mut tracks = JoinSet::new();
-        for track in tracks::split(&events, self.config.in_flight_max, self.limits) {
-            tracks.spawn(Arc::clone(&self).send(Arc::clone(&events), track));
+        for track in tracks::split(&request.events, self.config.in_flight_max, self.limits) {
+            tracks.spawn(Arc::clone(&self).send(request.clone(), track));
         }
         let mut failed = Vec::new();
         while let Some(ended) = tracks.join_next().await {
@@ -143,14 +143,14 @@ impl Upstream {
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             }
         }
-        tracks::merge(events.len(), failed)
+        tracks::merge(request.events.len(), failed)
     }
 
     /// Sends the pieces of a track, one after the other. Gives what was not delivered.
-    async fn send(self: Arc<Self>, events: Arc<Vec<StoredEvent>>, mut track: Track) -> Vec<Failed> {
+    async fn send(self: Arc<Self>, request: Request, mut track: Track) -> Vec<Failed> {
         while let Some(piece) = track.next() {
             let piece = Arc::new(piece);
-            let answer = self.post(&events, &piece).await.unwrap_or_else(|refused| refused);
+            let answer = self.post(&request, &piece).await.unwrap_or_else(|refused| refused);
             track.answered(&piece, answer);
         }
         track.into_failed()
@@ -159,12 +159,12 @@ impl Upstream {
     /// Both sides are an answer: `Err` is what is known before the upstream was asked.
     async fn post(
         self: &Arc<Self>,
-        events: &Arc<Vec<StoredEvent>>,
+        request: &Request,
         piece: &Arc<Vec<usize>>,
     ) -> Result<Answer, Answer> {
         // Files are read and bodies compressed where blocking harms nobody.
-        let (upstream, events, places) = (Arc::clone(self), Arc::clone(events), Arc::clone(piece));
-        let prepared = tokio::task::spawn_blocking(move || upstream.prepare(&events, &places));
+        let (upstream, request, places) = (Arc::clone(self), request.clone(), Arc::clone(piece));
+        let prepared = tokio::task::spawn_blocking(move || upstream.prepare(&request, &places));
         let prepared = match prepared.await {
             Ok(prepared) => prepared?,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
@@ -208,7 +208,7 @@ impl Upstream {
         })
     }
 
-    fn prepare(&self, events: &[StoredEvent], piece: &[usize]) -> Result<Prepared, Answer> {
+    fn prepare(&self, request: &Request, piece: &[usize]) -> Result<Prepared, Answer> {
         let link = {
             let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
             match &mut *link {
@@ -220,11 +220,16 @@ impl Upstream {
                 }
             }
         };
-        let (own, body) =
-            body::write(self.config.format, self.config.compression, &self.envelope, events, piece);
+        let (own, body) = body::write(
+            self.config.format,
+            self.config.compression,
+            &self.envelope,
+            request,
+            piece,
+        );
         let mut headers = link.headers().clone();
         headers.extend(own);
-        headers.insert(OFFSETS, self.offsets(events, piece));
+        headers.insert(OFFSETS, self.offsets(&request.events, piece));
         Ok(Prepared { link, headers, body: body.into() })
     }
 

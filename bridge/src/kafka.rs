@@ -131,7 +131,7 @@ impl Sink for KafkaSink {
         for (stored, place) in request.events.iter().zip(0..) {
             let ticket = first.wrapping_add(place);
             let producer = self.producer.as_ref().expect("made before the first event");
-            if let Err(code) = self.recorder.send(producer, stored, ticket) {
+            if let Err(code) = self.recorder.send(producer, stored, request.stream, ticket) {
                 let mut ledger = self.shared.ledger();
                 ledger.refused(ticket, code);
                 self.shared.changed.notify_one();

@@ -9,8 +9,11 @@
 //! - [`config`]: validated settings of a sink.
 //! - `sink`: the trait, and how an upstream's answers are sorted.
 //! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
-//! - `requeue` (pure): dead letters on their way to their sink again.
-//! - [`forwarder`]: the shell around both; `retry`: backoff; `breaker`: what shows of it.
+//! - `streams` (pure): several of them over one sink, and whose turn it is; [`filter`]: what a sink
+//!   is to have; [`shaper`]: when it may send, and how much.
+//! - `requeue` (pure): dead letters on their way to their sink again; [`replay`]: asking a sink to
+//!   send stored events again.
+//! - [`forwarder`]: the shell around them; `retry`: backoff; `breaker`: what shows of it.
 //! - `http`, `kafka`, `mqtt`, `file`: the sinks; `cloudevents`: how an event looks upstream,
 //!   with whose name (`origin`); `export`: the same as one text, for tools.
 //! - [`Template`]: topics made from events; `secret`: reading what must not reach a log; `tls`:
@@ -24,16 +27,20 @@ mod export;
 #[cfg(test)]
 mod fake;
 mod file;
+pub mod filter;
 pub mod forwarder;
 mod http;
 #[cfg(feature = "kafka")]
 mod kafka;
 mod mqtt;
 mod origin;
+pub mod replay;
 mod requeue;
 mod retry;
 mod secret;
+pub mod shaper;
 mod sink;
+mod streams;
 mod template;
 mod tls;
 
@@ -42,4 +49,6 @@ pub use cloudevents::Framing;
 pub use export::{Export, letters as export_letters};
 pub use forwarder::{Forwarder, SinkState, SinkStatus};
 pub use origin::Origin;
+pub use replay::Replays;
+pub use streams::{ReplayProgress, StreamStatus};
 pub use template::Template;

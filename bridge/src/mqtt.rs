@@ -163,7 +163,7 @@ impl Sink for MqttSink {
         for (index, stored) in request.events.iter().enumerate() {
             let place = Place { request: request.id, index };
             let most = self.shared.packet_bytes_max.load(Ordering::Relaxed);
-            let message = match self.publisher.publish(stored) {
+            let message = match self.publisher.publish(stored, request.stream) {
                 Ok(message) if message.size_bytes > most => Err(too_large(most)),
                 written => written,
             };

@@ -14,8 +14,8 @@ use storage::StoredEvent;
 /// Number of a request, rising by one within a sink's life.
 pub(crate) type RequestId = u64;
 
-/// Requests from this number on carry requeued dead letters, and each goes alone. They stand outside
-/// the order: whatever their offsets, they are to be sent, and a sink that keeps a cursor of its own
+/// Requests from this number on carry requeued dead letters, each alone, or what is replayed. They
+/// stand outside the order: whatever their offsets, they are to be sent, and a sink that keeps a cursor of its own
 /// leaves it where it is.
 pub(crate) const OUTSIDE_ORDER: RequestId = 1 << 63;
 
@@ -24,8 +24,32 @@ pub(crate) const OUTSIDE_ORDER: RequestId = 1 << 63;
 pub(crate) struct Request {
     /// Names it in the answer.
     pub(crate) id: RequestId,
+    /// What its events say of their stream, where a sink has more than one.
+    pub(crate) stream: Option<Mark>,
     /// Never empty. The indexes of an [`Answer`] are positions in here.
     pub(crate) events: Arc<Vec<StoredEvent>>,
+}
+
+/// Which stream of a sink an event comes in. Order holds per device within one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mark {
+    /// As it comes.
+    Live,
+    /// What an outage held up, while later events go ahead of it.
+    Backfill,
+    /// Sent again because somebody asked for it: outside the order.
+    Replay,
+}
+
+impl Mark {
+    /// Value of the CloudEvents attribute `stream`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Live => "live",
+            Self::Backfill => "backfill",
+            Self::Replay => "replay",
+        }
+    }
 }
 
 /// How much may be in flight at once.
@@ -112,7 +136,7 @@ impl Answer {
 /// For a sink that keeps its cursor upstream, beside the data (Kafka, exactly once), three things
 /// more hold:
 /// - When a request begins, everything below its first event is delivered, or a durable dead letter,
-///   or gone from the log: so the end of a request is a cursor, and may be kept as one.
+///   filtered, or gone from the log: so the end of a request is a cursor, and may be kept as one.
 /// - Answers may come together, once what was begun is delivered as one; [`Sink::close`] says when it
 ///   is no use to wait for more.
 /// - A request may be answered as delivered without being sent: the upstream knows that it has it.

@@ -6,7 +6,7 @@
 //! | `{1}`, `{2}` ... | that level of the topic; nothing where it has none |
 //! | `{device}` | the device key |
 //! | `{gateway}` | the id of this gateway |
-//! | `{type}` | the sink's `event_type` |
+//! | `{type}` | the route's `event_type`, else the sink's |
 //!
 //! Owns: reading the template, and filling it in.
 //! Deliberately absent: what an upstream takes for a topic (each sink).
@@ -95,7 +95,7 @@ impl Template {
                 Part::Level(number) => event.topic.split('/').nth(*number).unwrap_or(""),
                 Part::Device => &event.device_key,
                 Part::Gateway => envelope.gateway(),
-                Part::Type => envelope.event_type(),
+                Part::Type => envelope.event_type(event),
             });
         }
         topic

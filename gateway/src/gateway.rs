@@ -203,6 +203,7 @@ impl Gateway {
                 .map(|(sink, lag_bytes_max)| admin::Sink {
                     status: sink.status(),
                     wake: sink.wake(),
+                    replays: sink.replays(),
                     lag_bytes_max,
                 })
                 .collect(),

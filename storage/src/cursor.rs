@@ -57,6 +57,15 @@ impl Cursors {
         }
     }
 
+    /// Nothing before `start` is stored any more: no configured sink needs it.
+    pub(crate) fn raise(&mut self, start: u64) {
+        for sink in &self.configured {
+            if let Some(cursor) = self.sinks.get_mut(sink) {
+                cursor.offset = cursor.offset.max(start);
+            }
+        }
+    }
+
     /// The cursor of a configured sink.
     pub(crate) fn get(&self, sink: &str) -> Option<u64> {
         self.configured.contains(sink).then(|| self.sinks.get(sink).map(|c| c.offset))?

@@ -85,11 +85,41 @@ pub enum Attribute<'a> {
     MessageExpiry(u32),
     /// MQTT v5 user property: name and value, in order of arrival, repeats allowed.
     UserProperty(&'a str, &'a str),
+    /// CloudEvents type, as the route says. Absent: the sink's.
+    EventType(&'a str),
+    /// Priority class, as the route says. Absent means [`Lane::Live`].
+    Lane(Lane),
     /// The event was a dead letter and is delivered again, outside the order. Never stored: it is put
     /// on the event's way out.
     Requeued,
     /// A tag that this version does not know: kept, passed on, not interpreted.
     Unknown(u8, &'a [u8]),
+}
+
+/// Priority class of a route. Order holds per device and lane.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Lane {
+    /// Before all others.
+    Alarm,
+    /// What has no lane of its own.
+    #[default]
+    Live,
+    /// What can wait: it gets a bounded share beside live events.
+    Backfill,
+}
+
+impl Lane {
+    /// All of them, the first first.
+    pub const ALL: [Self; 3] = [Self::Alarm, Self::Live, Self::Backfill];
+
+    /// As in configurations, and upstream.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Alarm => "alarm",
+            Self::Live => "live",
+            Self::Backfill => "backfill",
+        }
+    }
 }
 
 /// The attributes of an event in their stored form: a run of (tag `u8`, length `u16` little-endian,
@@ -105,6 +135,8 @@ const RESPONSE_TOPIC: u8 = 5;
 const CORRELATION_DATA: u8 = 6;
 const MESSAGE_EXPIRY: u8 = 7;
 const USER_PROPERTY: u8 = 8;
+const EVENT_TYPE: u8 = 9;
+const LANE: u8 = 10;
 const REQUEUED: u8 = 128;
 
 /// Tag and length in front of each value.
@@ -118,7 +150,7 @@ impl Attributes {
         let mut out = BytesMut::new();
         for attribute in attributes {
             match attribute {
-                Attribute::QoS(0) => {}
+                Attribute::QoS(0) | Attribute::Lane(Lane::Live) => {}
                 Attribute::QoS(qos) => put(&mut out, QOS, &[&[qos]]),
                 Attribute::Retain => put(&mut out, RETAIN, &[]),
                 Attribute::ContentType(v) => put(&mut out, CONTENT_TYPE, &[v.as_bytes()]),
@@ -136,6 +168,8 @@ impl Attributes {
                         &[&name_len.to_le_bytes(), name.as_bytes(), value.as_bytes()],
                     );
                 }
+                Attribute::EventType(v) => put(&mut out, EVENT_TYPE, &[v.as_bytes()]),
+                Attribute::Lane(lane) => put(&mut out, LANE, &[&[lane as u8]]),
                 Attribute::Requeued => put(&mut out, REQUEUED, &[]),
                 Attribute::Unknown(tag, v) => put(&mut out, tag, &[v]),
             }
@@ -192,6 +226,18 @@ impl Attributes {
     pub fn content_type(&self) -> Option<&str> {
         self.iter().find_map(|a| if let Attribute::ContentType(v) = a { Some(v) } else { None })
     }
+
+    /// CloudEvents type, if the route named one.
+    pub fn event_type(&self) -> Option<&str> {
+        self.iter().find_map(|a| if let Attribute::EventType(v) = a { Some(v) } else { None })
+    }
+
+    /// The lane.
+    pub fn lane(&self) -> Lane {
+        self.iter()
+            .find_map(|a| if let Attribute::Lane(lane) = a { Some(lane) } else { None })
+            .unwrap_or_default()
+    }
 }
 
 fn put(out: &mut BytesMut, tag: u8, parts: &[&[u8]]) {
@@ -221,6 +267,8 @@ fn decode(tag: u8, value: &[u8]) -> Option<Attribute<'_>> {
                 rest.split_at_checked(usize::from(u16::from_le_bytes([len[0], len[1]])))?;
             Attribute::UserProperty(str::from_utf8(name).ok()?, str::from_utf8(value).ok()?)
         }
+        EVENT_TYPE => Attribute::EventType(str::from_utf8(value).ok()?),
+        LANE => Attribute::Lane(*Lane::ALL.get(usize::from(*value.first()?))?),
         _ => return None,
     })
 }
@@ -241,6 +289,8 @@ mod tests {
             Attribute::MessageExpiry(3600),
             Attribute::UserProperty("traceparent", "00-ab-cd-01"),
             Attribute::UserProperty("", ""),
+            Attribute::EventType("com.example.reading"),
+            Attribute::Lane(Lane::Backfill),
             Attribute::Requeued,
             Attribute::Unknown(200, b"later"),
         ];
@@ -250,6 +300,11 @@ mod tests {
         assert_eq!(Attributes::encode(rest.iter().cloned()).with(last.clone()), encoded);
         assert_eq!(encoded.qos(), 1);
         assert_eq!(encoded.content_type(), Some("application/json"));
+        assert_eq!(encoded.event_type(), Some("com.example.reading"));
+        assert_eq!(encoded.lane(), Lane::Backfill);
+        let live = Attributes::encode([Attribute::QoS(1), Attribute::Lane(Lane::Live)]);
+        assert_eq!(live, Attributes::encode([Attribute::QoS(1)]), "the default takes no byte");
+        assert_eq!((live.event_type(), live.lane()), (None, Lane::Live));
     }
 
     #[test]

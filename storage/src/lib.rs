@@ -16,7 +16,7 @@
 //!   [`disk`]: the files under both, and the seam where tests fail, fill up or cut the power and
 //!   benches count and slow down; `ballast`: room kept for a full disk; `frozen`: a disk that is
 //!   only looked at.
-//! - `cursor`, `retention`: what is still needed and what may go, pure; [`dead_letter`],
+//! - `cursor`, [`passed`], `retention`: what is still needed and what may go, pure; [`dead_letter`],
 //!   [`loss_ledger`]: the record of what was refused and of what went.
 //! - [`store`]: [`Store`] (shared handle, reads) and [`Writer`] (the one writer), which put them
 //!   together. Beside them, for tools: [`store::inspect`] (a look that changes nothing),
@@ -37,6 +37,7 @@ mod head;
 mod journal;
 mod log;
 pub mod loss_ledger;
+pub mod passed;
 mod ranges;
 mod retention;
 mod row;
@@ -49,8 +50,9 @@ pub use codec::Compression;
 pub use control::Control;
 pub use dead_letter::{DeadLetter, DeadLetterStats, KeptLetter, Picked};
 pub use error::{CommitError, OpenError, ReadError, StateError};
-pub use event::{Attribute, Attributes, Event, EventId, StoredEvent};
+pub use event::{Attribute, Attributes, Event, EventId, Lane, StoredEvent};
 pub use loss_ledger::{Loss, LossReason};
+pub use passed::{Ahead, Lanes, Passed, SinkProgress, Spent};
 pub use store::balance::{Balance, Balancer, SinkBalance};
 pub use store::compact::Compacted;
 pub use store::inspect::FileStats;

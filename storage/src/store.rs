@@ -32,6 +32,8 @@ use crate::disk::{FileDisk, SharedDisk, is_full};
 use crate::head::{BadHead, FORMAT, Head, Tail};
 use crate::journal;
 use crate::log::{self, Journaled, Journaling, Log, LogError, LogOpenError, Span};
+use crate::passed::{self, Lanes, Passed};
+use crate::ranges::Ranges;
 use crate::retention::{self, Rules};
 use crate::state::{Checkpoint, State, StateOpenError};
 use crate::{
@@ -253,6 +255,27 @@ impl Shared {
         Ok(head.event_bytes_before() + part as u64)
     }
 
+    /// See [`Store::state`].
+    fn state(&self, namespace: u16, key: &[u8]) -> Result<Option<Bytes>, StateError> {
+        // Held while the database is read, so that a checkpoint does not move a value between.
+        let projection = self.progress.projection();
+        match projection.changed(namespace, key) {
+            Some(value) => Ok(value.clone()),
+            None => self.state.get(namespace, key),
+        }
+    }
+
+    /// See [`Store::passed`].
+    fn passed(&self, sink: &str) -> Result<Passed, StateError> {
+        let Some(row) = self.state(passed::NAMESPACE, sink.as_bytes())? else {
+            return Ok(Passed::default());
+        };
+        Passed::decode(row).map_err(|_| StateError {
+            disk_full: false,
+            reason: format!("the record of what sink {sink:?} has passed is damaged"),
+        })
+    }
+
     /// Event bytes in a range of offsets, 0 where they cannot be told.
     fn event_bytes_in(&self, offsets: &Range<u64>) -> u64 {
         let tail = self.progress.tail();
@@ -405,6 +428,14 @@ impl Store {
         self.shared.progress.projection().cursors.get(sink)
     }
 
+    /// What a sink has passed beside its cursor, as of the last durable commit.
+    ///
+    /// # Errors
+    /// [`StateError`] if it cannot be read.
+    pub fn passed(&self, sink: &str) -> Result<Passed, StateError> {
+        self.shared.passed(sink)
+    }
+
     /// Events from `from` on, at least one if there is any below the watermark, else at most
     /// `events_max` events and about `size_bytes_max` event bytes.
     ///
@@ -513,12 +544,7 @@ impl Store {
     /// # Errors
     /// [`StateError`].
     pub fn state(&self, namespace: u16, key: &[u8]) -> Result<Option<Bytes>, StateError> {
-        // Held while the database is read, so that a checkpoint does not move a value between.
-        let projection = self.shared.progress.projection();
-        match projection.changed(namespace, key) {
-            Some(value) => Ok(value.clone()),
-            None => self.shared.state.get(namespace, key),
-        }
+        self.shared.state(namespace, key)
     }
 
     /// Every key of a namespace of the projection with its value, in the order of the keys, as of the
@@ -925,10 +951,13 @@ impl Writer {
             .sinks
             .iter()
             .filter(|sink| sink.lag_bytes_max > 0)
-            .filter_map(|sink| {
-                let cursor = self.shared.progress.projection().cursors.get(&sink.name)?;
-                let offsets = cursor..self.within_lag(cursor, sink.lag_bytes_max, &tail)?;
-                self.loss(Some(sink.name.clone()), offsets, LossReason::Lag, now_us)
+            .flat_map(|sink| {
+                let cursor = self.shared.progress.projection().cursors.get(&sink.name);
+                let offsets = cursor.and_then(|cursor| {
+                    Some(cursor..self.within_lag(cursor, sink.lag_bytes_max, &tail)?)
+                });
+                let owed = offsets.map(|offsets| self.owed(&sink.name, offsets));
+                self.losses(&sink.name, &owed.unwrap_or_default(), LossReason::Lag, now_us)
             })
             .collect();
         if !losses.is_empty() {
@@ -1030,22 +1059,20 @@ impl Writer {
             spans = self.shared.log.spans(watermark);
         }
         let end = spans[0].offsets.end;
-        let needed: Vec<(Option<String>, Range<u64>)> = {
+        let (start, cursors): (u64, Vec<(String, u64)>) = {
             let projection = self.shared.progress.projection();
-            let start = projection.start;
-            match projection.cursors.floor() {
-                None => vec![(None, start..end)],
-                Some(_) => projection
-                    .cursors
-                    .configured()
-                    .map(|(sink, cursor)| (Some(sink.to_owned()), cursor.offset..end))
-                    .collect(),
-            }
+            let configured = projection.cursors.configured();
+            let cursors = configured.map(|(sink, cursor)| (sink.to_owned(), cursor.offset));
+            (projection.start, cursors.collect())
         };
-        let losses = needed
-            .into_iter()
-            .filter_map(|(sink, offsets)| self.loss(sink, offsets, LossReason::Quota, now_us))
-            .collect();
+        let losses = if cursors.is_empty() {
+            self.loss(None, start..end, LossReason::Quota, now_us).into_iter().collect()
+        } else {
+            let of = |(sink, cursor): (String, u64)| {
+                self.losses(&sink, &self.owed(&sink, cursor..end), LossReason::Quota, now_us)
+            };
+            cursors.into_iter().flat_map(of).collect()
+        };
         self.remove(&spans[..1], losses, report).map_err(|error| self.state_failed(error))?;
         Ok(true)
     }
@@ -1062,6 +1089,22 @@ impl Writer {
         }
         let size_bytes = self.shared.event_bytes_in(&offsets);
         Some(Loss::new(sink, offsets, size_bytes, reason, at_us))
+    }
+
+    fn losses(&self, sink: &str, owed: &Ranges, reason: LossReason, at_us: u64) -> Vec<Loss> {
+        let of =
+            |range: &Range<u64>| self.loss(Some(sink.to_owned()), range.clone(), reason, at_us);
+        owed.iter().filter_map(of).collect()
+    }
+
+    /// What of a range from its cursor on a sink still is to have: not what it got ahead of its turn.
+    fn owed(&self, sink: &str, offsets: Range<u64>) -> Ranges {
+        let owed = Ranges::from(offsets);
+        match self.shared.passed(sink) {
+            Ok(passed) => owed.without(&passed.done(Lanes::ALL)),
+            // Then more is called lost than is.
+            Err(_) => owed,
+        }
     }
 
     /// Removes the first files, after the ledger and the checkpoint say so.
@@ -1109,6 +1152,7 @@ impl Writer {
                     cursors.advance(sink, loss.offsets.end);
                 }
             }
+            cursors.raise(start);
         };
         pass(&mut cursors);
         let covered = tail.position.offset;

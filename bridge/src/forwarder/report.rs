@@ -7,13 +7,14 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use storage::{DeadLetter, Loss};
+use storage::{DeadLetter, Loss, SinkProgress};
 use tokio::sync::watch;
 
 use super::{MoveCursor, SinkState, SinkStatus};
 use crate::breaker::{Breaker, Circuit};
-use crate::delivery::{Counts, Delivery, Moment, Trouble};
+use crate::delivery::{Counts, Moment, Trouble};
 use crate::requeue::{Requeue, Settlement};
+use crate::streams::Streams;
 
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
 const REPEAT_INTERVAL: Duration = Duration::from_secs(10);
@@ -22,7 +23,7 @@ pub(super) struct Report {
     name: String,
     status: watch::Sender<SinkStatus>,
     move_cursor: MoveCursor,
-    cursor: u64,
+    progress: SinkProgress,
     counts: Counts,
     breaker: Breaker,
     published_at: Option<Instant>,
@@ -40,17 +41,19 @@ impl Report {
     pub(super) fn new(
         name: &str,
         kind: &'static str,
-        cursor: u64,
+        progress: SinkProgress,
         move_cursor: MoveCursor,
     ) -> Self {
         let status = SinkStatus {
             name: name.to_owned(),
             kind,
             state: SinkState::Starting,
-            cursor,
+            cursor: progress.cursor,
+            streams: Vec::new(),
             delivered_events: 0,
             delivered_bytes: 0,
             dead_lettered_events: 0,
+            filtered_events: 0,
             requeued_events: 0,
             retries: 0,
             circuit: Circuit::default(),
@@ -61,7 +64,7 @@ impl Report {
             name: name.to_owned(),
             status: watch::Sender::new(status),
             move_cursor,
-            cursor,
+            progress,
             counts: Counts::default(),
             breaker: Breaker::default(),
             published_at: None,
@@ -81,20 +84,21 @@ impl Report {
     /// Tells what has changed since the last call.
     pub(super) fn update(
         &mut self,
-        delivery: &Delivery,
+        streams: &Streams,
         requeue: &Requeue,
         caught_up: bool,
         now: Moment,
     ) {
-        if delivery.cursor() != self.cursor {
-            self.cursor = delivery.cursor();
-            (self.move_cursor)(&self.name, self.cursor);
+        let progress = streams.progress();
+        if progress != self.progress {
+            self.progress = progress;
+            (self.move_cursor)(&self.name, &self.progress);
         }
-        let counts = delivery.counts();
+        let counts = streams.counts();
         let counts = Counts { retries: counts.retries + requeue.retries(), ..counts };
-        let (trouble, resumes_at) = match delivery.trouble() {
+        let (trouble, resumes_at) = match streams.trouble() {
             None => (requeue.trouble(), requeue.resumes_at()),
-            trouble => (trouble, delivery.resumes_at()),
+            trouble => (trouble, streams.troubled_until()),
         };
         self.breaker.update(trouble, resumes_at, now);
         let delivered = counts.delivered_events != self.counts.delivered_events;
@@ -115,7 +119,8 @@ impl Report {
             Some(Trouble::Upstream(error) | Trouble::Store(error)) => {
                 SinkState::Retrying { error: error.clone() }
             }
-            None if delivery.is_idle() && requeue.is_idle() && caught_up => SinkState::Idle,
+            None if streams.is_idle() && requeue.is_idle() && caught_up => SinkState::Idle,
+            None if let Some(reason) = streams.waits_for(now) => SinkState::Waiting { reason },
             None if self.connected => SinkState::Sending,
             None => SinkState::Starting,
         };
@@ -127,10 +132,12 @@ impl Report {
                 status.last_delivered_us = Some(now.unix_us);
             }
             status.state = state;
-            status.cursor = self.cursor;
+            status.cursor = self.progress.cursor;
+            status.streams = streams.status();
             status.delivered_events = counts.delivered_events;
             status.delivered_bytes = counts.delivered_bytes;
             status.dead_lettered_events = counts.dead_lettered_events;
+            status.filtered_events = counts.filtered_events;
             status.requeued_events = requeue.delivered_events();
             status.retries = counts.retries;
             status.circuit = self.breaker.circuit();

@@ -20,7 +20,7 @@ struct Log {
     store: Store,
     writer: Writer,
     watermark: watch::Sender<u64>,
-    cursors: Arc<Mutex<Vec<(String, u64)>>>,
+    cursors: Arc<Mutex<Vec<(String, SinkProgress)>>>,
 }
 
 impl Log {
@@ -66,7 +66,7 @@ impl Log {
     fn forwarder(&self, config: SinkConfig) -> Forwarder {
         let cursors = Arc::clone(&self.cursors);
         let move_cursor: MoveCursor =
-            Arc::new(move |sink, offset| cursors.lock().unwrap().push((sink.into(), offset)));
+            Arc::new(move |sink, to| cursors.lock().unwrap().push((sink.into(), to.clone())));
         let origin = fake::origin();
         Forwarder::new(config, origin, self.store.clone(), self.watermark.subscribe(), move_cursor)
     }
@@ -84,7 +84,7 @@ impl Log {
         });
         self.store.put_dead_letters(&letters.collect::<Vec<_>>()).expect("written");
         let end = self.store.mark().watermark;
-        self.cursors.lock().unwrap().push((sink.to_owned(), end));
+        self.cursors.lock().unwrap().push((sink.to_owned(), end.into()));
         self.commit_cursors();
         self.store.requeue(sink, 0, &|_| true, 1_000).expect("marked");
     }
@@ -94,7 +94,10 @@ impl Log {
         let moves = std::mem::take(&mut *self.cursors.lock().unwrap());
         let moves: Vec<_> = moves
             .into_iter()
-            .map(|(sink, offset)| storage::Control::Cursor { sink: sink.into(), offset })
+            .flat_map(|(sink, SinkProgress { cursor: offset, passed })| {
+                let passed = passed.control(&sink);
+                [storage::Control::Cursor { sink: sink.into(), offset }, passed]
+            })
             .collect();
         self.writer.commit(&[], &moves, 1).expect("committed");
     }
@@ -160,7 +163,7 @@ async fn what_is_stored_and_what_comes_later_is_delivered_in_order() {
     assert_eq!(seen.retries, 0);
     assert_eq!(upstream.seqs(), (0..155).collect::<Vec<_>>());
     assert_eq!(status.borrow().state, SinkState::Stopped);
-    assert_eq!(log.cursors.lock().unwrap().last(), Some(&("cloud".to_owned(), 155)));
+    assert_eq!(log.cursors.lock().unwrap().last(), Some(&("cloud".to_owned(), 155.into())));
     assert!(upstream.accepted().iter().all(|received| received.seqs().len() <= 10));
 }
 
@@ -358,7 +361,7 @@ async fn a_shutdown_waits_for_the_request_in_flight_and_begins_no_other() {
     forwarder.run(shutdown).await;
     assert_eq!(upstream.seqs(), (0..10).collect::<Vec<_>>());
     assert_eq!(status.borrow().cursor, 10);
-    assert_eq!(log.cursors.lock().unwrap().last(), Some(&("cloud".to_owned(), 10)));
+    assert_eq!(log.cursors.lock().unwrap().last(), Some(&("cloud".to_owned(), 10.into())));
 }
 
 #[tokio::test]

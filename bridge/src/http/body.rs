@@ -12,6 +12,7 @@ use storage::StoredEvent;
 
 use crate::cloudevents::{Context, Envelope, Framing};
 use crate::config::{Compression, HttpFormat};
+use crate::sink::Request;
 
 /// Names the event of a raw request: its id, `gateway/epoch/partition/seq`.
 pub(super) const EVENT: HeaderName = HeaderName::from_static("edge-gateway-event");
@@ -24,20 +25,21 @@ pub(super) fn write(
     format: HttpFormat,
     compression: Compression,
     envelope: &Envelope,
-    events: &[StoredEvent],
+    request: &Request,
     piece: &[usize],
 ) -> (HeaderMap, Vec<u8>) {
+    let Request { stream, events, .. } = request;
     let all = piece.iter().map(|&place| &events[place]);
     let first = &events[piece[0]];
     let mut headers = HeaderMap::new();
     let mut body = Vec::new();
     let content_type = match format {
         HttpFormat::CloudEventsBatch => {
-            envelope.write_all(&mut body, all, Framing::Array);
+            envelope.write_all(&mut body, all, *stream, Framing::Array);
             HeaderValue::from_static("application/cloudevents-batch+json")
         }
         HttpFormat::NdJson => {
-            envelope.write_all(&mut body, all, Framing::Lines);
+            envelope.write_all(&mut body, all, *stream, Framing::Lines);
             HeaderValue::from_static("application/x-ndjson")
         }
         HttpFormat::JsonArray => {
@@ -45,12 +47,12 @@ pub(super) fn write(
             HeaderValue::from_static("application/json")
         }
         HttpFormat::CloudEvent => {
-            envelope.write(&mut body, first, Framing::Array);
+            envelope.write(&mut body, first, *stream, Framing::Array);
             HeaderValue::from_static("application/cloudevents+json")
         }
         HttpFormat::CloudEventBinary => {
             let context = Context::of(&first.event);
-            envelope.for_each_attribute(first, &context, |name, value| {
+            envelope.for_each_attribute(first, &context, *stream, |name, value| {
                 let name =
                     HeaderName::try_from(format!("ce-{name}")).expect("attributes are names");
                 headers.insert(name, percent_encoded(value));

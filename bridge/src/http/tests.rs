@@ -27,7 +27,7 @@ fn sink_with(config: HttpConfig, request_timeout: Duration) -> HttpSink {
 
 fn request(id: RequestId) -> Request {
     let events = vec![fake::stored(5, "dev-1", "{\"t\":1}"), fake::stored(6, "dev-2", "\u{1}")];
-    Request { id, events: Arc::new(events) }
+    Request { id, stream: None, events: Arc::new(events) }
 }
 
 async fn ask(sink: &mut HttpSink, id: RequestId) -> Answer {
@@ -121,7 +121,7 @@ async fn headers_carry_any_text_of_a_device() {
     let mut event = fake::stored(0, "Tür \"1\" 100%", "x");
     event.event.attributes =
         storage::Attributes::encode([storage::Attribute::ContentType("text/\u{1}")]);
-    sink.begin(Request { id: 0, events: Arc::new(vec![event]) });
+    sink.begin(Request { id: 0, stream: None, events: Arc::new(vec![event]) });
     assert_eq!(sink.answer().await, (0, Answer::delivered()));
     let received = &server.accepted()[0];
     assert_eq!(received.header("ce-partitionkey"), "T%C3%BCr%20%221%22%20100%25");
@@ -377,7 +377,7 @@ async fn posts_of_different_partitions_are_in_flight_together() {
     let (url, _server) = meeting(4).await;
     let url = format!("{url}/events");
     let mut sink = sink(HttpConfig { in_flight_max: 4, ..HttpConfig::new(url) });
-    sink.begin(Request { id: 0, events: Arc::new(spread(8, 80)) });
+    sink.begin(Request { id: 0, stream: None, events: Arc::new(spread(8, 80)) });
     assert_eq!(sink.answer().await, (0, Answer::delivered()));
     // One POST of each is never more than the configured size.
     assert_eq!(sink.at_once(), (3_500, 512 * 1024 * 4 * 7 / 8));

@@ -12,12 +12,13 @@ use std::io::Write as _;
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::BaseRecord;
-use storage::StoredEvent;
+use storage::{Lane, StoredEvent};
 
 use super::client::{Producer, code};
 use super::ledger::Ticket;
 use crate::cloudevents::{Context, Envelope, write_time};
 use crate::config::{KafkaConfig, KafkaHeaders, KafkaTopic};
+use crate::sink::Mark;
 
 /// librdkafka's default of `message.max.bytes`.
 const RECORD_BYTES_MAX: usize = 1_000_000;
@@ -76,6 +77,7 @@ impl Recorder {
         &mut self,
         producer: &Producer,
         stored: &StoredEvent,
+        stream: Option<Mark>,
         ticket: Ticket,
     ) -> Result<(), RDKafkaErrorCode> {
         let made;
@@ -90,7 +92,9 @@ impl Recorder {
             .key(&stored.event.device_key[..])
             .payload(&stored.event.payload[..]);
         record.headers = match self.headers {
-            KafkaHeaders::CloudEvents => Some(headers(&self.envelope, stored, &mut self.scratch)),
+            KafkaHeaders::CloudEvents => {
+                Some(headers(&self.envelope, stored, stream, &mut self.scratch))
+            }
             KafkaHeaders::Id => {
                 self.scratch.clear();
                 let _ = write!(self.scratch, "{}", self.envelope.id(stored));
@@ -104,7 +108,12 @@ impl Recorder {
 }
 
 /// CloudEvents attributes in binary mode (CloudEvents Kafka protocol binding 1.0).
-fn headers(envelope: &Envelope, stored: &StoredEvent, scratch: &mut Vec<u8>) -> OwnedHeaders {
+fn headers(
+    envelope: &Envelope,
+    stored: &StoredEvent,
+    stream: Option<Mark>,
+    scratch: &mut Vec<u8>,
+) -> OwnedHeaders {
     let event = &stored.event;
     let context = Context::of(event);
     scratch.clear();
@@ -123,7 +132,7 @@ fn headers(envelope: &Envelope, stored: &StoredEvent, scratch: &mut Vec<u8>) -> 
         ("ce_specversion", &b"1.0"[..]),
         ("ce_id", id),
         ("ce_source", source),
-        ("ce_type", envelope.event_type().as_bytes()),
+        ("ce_type", envelope.event_type(event).as_bytes()),
         ("ce_subject", event.topic.as_bytes()),
         ("ce_time", time),
         ("content-type", context.content_type.as_bytes()),
@@ -132,6 +141,12 @@ fn headers(envelope: &Envelope, stored: &StoredEvent, scratch: &mut Vec<u8>) -> 
     }
     if let Some(traceparent) = context.traceparent {
         headers = headers.insert(Header { key: "ce_traceparent", value: Some(traceparent) });
+    }
+    if context.lane != Lane::Live {
+        headers = headers.insert(Header { key: "ce_lane", value: Some(context.lane.name()) });
+    }
+    if let Some(stream) = stream {
+        headers = headers.insert(Header { key: "ce_stream", value: Some(stream.name()) });
     }
     if context.requeued {
         headers = headers.insert(Header { key: "ce_requeued", value: Some("true") });

@@ -45,7 +45,7 @@ pub(super) fn events(offsets: std::ops::Range<u64>) -> Vec<StoredEvent> {
 }
 
 pub(super) fn request(id: RequestId, events: Vec<StoredEvent>) -> Request {
-    Request { id, events: Arc::new(events) }
+    Request { id, stream: None, events: Arc::new(events) }
 }
 
 /// A record that arrived.

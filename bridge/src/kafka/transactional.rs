@@ -234,7 +234,7 @@ impl TransactionalSink {
     fn hand_over(&mut self, now: Instant) {
         while self.takes_more(now) && self.shared.ledger().pending() < PENDING_MAX {
             let Some(request) = self.waiting.pop_front() else { return };
-            // One outside the order stands below the cursor, is sent all the same, and moves nothing.
+            // One outside the order is sent although it stands below the cursor, and moves nothing.
             let in_order = request.id < OUTSIDE_ORDER;
             let end = request.events.last().expect("never empty").offset + 1;
             let end = if in_order { end } else { self.done_to };
@@ -265,7 +265,7 @@ impl TransactionalSink {
             self.alive = (now, self.shared.ledger().moves());
         }
         let open = self.open.as_mut().expect("just begun");
-        open.end = end;
+        open.end = open.end.max(end);
         let first = self.shared.ledger().admit(request.id, request.events.len());
         for (stored, place) in request.events.iter().zip(0..) {
             let ticket = first.wrapping_add(place);
@@ -274,7 +274,8 @@ impl TransactionalSink {
                 continue;
             }
             open.size_bytes += stored.event.size_bytes();
-            if let Err(code) = self.recorder.send(&session.producer, stored, ticket) {
+            if let Err(code) = self.recorder.send(&session.producer, stored, request.stream, ticket)
+            {
                 // What else is in the transaction is as good as new.
                 let mut ledger = self.shared.ledger();
                 ledger.refused(ticket, code);

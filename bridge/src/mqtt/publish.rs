@@ -12,6 +12,7 @@ use storage::StoredEvent;
 
 use crate::cloudevents::{Context, Envelope};
 use crate::config::UserProperties;
+use crate::sink::Mark;
 use crate::template::Template;
 
 /// Longest text in a packet [MQTT-1.5.4].
@@ -37,11 +38,15 @@ pub(super) struct Publisher {
 }
 
 impl Publisher {
-    /// The publish of an event.
+    /// The publish of an event, in the stream that it comes in.
     ///
     /// # Errors
     /// Why there can be none.
-    pub(super) fn publish(&self, stored: &StoredEvent) -> Result<Message, String> {
+    pub(super) fn publish(
+        &self,
+        stored: &StoredEvent,
+        stream: Option<Mark>,
+    ) -> Result<Message, String> {
         let event = &stored.event;
         let topic = self.topic.fill(event, &self.envelope);
         if topic.is_empty() || !valid_topic(&topic) || topic.contains('\0') {
@@ -52,7 +57,7 @@ impl Publisher {
         let mut content_type = None;
         match self.user_properties {
             UserProperties::CloudEvents => {
-                self.envelope.for_each_attribute(stored, &context, |name, value| {
+                self.envelope.for_each_attribute(stored, &context, stream, |name, value| {
                     user_properties.push((name.to_owned(), value.to_owned()));
                 });
                 content_type = Some(context.content_type.to_owned());

@@ -175,7 +175,7 @@ fn sink_with(config: MqttConfig, request_timeout: Duration) -> MqttSink {
 
 fn request(id: RequestId, seqs: std::ops::Range<u64>) -> Request {
     let events = seqs.map(|seq| fake::stored(seq, "dev-1", &format!("{{\"n\":{seq}}}")));
-    Request { id, events: Arc::new(events.collect()) }
+    Request { id, stream: None, events: Arc::new(events.collect()) }
 }
 
 async fn ask(sink: &mut MqttSink, id: RequestId, seqs: std::ops::Range<u64>) -> Answer {
@@ -329,7 +329,7 @@ async fn an_event_larger_than_the_broker_takes_is_named_and_harms_nobody() {
     let events = Arc::new(vec![event(0, 10), event(1, 3_000), event(2, 10)]);
     // Before the broker has said so it costs a connection, later nothing.
     for (id, neighbours) in [(0, vec![2]), (1, vec![])] {
-        sink.begin(Request { id, events: Arc::clone(&events) });
+        sink.begin(Request { id, stream: None, events: Arc::clone(&events) });
         let (_, answer) = sink.answer().await;
         let failed = failures(&answer);
         let rejected = failed.iter().find(|f| f.0 == Failure::Reject).expect("one is too large");
@@ -388,7 +388,7 @@ async fn an_event_without_a_topic_to_publish_to_is_refused_alone() {
         ..MqttConfig::new("127.0.0.1", broker.port)
     });
     let events = vec![fake::stored(0, "a+b", "x"), fake::stored(1, "good", "x")];
-    sink.begin(Request { id: 0, events: Arc::new(events) });
+    sink.begin(Request { id: 0, stream: None, events: Arc::new(events) });
     let (_, answer) = sink.answer().await;
     let [(Failure::Reject, ref bad, reason)] = failures(&answer)[..] else { panic!("{answer:?}") };
     assert_eq!(bad, &[0]);

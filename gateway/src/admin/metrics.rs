@@ -14,8 +14,8 @@ use prometheus_client::registry::Registry;
 use super::status::{Quantiles, SinkStatus, Status};
 
 /// Every state a sink can be in, in the words of [`SinkStatus::state`].
-pub(super) const SINK_STATES: [&str; 6] =
-    ["starting", "idle", "sending", "retrying", "held", "stopped"];
+pub(super) const SINK_STATES: [&str; 7] =
+    ["starting", "idle", "sending", "retrying", "held", "waiting", "stopped"];
 
 /// Every state of a sink's circuit, in the words of [`SinkStatus::circuit`].
 pub(super) const CIRCUIT_STATES: [&str; 3] = ["closed", "open", "half_open"];
@@ -158,9 +158,10 @@ fn sinks(out: &mut DescriptorEncoder<'_>, sinks: &[SinkStatus]) -> fmt::Result {
             metric.encode_family(&of(sink))?.encode_gauge(&value(sink))?;
         }
     }
-    let totals: [(&str, &str, OfSink); 6] = [
+    let totals: [(&str, &str, OfSink); 7] = [
         ("sink_delivered_events", "Events acknowledged", |s| s.delivered_events_total),
         ("sink_delivered_bytes", "Event bytes acknowledged", |s| s.delivered_bytes_total),
+        ("sink_filtered_events", "Events kept from it by its filters", |s| s.filtered_events_total),
         ("sink_dead_lettered_events", "Events refused for good", |s| s.dead_lettered_events_total),
         ("sink_requeued_events", "Dead letters delivered", |s| s.requeued_events_total),
         ("sink_retries", "Requests tried again", |s| s.retries_total),

@@ -2,12 +2,13 @@
 //! (`store`), and the dead letters (`letters`).
 //!
 //! Owns: putting one [`status::Status`] together from what the parts report, and serving it. It is
-//! bound to loopback by default, because it has no log-in; nothing here but `letters` changes
-//! anything.
+//! bound to loopback by default, because it has no log-in; nothing here but `letters` and `replay`
+//! changes anything.
 
 mod letters;
 pub mod metrics;
 mod rate;
+pub(crate) mod replay;
 pub mod status;
 pub(crate) mod store;
 
@@ -23,7 +24,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
 use bridge::forwarder::Wake;
-use bridge::{Circuit, SinkState};
+use bridge::{Circuit, Replays, SinkState};
 use storage::{Store, StoreStats};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -36,7 +37,7 @@ pub(crate) use letters::no_such_sink;
 use rate::Rate;
 use status::{
     AbsentSink, GatewayStatus, IngestStatus, MqttStatus, PartitionStatus, Quantiles, SinkStatus,
-    Status, StoreStatus,
+    Status, StoreStatus, StreamStatus,
 };
 
 /// Everything that is looked at.
@@ -63,6 +64,8 @@ pub struct Sink {
     pub status: watch::Receiver<bridge::SinkStatus>,
     /// What to call when its dead letters were requeued.
     pub wake: Wake,
+    /// How to ask it for a replay.
+    pub replays: Replays,
     /// Event bytes that are kept for it at most; 0 for no limit of its own.
     pub lag_bytes_max: u64,
 }
@@ -108,6 +111,8 @@ pub async fn serve(
     parts: Arc<Parts>,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
+    let replays = parts.sinks.iter().map(|sink| sink.replays.clone()).collect();
+    let replay = replay::router(parts.store.clone(), &parts.gateway_id, replays);
     let walks = store::Walks::new(parts.store.clone(), &parts.gateway_id, shutdown.clone());
     let wakes = parts.sinks.iter().map(|sink| {
         let name = sink.status.borrow().name.clone();
@@ -121,7 +126,8 @@ pub async fn serve(
         .route("/health/ready", get(serve_ready))
         .route("/api/v1/status", get(serve_status))
         .with_state(Arc::clone(&parts))
-        .merge(tools);
+        .merge(tools)
+        .merge(replay);
     let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned());
     tokio::select! {
         served = server.into_future() => served,
@@ -319,6 +325,7 @@ impl Parts {
             SinkState::Sending => ("sending", None),
             SinkState::Retrying { error } => ("retrying", Some(error.clone())),
             SinkState::Held { error } => ("held", Some(error.clone())),
+            SinkState::Waiting { reason } => ("waiting", Some((*reason).to_owned())),
             SinkState::Stopped => ("stopped", None),
         };
         let lag_events = store.watermark.saturating_sub(sink.cursor);
@@ -332,11 +339,13 @@ impl Parts {
             state: state.to_owned(),
             error,
             cursor: sink.cursor,
+            streams: sink.streams.iter().map(stream).collect(),
             lag_events,
             lag_bytes: if lag_events == 0 { 0 } else { self.store.lag_bytes(sink.cursor) },
             lag_seconds: age_us as f64 / 1e6,
             delivered_events_total: sink.delivered_events,
             delivered_bytes_total: sink.delivered_bytes,
+            filtered_events_total: sink.filtered_events,
             dead_lettered_events_total: sink.dead_lettered_events,
             dead_letters: letters.events,
             dead_letter_bytes: letters.size_bytes,
@@ -357,6 +366,10 @@ impl Parts {
             left_seconds: None,
         }
     }
+}
+
+fn stream(stream: &bridge::StreamStatus) -> StreamStatus {
+    StreamStatus { name: stream.name.to_owned(), cursor: stream.cursor, end: stream.end }
 }
 
 fn quantiles(latency: LatencyStats) -> Quantiles {

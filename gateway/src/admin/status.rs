@@ -191,12 +191,15 @@ pub struct SinkStatus {
     /// `kafka`, `http` or `file`.
     #[serde(rename = "type")]
     pub kind: String,
-    /// `starting`, `idle`, `sending`, `retrying`, `held` or `stopped`.
+    /// `starting`, `idle`, `sending`, `retrying`, `held`, `waiting` or `stopped`.
     pub state: String,
-    /// What went wrong last, while it is retrying or held.
+    /// What went wrong last, while it is retrying or held; what it waits for, while it is waiting.
     pub error: Option<String>,
     /// Next offset that it needs.
     pub cursor: u64,
+    /// Its streams, where it has more than one: their cursors are at or ahead of its own.
+    #[serde(default)]
+    pub streams: Vec<StreamStatus>,
     /// Durable events that it still needs.
     pub lag_events: u64,
     /// Their event bytes.
@@ -207,6 +210,9 @@ pub struct SinkStatus {
     pub delivered_events_total: u64,
     /// Event bytes acknowledged since the start of the process.
     pub delivered_bytes_total: u64,
+    /// Events that its filters kept from it since the start of the process.
+    #[serde(default)]
+    pub filtered_events_total: u64,
     /// Events sent to the dead letters since the start of the process.
     pub dead_lettered_events_total: u64,
     /// Dead letters that are stored.
@@ -246,4 +252,15 @@ pub struct SinkStatus {
     /// end of the disk; nothing while no events come.
     #[serde(default)]
     pub left_seconds: Option<f64>,
+}
+
+/// One stream of a sink.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StreamStatus {
+    /// `live`, `backlog`, `alarm` or `backfill`.
+    pub name: String,
+    /// Next offset that it needs.
+    pub cursor: u64,
+    /// Where it ends: none for a stream that goes on.
+    pub end: Option<u64>,
 }

@@ -193,19 +193,29 @@ impl Walks {
                 "another verify, export or balance is under way: try again when it is done\n";
             return (StatusCode::TOO_MANY_REQUESTS, busy).into_response();
         };
-        let (sender, receiver) = mpsc::channel(PIECES_MAX);
-        tokio::task::spawn_blocking(move || {
+        piped(media_type, move |pipe| {
             let _permit: OwnedSemaphorePermit = permit;
-            // It fails when nobody reads any more: then there is nobody to tell.
-            job(&self, &mut Pipe(sender)).ok();
-        });
-        let body = Body::from_stream(ReaderStream::new(Piped { receiver, rest: Bytes::new() }));
-        ([(header::CONTENT_TYPE, media_type)], body).into_response()
+            job(&self, pipe)
+        })
     }
 }
 
+/// Runs a job on the blocking pool, whose output is the answer.
+pub(super) fn piped(
+    media_type: &'static str,
+    job: impl FnOnce(&mut Pipe) -> io::Result<()> + Send + 'static,
+) -> Response {
+    let (sender, receiver) = mpsc::channel(PIECES_MAX);
+    tokio::task::spawn_blocking(move || {
+        // It fails when nobody reads any more: then there is nobody to tell.
+        job(&mut Pipe(sender)).ok();
+    });
+    let body = Body::from_stream(ReaderStream::new(Piped { receiver, rest: Bytes::new() }));
+    ([(header::CONTENT_TYPE, media_type)], body).into_response()
+}
+
 /// Whether the line could be written.
-fn write_line<T: Serialize>(out: &mut Pipe, line: &Line<T>) -> bool {
+pub(super) fn write_line<T: Serialize>(out: &mut Pipe, line: &Line<T>) -> bool {
     let Ok(mut text) = serde_json::to_vec(line) else { return false };
     text.push(b'\n');
     out.write_all(&text).is_ok()

@@ -64,6 +64,8 @@ enum Verb {
     Top(top::TopArgs),
     /// Where every event went, per sink: delivered, pending, refused, dropped
     Balance(store::BalanceArgs),
+    /// Send stored events again into one sink of a running gateway, beside live traffic
+    Replay(store::ReplayArgs),
     /// Events that a sink refused for good: look at them, deliver them again, drop them
     #[command(subcommand)]
     Dlq(store::DlqVerb),
@@ -106,6 +108,7 @@ pub fn main() -> ExitCode {
         Verb::Status(args) => status::status(&args),
         Verb::Top(args) => top::top(&args),
         Verb::Balance(args) => store::balance(&args),
+        Verb::Replay(args) => store::replay(&args),
         Verb::Dlq(verb) => store::dlq(&verb),
         Verb::Store(verb) => store::store(&verb),
         Verb::Demo(args) => demo::demo(&args),

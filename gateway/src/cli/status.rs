@@ -184,6 +184,7 @@ fn sinks(status: &Status) -> String {
         ]);
     }
     let mut out = table(&rows);
+    status.sinks.iter().for_each(|sink| render_streams(&mut out, sink));
     for sink in &status.sinks {
         if let Some(error) = &sink.error {
             // Writing to a String cannot fail.
@@ -191,4 +192,13 @@ fn sinks(status: &Status) -> String {
         }
     }
     out
+}
+
+/// What goes ahead of what.
+fn render_streams(out: &mut String, sink: &SinkStatus) {
+    for stream in &sink.streams {
+        let end = stream.end.map_or("the end".to_owned(), |end| format!("offset {end}"));
+        // Writing to a String cannot fail.
+        writeln!(out, "{}: {} at offset {} of {end}", sink.name, stream.name, stream.cursor).ok();
+    }
 }

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bridge::config::SinkConfig;
-use storage::{AtQuota, Compression, JournalMode, SinkRetention, StoreOptions};
+use storage::{AtQuota, Compression, JournalMode, Lane, SinkRetention, StoreOptions};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key::{self, DeviceFrom};
@@ -80,6 +80,10 @@ pub struct RouteConfig {
     pub content_type: Option<String>,
     /// Where the device key stands.
     pub device: DeviceFrom,
+    /// CloudEvents type of its events; none: the sink's.
+    pub event_type: Option<String>,
+    /// Priority class of its events.
+    pub lane: Lane,
 }
 
 /// `[ingest]`.
@@ -284,14 +288,15 @@ const SECOND: Duration = Duration::from_secs(1);
 const DAY: Duration = Duration::from_hours(24);
 
 fn read(root: &Section<'_, '_>) -> Config {
-    let sinks = sinks::read(root);
+    let routes = read_routes(root);
+    let sinks = sinks::read(root, &routes);
     let auth = auth::read(&root.section("auth"));
     Config {
         gateway: read_gateway(&root.section("gateway")),
         listeners: listeners::read(root, auth.knows_users()),
         auth,
         acl: auth::read_acl(root),
-        routes: read_routes(root),
+        routes,
         ingest: read_ingest(&root.section("ingest")),
         sessions: read_sessions(&root.section("sessions")),
         retained: read_retained(&root.section("retained")),
@@ -346,9 +351,19 @@ fn read_routes(root: &Section<'_, '_>) -> Vec<RouteConfig> {
         if let (false, Err(wrong)) = (filter.is_empty(), &parsed) {
             section.problem("filter", wrong.to_string());
         }
+        let event_type = section.string("event_type");
+        if event_type.as_deref() == Some("") {
+            section.problem("event_type", "must not be empty: CloudEvents asks for a type");
+        }
         let in_topic = parsed.is_ok_and(|filter| filter.has_device());
-        let device = read_device(&section, in_topic);
-        routes.push(RouteConfig { filter, content_type: section.string("content_type"), device });
+        let lanes = Lane::ALL.map(|lane| (lane.name(), lane));
+        routes.push(RouteConfig {
+            filter,
+            content_type: section.string("content_type"),
+            device: read_device(&section, in_topic),
+            event_type,
+            lane: section.choice("lane", &lanes, Lane::default()),
+        });
     }
     routes
 }

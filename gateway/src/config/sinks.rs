@@ -5,10 +5,18 @@ use std::path::PathBuf;
 
 use bridge::Template;
 use bridge::config::{
-    Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, HttpProxy, HttpVersion, MqttConfig,
-    OAuth2Config, Secret, SecretSource, SinkConfig, Target, TlsConfig, TlsIdentity, UserProperties,
+    Backlog, Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, HttpProxy, HttpVersion,
+    MqttConfig, OAuth2Config, Secret, SecretSource, SinkConfig, Target, TlsConfig, TlsIdentity,
+    UserProperties,
 };
 
+#[cfg(feature = "kafka")]
+use bridge::config::KafkaDelivery;
+use bridge::filter::{Filter, TopicFilter};
+use bridge::shaper::{AtBudget, DayWindow, Shaping};
+use storage::{Lane, Lanes};
+
+use super::RouteConfig;
 use super::reader::Section;
 
 /// Longest MQTT client id that is taken; brokers need not take more than 23 [MQTT-3.1.3-5].
@@ -26,18 +34,48 @@ enum Kind {
     File,
 }
 
-pub(super) fn read(root: &Section<'_, '_>) -> Vec<SinkConfig> {
+pub(super) fn read(root: &Section<'_, '_>, routes: &[RouteConfig]) -> Vec<SinkConfig> {
+    let given = |lane| routes.iter().any(|route| route.lane == lane);
+    let own = [Lane::Alarm, Lane::Backfill].into_iter().filter(|&lane| given(lane));
+    let lanes = own.fold(Lanes::NONE, Lanes::with);
     let mut sinks: Vec<SinkConfig> = Vec::new();
     for section in root.sections("sink") {
-        let Some(sink) = read_sink(&section) else {
+        let Some(mut sink) = read_sink(&section) else {
             continue;
         };
+        sink.lanes = lanes;
+        #[cfg(feature = "kafka")]
+        refuse_streams(&section, &sink);
+        if sink.shaping.at_budget == AtBudget::AlarmsOnly && !lanes.contains(Lane::Alarm) {
+            section
+                .problem("at_budget", "no [[route]] has lane = \"alarm\": nothing would be sent");
+        }
         if sinks.iter().any(|other| other.name == sink.name) {
             section.problem("name", format!("{:?} is the name of another sink", sink.name));
         }
         sinks.push(sink);
     }
     sinks
+}
+
+/// The cursor that Kafka keeps is one offset: with several streams, events below it would be taken for
+/// delivered that are not.
+#[cfg(feature = "kafka")]
+fn refuse_streams(section: &Section<'_, '_>, sink: &SinkConfig) {
+    let Target::Kafka(kafka) = &sink.target else { return };
+    if kafka.delivery != KafkaDelivery::ExactlyOnce {
+        return;
+    }
+    if sink.backlog != Backlog::InOrder {
+        let why = "\"live_first\" does not go with delivery = \"exactly_once\": the cursor in Kafka is \
+                   one offset, and events below it would be lost; set \"in_order\" or \"idempotent\"";
+        section.problem("backlog", why);
+    }
+    if sink.lanes != Lanes::NONE {
+        let why = "\"exactly_once\" does not go with a [[route]] whose lane is not \"live\": the cursor \
+                   in Kafka is one offset, and events below it would be lost; set \"idempotent\"";
+        section.problem("delivery", why);
+    }
 }
 
 fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
@@ -97,7 +135,65 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     if (1..LAG_BYTES_MIN).contains(&sink.lag_bytes_max) {
         section.problem("lag_bytes_max", "must be 0 for no limit, or at least 1MiB");
     }
+    sink.filter = read_filter(section);
+    let share = SinkConfig::BACKLOG_SHARE_RANGE;
+    let share = u64::from(*share.start())..=u64::from(*share.end());
+    let default = SinkConfig::BACKLOG_SHARE_PERCENT.into();
+    sink.backlog_share_percent = section.integer("backlog_share_percent", share, default) as u8;
+    let after = section.time(
+        "live_first_after",
+        SinkConfig::LIVE_FIRST_AFTER_RANGE,
+        SinkConfig::LIVE_FIRST_AFTER,
+    );
+    let backlogs = [("in_order", Backlog::InOrder), ("live_first", Backlog::LiveFirst { after })];
+    sink.backlog = section.choice("backlog", &backlogs, Backlog::default());
+    sink.shaping = read_shaping(section);
     Some(sink)
+}
+
+/// When the sink may send, and how much.
+fn read_shaping(section: &Section<'_, '_>) -> Shaping {
+    let windows = section.strings("windows");
+    let windows = windows.iter().filter_map(|text| match DayWindow::parse(text) {
+        Ok(window) => Some(window),
+        Err(wrong) => {
+            section.problem("windows", format!("{text:?} {wrong}"));
+            None
+        }
+    });
+    let policies = [("hold", AtBudget::Hold), ("alarms_only", AtBudget::AlarmsOnly)];
+    Shaping {
+        rate_bytes_per_second: section.size("rate_bytes_per_second", 0..=LAG_BYTES_MAX, 0),
+        windows: windows.collect(),
+        budget_bytes_month: section.size("budget_bytes_month", 0..=LAG_BYTES_MAX, 0),
+        at_budget: section.choice("at_budget", &policies, AtBudget::default()),
+    }
+}
+
+/// What the sink is to have.
+fn read_filter(section: &Section<'_, '_>) -> Filter {
+    let mut filter = Filter::default();
+    for text in section.strings("topics") {
+        match TopicFilter::parse(&text) {
+            Ok(topic) => filter.topics.push(topic),
+            Err(wrong) => section.problem("topics", format!("{text:?}: {wrong}")),
+        }
+    }
+    filter.event_types = section.strings("event_types");
+    let lanes = section.strings("lanes");
+    if !lanes.is_empty() {
+        filter.lanes = Lanes::NONE;
+    }
+    for text in lanes {
+        match Lane::ALL.into_iter().find(|lane| lane.name() == text) {
+            Some(lane) => filter.lanes = filter.lanes.with(lane),
+            None => section.problem(
+                "lanes",
+                format!("must name \"alarm\", \"live\" or \"backfill\", not {text:?}"),
+            ),
+        }
+    }
+    filter
 }
 
 pub(super) fn wide(range: RangeInclusive<usize>) -> RangeInclusive<u64> {

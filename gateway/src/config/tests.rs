@@ -147,6 +147,16 @@ fn what_kafka_would_refuse_is_refused_here() {
         ("topic = \"a/{device}\"", "5: sink.topic", "between what is in braces"),
         ("topic = \"{devcie}\"", "5: sink.topic", "{device}"),
         ("topic = \"{1}\"\ndelivery = \"exactly_once\"", "1: sink.cursor_topic", "template"),
+        (
+            "topic = \"t\"\ndelivery = \"exactly_once\"\nbacklog = \"live_first\"",
+            "7: sink.backlog",
+            "exactly_once",
+        ),
+        (
+            "topic = \"t\"\ndelivery = \"exactly_once\"\n[[route]]\nfilter = \"a\"\nlane = \"alarm\"",
+            "6: sink.delivery",
+            "[[route]]",
+        ),
         ("topic = \"t\"\n[sink.librdkafka]\nacks = \"1\"", "7: sink.librdkafka.acks", "replicas"),
         (
             "topic = \"t\"\n[sink.librdkafka]\n\"linger.sm\" = \"1\"",

@@ -7,6 +7,7 @@
 //! Deliberately absent: whether a topic is valid at all, which the front checks before.
 
 use bytestring::ByteString;
+use storage::Lane;
 
 use crate::config::RouteConfig;
 
@@ -17,6 +18,10 @@ pub struct Resolved<'a> {
     pub device_key: ByteString,
     /// The route's media type, for payloads that name none themselves.
     pub content_type: Option<&'a str>,
+    /// The route's CloudEvents type.
+    pub event_type: Option<&'a str>,
+    /// The route's lane.
+    pub lane: Lane,
     /// Where the route says that the device key stands.
     pub device: &'a DeviceFrom,
 }
@@ -67,6 +72,8 @@ pub struct Routes(Vec<Route>);
 struct Route {
     filter: RouteFilter,
     content_type: Option<String>,
+    event_type: Option<String>,
+    lane: Lane,
     device: DeviceFrom,
 }
 
@@ -78,8 +85,8 @@ impl Routes {
     pub fn new(routes: &[RouteConfig]) -> Result<Self, RouteFilterError> {
         let route = |config: &RouteConfig| {
             let filter = RouteFilter::parse(&config.filter)?;
-            let device = config.device.clone();
-            Ok(Route { filter, content_type: config.content_type.clone(), device })
+            let RouteConfig { content_type, device, event_type, lane, .. } = config.clone();
+            Ok(Route { filter, content_type, event_type, lane, device })
         };
         routes.iter().map(route).collect::<Result<_, _>>().map(Self)
     }
@@ -91,6 +98,8 @@ impl Routes {
                 device_key: client_id.clone(),
                 content_type: None,
                 device: &DeviceFrom::ClientId,
+                event_type: None,
+                lane: Lane::default(),
             });
         }
         self.0.iter().find_map(|route| {
@@ -99,6 +108,8 @@ impl Routes {
                 device_key,
                 content_type: route.content_type.as_deref(),
                 device: &route.device,
+                event_type: route.event_type.as_deref(),
+                lane: route.lane,
             })
         })
     }
@@ -251,6 +262,8 @@ mod tests {
                 filter: (*filter).to_owned(),
                 content_type: Some(format!("by/{filter}")),
                 device: DeviceFrom::default(),
+                event_type: Some(format!("type of {filter}")),
+                lane: if filter.ends_with("alarm") { Lane::Alarm } else { Lane::Live },
             })
             .collect();
         Routes::new(&configs).expect("valid filters")
@@ -319,6 +332,8 @@ mod tests {
             let resolved = routes.resolve(&ByteString::from(topic), &client).expect(topic);
             assert_eq!(resolved.device_key, key, "{topic}");
             assert_eq!(resolved.content_type, Some(by), "{topic}");
+            assert_eq!(resolved.event_type, Some(&*by.replace("by/", "type of ")), "{topic}");
+            assert_eq!(resolved.lane == Lane::Alarm, topic.ends_with("alarm"), "{topic}");
         }
     }
 

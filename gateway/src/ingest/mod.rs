@@ -185,8 +185,8 @@ impl Ingest {
     /// What the forwarders report their progress to.
     pub fn move_cursor(&self) -> MoveCursor {
         let shared = Arc::clone(&self.0);
-        Arc::new(move |sink, offset| {
-            if shared.cursors.advance(sink, offset, Instant::now()) {
+        Arc::new(move |sink, progress| {
+            if shared.cursors.advance(sink, progress, Instant::now()) {
                 // The committer may sleep without knowing that a move waits.
                 shared.rings.wake_committer();
             }

@@ -84,6 +84,14 @@ pub fn balance(
     Ok(BalanceReport::new(&balancer.finish()?, store, gateway))
 }
 
+/// The offset of a place.
+///
+/// # Errors
+/// See [`InspectError`].
+pub fn seek(store: &Store, gateway: &str, bound: &Bound) -> Result<u64, InspectError> {
+    Ok(store.seek(bound.place(gateway, store.epoch())?)?)
+}
+
 /// Which events to export, and how.
 #[derive(Clone, Debug)]
 pub struct Selection {
@@ -125,14 +133,12 @@ pub fn export(
     out: &mut dyn Write,
     tell: Tell<'_>,
 ) -> Result<Exported, InspectError> {
-    let seek = |bound: &Option<Bound>, otherwise| -> Result<u64, InspectError> {
-        match bound {
-            Some(bound) => Ok(store.seek(bound.place(gateway, store.epoch())?)?),
-            None => Ok(otherwise),
-        }
+    let place = |bound: &Option<Bound>, otherwise| match bound {
+        Some(bound) => seek(store, gateway, bound),
+        None => Ok(otherwise),
     };
-    let from = seek(&selection.from, store.stats().first_offset)?;
-    let to = seek(&selection.to, store.mark().watermark)?;
+    let from = place(&selection.from, store.stats().first_offset)?;
+    let to = place(&selection.to, store.mark().watermark)?;
     let origin = Origin { gateway: gateway.to_owned(), epoch: store.epoch() };
     let mut export = Export::new(&origin, SinkConfig::EVENT_TYPE, selection.format);
     let (mut exported, mut text, mut next) = (Exported::default(), Vec::new(), from);

@@ -247,7 +247,8 @@ pub struct BalanceReport {
     pub problems: Vec<String>,
 }
 
-/// The sums of one sink, in events: committed = delivered + pending + dead_lettered + dropped.
+/// The sums of one sink, in events: committed = delivered + pending + dead_lettered +
+/// filtered + dropped.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SinkSums {
     /// Its name.
@@ -268,6 +269,9 @@ pub struct SinkSums {
     pub pending: u64,
     /// Refused for good, and kept.
     pub dead_lettered: u64,
+    /// Not what it is to have, by its filters.
+    #[serde(default)]
+    pub filtered: u64,
     /// In the loss ledger, by reason.
     pub dropped: DroppedSums,
     /// Needed, and neither readable nor in the loss ledger.
@@ -324,6 +328,7 @@ impl From<&SinkBalance> for SinkSums {
             delivered: sums.delivered,
             pending: sums.pending,
             dead_lettered: sums.dead_lettered,
+            filtered: sums.filtered,
             dropped: DroppedSums {
                 quota: dropped.quota,
                 expired: dropped.expired,

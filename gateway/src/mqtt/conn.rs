@@ -22,7 +22,7 @@ use bytes::{Bytes, BytesMut};
 use bytestring::ByteString;
 use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5;
-use storage::{Attribute, Attributes, Control, Event};
+use storage::{Attribute, Attributes, Control, Event, Lane};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -385,6 +385,8 @@ struct Device {
     /// The user property of each publish that names another key.
     property: Option<String>,
     content_type: Option<ByteString>,
+    event_type: Option<ByteString>,
+    lane: Lane,
     /// Attributes of a publish that says nothing beyond its QoS: 0, 1 and 2.
     plain: [Attributes; 3],
 }
@@ -753,7 +755,8 @@ impl Conn<'_> {
         // A copy: a slice of the read buffer would keep all of it.
         let topic = ByteString::from(&**name);
         let resolved = self.shared.routes.resolve(&topic, self.session.client_id())?;
-        let content_type = resolved.content_type.map(ByteString::from);
+        let [content_type, event_type] =
+            [resolved.content_type, resolved.event_type].map(|text| text.map(ByteString::from));
         let key = match resolved.device {
             DeviceFrom::Topic | DeviceFrom::ClientId | DeviceFrom::Property(_) => None,
             DeviceFrom::Username => self.grant.user(),
@@ -765,8 +768,12 @@ impl Conn<'_> {
             _ => None,
         };
         let plain = [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce].map(|qos| {
-            let content_type = content_type.as_deref().map(Attribute::ContentType);
-            Attributes::encode([Attribute::QoS(qos.value())].into_iter().chain(content_type))
+            Attributes::encode(
+                [Attribute::QoS(qos.value()), Attribute::Lane(resolved.lane)]
+                    .into_iter()
+                    .chain(content_type.as_deref().map(Attribute::ContentType))
+                    .chain(event_type.as_deref().map(Attribute::EventType)),
+            )
         });
         Some(Device {
             partition: partition::of(&key, self.shared.ingest.partitions()),
@@ -774,6 +781,8 @@ impl Conn<'_> {
             property,
             topic,
             content_type,
+            event_type,
+            lane: resolved.lane,
             plain,
         })
     }
@@ -821,8 +830,9 @@ impl Conn<'_> {
         let expiry = said.message_expiry_interval.map(|s| Attribute::MessageExpiry(s.get()));
         let publisher = self.session.client_id().as_bytes();
         Attributes::encode(
-            [Attribute::QoS(publish.qos.value())]
+            [Attribute::QoS(publish.qos.value()), Attribute::Lane(device.lane)]
                 .into_iter()
+                .chain(device.event_type.as_deref().map(Attribute::EventType))
                 .chain(publish.retain.then_some(Attribute::Retain))
                 .chain(content_type.map(Attribute::ContentType))
                 .chain(said.is_utf8_payload.then_some(Attribute::Utf8Payload))

@@ -4,9 +4,11 @@
 //!
 //! Every event from a sink's origin to the watermark is in exactly one place. What can be counted is
 //! counted: pending events are walked batch by batch, dead letters are read row by row, losses are
-//! the union of the ledger's ranges, and the events of rows that were merged (see `loss_ledger`). What the store does not know for itself is whether an upstream
-//! took what the cursor passed: delivered is what the cursor passed and neither a dead letter nor the
-//! ledger claims. The balance fails where something is nowhere: an event that is still needed, cannot
+//! the union of the ledger's ranges, and the events of rows that were merged (see `loss_ledger`). What
+//! the store does not know for itself is whether an upstream took what the cursor passed, or what a
+//! sink got ahead of its turn: delivered is what of that neither a dead letter, the ledger nor the
+//! sink's count of filtered events claims. The balance fails where something is nowhere: an event that
+//! is still needed, cannot
 //! be read and is in no ledger; a cursor, a dead letter or a loss outside the log; numbers that do not
 //! follow.
 //!
@@ -17,9 +19,11 @@ use std::ops::Range;
 use super::{LossReason, ReadError, StateError, Store};
 use crate::Loss;
 use crate::cursor::Cursor;
+use crate::event::Lane;
+use crate::passed::{Lanes, Passed};
 use crate::ranges::Ranges;
 use crate::state::Letters;
-use crate::store::verify::{Damage, Progress, Verification, Verifier};
+use crate::store::verify::{self, Damage, Progress, Verification, Verifier};
 
 /// Events dropped by policy, by reason. An event is counted once, under the first that fits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,12 +77,14 @@ pub struct SinkBalance {
     pub cursor: u64,
     /// Durable since its origin.
     pub committed: u64,
-    /// Passed by its cursor, and neither refused nor dropped.
+    /// Passed by its cursor or ahead of it, and neither refused, filtered nor dropped.
     pub delivered: u64,
-    /// Found readable from its cursor on.
+    /// Found readable from its cursor on, and not done ahead of it.
     pub pending: u64,
     /// Refused for good, and kept.
     pub dead_lettered: u64,
+    /// Not what the sink is to have, by its filters.
+    pub filtered: u64,
     /// In the loss ledger.
     pub dropped: Dropped,
     /// Needed, and neither readable nor in the loss ledger.
@@ -90,7 +96,8 @@ pub struct SinkBalance {
 impl SinkBalance {
     /// Whether every event is somewhere.
     pub fn adds_up(&self) -> bool {
-        let sum = self.delivered + self.pending + self.dead_lettered + self.dropped.total();
+        let done = self.delivered + self.dead_lettered + self.filtered + self.dropped.total();
+        let sum = done + self.pending;
         self.committed == sum && self.unaccounted.is_empty() && self.problems.is_empty()
     }
 }
@@ -127,12 +134,20 @@ impl Store {
     /// # Errors
     /// [`StateError`].
     pub fn balance(&self) -> Result<Balancer, StateError> {
-        let slowest = {
+        let (cursors, start) = {
             let projection = self.shared.progress.projection();
-            projection.cursors.all().values().map(|cursor| cursor.offset).min()
+            (projection.cursors.all().clone(), projection.start)
         };
-        let from = slowest.unwrap_or(0).max(self.shared.progress.projection().start);
-        Ok(Balancer { store: self.clone(), walk: self.verify_from(from)? })
+        let slowest = cursors.values().map(|cursor| cursor.offset).min();
+        let mut walk = self.verify_from(slowest.unwrap_or(0).max(start))?;
+        for sink in cursors.keys() {
+            let ahead = self.passed(sink)?.ahead;
+            if ahead.iter().any(|ahead| !ahead.lanes.covers(Lanes::ALL)) {
+                walk = walk.with_lanes();
+                break;
+            }
+        }
+        Ok(Balancer { store: self.clone(), walk })
     }
 }
 
@@ -156,7 +171,7 @@ impl Balancer {
     /// [`StateError`] if dead letters or loss ledger cannot be read.
     pub fn finish(self) -> Result<Balance, StateError> {
         let shared = self.store.shared.clone();
-        let (verification, sound) = self.walk.finish_with_ranges();
+        let (verification, sound, lanes) = self.walk.finish_with_ranges();
         let watermark = verification.offsets.end;
         // The cursors first: dead letters and losses are durable before a cursor passes them.
         let (sinks, start) = {
@@ -179,11 +194,14 @@ impl Balancer {
             problems: disorder(&verification),
         };
         for (sink, cursor, configured) in sinks {
+            // What it passed may be newer than its cursor, and then claims less as pending.
+            let passed = self.store.passed(&sink)?;
             let letters = shared.state.check_dead_letters(&sink)?;
             let losses: Vec<&Loss> =
                 losses.iter().filter(|loss| loss.sink.as_deref() == Some(&sink)).collect();
-            let log = Held { start, watermark, sound: &sound };
-            balance.sinks.push(sums(sink, cursor, configured, &letters, &losses, &log));
+            let log = Held { start, watermark, sound: &sound, lanes: &lanes };
+            let standing = Standing { cursor, passed, configured };
+            balance.sinks.push(sums(sink, standing, &letters, &losses, &log));
         }
         Ok(balance)
     }
@@ -202,18 +220,47 @@ struct Held<'a> {
     watermark: u64,
     /// What was walked and reads well.
     sound: &'a Ranges,
+    /// What of it is not live.
+    lanes: &'a verify::Lanes,
+}
+
+impl Held<'_> {
+    /// What reads well, is in a lane, and is done ahead of a cursor.
+    fn done(&self, lane: Lane, passed: &Passed) -> Ranges {
+        let done = passed.done(Lanes::NONE.with(lane));
+        let among = |ranges: &Ranges| -> Ranges {
+            done.iter()
+                .flat_map(|range| ranges.within(range).iter().cloned().collect::<Vec<_>>())
+                .collect()
+        };
+        match lane {
+            Lane::Alarm => among(&self.lanes.alarm),
+            Lane::Backfill => among(&self.lanes.backfill),
+            Lane::Live => {
+                among(self.sound).without(&self.lanes.alarm).without(&self.lanes.backfill)
+            }
+        }
+    }
+}
+
+/// Where a sink stands.
+struct Standing {
+    cursor: Cursor,
+    passed: Passed,
+    configured: bool,
 }
 
 /// Puts the sums of one sink together. Pure.
 fn sums(
     sink: String,
-    cursor: Cursor,
-    configured: bool,
+    standing: Standing,
     letters: &Letters,
     losses: &[&Loss],
     log: &Held<'_>,
 ) -> SinkBalance {
-    let Cursor { origin, offset: cursor } = cursor;
+    let Standing { cursor: Cursor { origin, offset: cursor }, passed: beside, configured } =
+        standing;
+    let filtered = beside.filtered;
     let mut problems = Vec::new();
     // A cursor may have moved on while this was counted.
     let watermark = log.watermark.max(cursor);
@@ -221,8 +268,14 @@ fn sums(
     if origin > cursor {
         problems.push(format!("its cursor {cursor} is before its origin {origin}"));
     }
+    // What is done, and not below the cursor.
+    let done_ahead: Ranges = Lane::ALL
+        .into_iter()
+        .flat_map(|lane| log.done(lane, &beside).within(&ahead).iter().cloned().collect::<Vec<_>>())
+        .collect();
     let mut claimed = letters.sound.within(&passed);
-    let dead_lettered = claimed.count();
+    let letters_ahead = letters.sound.count() - letters.sound.without(&done_ahead).count();
+    let dead_lettered = claimed.count() + letters_ahead;
     let strangers = letters.sound.without(&(origin..watermark).into()).count();
     if strangers > 0 {
         problems.push(format!("{strangers} dead letter(s) of events that were never its own"));
@@ -260,15 +313,22 @@ fn sums(
     if claimed.count() + counted > passed_events {
         problems.push("more is lost or refused than its cursor has passed".to_owned());
     }
+    let done = cursor.saturating_sub(origin) + done_ahead.count();
+    let delivered = done.checked_sub(claimed.count() + counted + letters_ahead + filtered);
+    if delivered.is_none() {
+        problems
+            .push(format!("it claims to have filtered {filtered} events, more than there were"));
+    }
     SinkBalance {
         sink,
         configured,
         origin,
         cursor,
         committed: watermark.saturating_sub(origin),
-        delivered: passed_events.saturating_sub(claimed.count() + counted),
-        pending: readable.count(),
+        delivered: delivered.unwrap_or(0),
+        pending: readable.without(&done_ahead).count(),
         dead_lettered,
+        filtered,
         dropped,
         unaccounted: owed.iter().cloned().collect(),
         problems,

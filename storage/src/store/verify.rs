@@ -17,6 +17,7 @@ use bytes::Bytes;
 
 use super::{LossReason, Mark, ReadError, StateError, Store};
 use crate::batch::{Batch, BatchHead};
+use crate::event::Lane;
 use crate::head::{BadHead, Head, Position, Tail};
 use crate::log::Span;
 use crate::ranges::Ranges;
@@ -234,10 +235,17 @@ impl Verifier {
         report
     }
 
-    /// What was found, and which offsets read well.
-    pub(super) fn finish_with_ranges(mut self) -> (Verification, Ranges) {
+    /// Also finds out which lane each event is in: that takes room for every change of lane.
+    pub(super) fn with_lanes(mut self) -> Self {
+        self.check.lanes = Some(Lanes::default());
+        self
+    }
+
+    /// What was found, which offsets read well, and their lanes.
+    pub(super) fn finish_with_ranges(mut self) -> (Verification, Ranges, Lanes) {
         let sound = std::mem::take(&mut self.check.sound);
-        (self.finish(), sound)
+        let lanes = self.check.lanes.take().unwrap_or_default();
+        (self.finish(), sound, lanes)
     }
 }
 
@@ -268,7 +276,16 @@ struct Check {
     /// Offsets that the loss ledger calls corrupt.
     recorded: Ranges,
     sound: Ranges,
+    /// What of it is in a lane of its own, if that is asked for.
+    lanes: Option<Lanes>,
     report: Verification,
+}
+
+/// Offsets of the events that read well and are not live, by lane.
+#[derive(Clone, Default)]
+pub(super) struct Lanes {
+    pub(super) alarm: Ranges,
+    pub(super) backfill: Ranges,
 }
 
 impl Check {
@@ -284,6 +301,7 @@ impl Check {
             unsound: None,
             recorded: Ranges::default(),
             sound: Ranges::default(),
+            lanes: None,
             report: Verification { seqs: vec![None; partitions], ..Verification::default() },
         }
     }
@@ -436,6 +454,13 @@ impl Check {
         for event in batch.events(0).map_while(Result::ok) {
             size_bytes += event.event.size_bytes() as u64;
             end = event.offset + 1;
+            if let Some(lanes) = &mut self.lanes {
+                match event.event.attributes.lane() {
+                    Lane::Alarm => lanes.alarm.insert(event.offset..end),
+                    Lane::Backfill => lanes.backfill.insert(event.offset..end),
+                    Lane::Live => {}
+                }
+            }
         }
         if end < offsets.end {
             self.lost(end..offsets.end, "the records of the batch do not add up");

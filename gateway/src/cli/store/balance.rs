@@ -13,8 +13,8 @@ use crate::text::{count, table};
 #[command(after_help = "\
 Per sink, every event since its origin is in one place:
 
-  committed = delivered + pending + dead letters + dropped (quota, expired, corrupt, sink absent, lag,
-                                                           dead letter limit, by hand)
+  committed = delivered + pending + dead letters + filtered + dropped (quota, expired, corrupt,
+                                            sink absent, lag, dead letter limit, by hand)
 
 Pending events are walked and their checksums checked, dead letters are read, dropped is the union of the
 loss ledger's ranges. Delivered is what the sink's cursor has passed and none of the others claims: what
@@ -61,6 +61,7 @@ fn render(report: &BalanceReport) -> String {
             "delivered",
             "pending",
             "dead letters",
+            "filtered",
             "quota",
             "expired",
             "corrupt",
@@ -81,6 +82,7 @@ fn render(report: &BalanceReport) -> String {
                     sums.delivered,
                     sums.pending,
                     sums.dead_lettered,
+                    sums.filtered,
                     sums.dropped.quota,
                     sums.dropped.expired,
                     sums.dropped.corrupt,

@@ -11,6 +11,7 @@ mod dlq;
 mod export;
 mod progress;
 mod remote;
+mod replay;
 mod stats;
 mod verify;
 
@@ -30,6 +31,7 @@ use remote::Remote;
 
 pub(super) use balance::{BalanceArgs, balance};
 pub(super) use dlq::{DlqVerb, dlq};
+pub(super) use replay::{ReplayArgs, replay};
 
 #[derive(Subcommand)]
 pub(super) enum StoreVerb {

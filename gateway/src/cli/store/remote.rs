@@ -14,6 +14,7 @@ use tokio::runtime::Runtime;
 
 use super::super::{small_runtime, status};
 use super::progress::Bar;
+use crate::admin::replay::ReplayQuery;
 use crate::admin::store::ExportQuery;
 use crate::config::Config;
 use crate::inspection::report::{Line, StatsReport};
@@ -41,6 +42,14 @@ pub(super) enum Passed {
 }
 
 impl Remote {
+    /// The gateway with this admin address.
+    pub(super) fn at(admin: &str) -> Result<Self, String> {
+        let runtime = small_runtime().map_err(|error| format!("cannot start: {error}"))?;
+        let client = reqwest::Client::builder().read_timeout(SILENCE_MAX).no_proxy().build();
+        let client = client.map_err(|error| format!("cannot start: {error}"))?;
+        Ok(Self { runtime, client, base: format!("http://{admin}/api/v1") })
+    }
+
     /// The gateway that the configuration says has the store, or why it cannot be asked.
     pub(super) fn find(config: &Config) -> Result<Self, String> {
         let bind = config.admin.bind;
@@ -51,10 +60,8 @@ impl Remote {
                     .into(),
             );
         }
-        let runtime = small_runtime().map_err(|error| format!("cannot start: {error}"))?;
-        let client = reqwest::Client::builder().read_timeout(SILENCE_MAX).no_proxy().build();
-        let client = client.map_err(|error| format!("cannot start: {error}"))?;
-        let asked = runtime.block_on(status::fetch(bind)).map_err(|error| {
+        let remote = Self::at(&bind.to_string())?;
+        let asked = remote.runtime.block_on(status::fetch(bind)).map_err(|error| {
             format!(
                 "no answer from {bind}: {}; if no gateway has the store, another tool does",
                 error.root_cause()
@@ -66,7 +73,7 @@ impl Remote {
                 asked.gateway.id, config.gateway.id
             ));
         }
-        Ok(Self { runtime, client, base: format!("http://{bind}/api/v1") })
+        Ok(remote)
     }
 
     pub(super) fn stats(&self) -> Result<StatsReport, String> {
@@ -84,28 +91,25 @@ impl Remote {
         path: &str,
         what: &'static str,
     ) -> Result<T, String> {
-        let mut bar = Bar::new(what);
-        let follow = async {
-            let mut answer = self.get(path).await?;
-            let mut text = Vec::new();
-            while let Some(piece) = answer.chunk().await.map_err(|error| broken(&error))? {
-                text.extend_from_slice(&piece);
-                while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
-                    let line = serde_json::from_slice(&text[..end]);
-                    text.drain(..=end);
-                    match line.map_err(|error| format!("not an answer: {error}"))? {
-                        Line::Progress { done, total } => bar.show(Progress { done, total }),
-                        Line::Report(report) => return Ok(report),
-                        Line::Failed(why) => return Err(why),
-                    }
-                }
-                if text.len() > LINE_BYTES_MAX {
-                    break;
+        self.runtime.block_on(async { follow(self.get(path).await?, what).await })
+    }
+
+    /// Begins a replay and follows it to its report. Ctrl-C ends it, which cancels the replay.
+    /// Never [`Passed::Whole`].
+    pub(super) fn replay<T: DeserializeOwned>(&self, query: &ReplayQuery) -> Result<T, Passed> {
+        let replay = async {
+            let url = format!("{}/{}", self.base, with_query("replay", &query.pairs()));
+            let answer = taken(self.client.post(url).send().await).await?;
+            follow(answer, "replay").await.map_err(Passed::Broken)
+        };
+        self.runtime.block_on(async {
+            tokio::select! {
+                followed = replay => followed,
+                _ = tokio::signal::ctrl_c() => {
+                    Err(Passed::Broken("cancelled; what was replayed so far stays".to_owned()))
                 }
             }
-            Err("the gateway stopped before the end".to_owned())
-        };
-        self.runtime.block_on(follow)
+        })
     }
 
     /// Asks with a query, and reads the answer as JSON.
@@ -189,6 +193,31 @@ impl Remote {
         }
         Err(answer.text().await.unwrap_or_default().trim_end().to_owned())
     }
+}
+
+/// Follows an answer in lines to its report.
+async fn follow<T: DeserializeOwned>(
+    mut answer: reqwest::Response,
+    what: &'static str,
+) -> Result<T, String> {
+    let mut bar = Bar::new(what);
+    let mut text = Vec::new();
+    while let Some(piece) = answer.chunk().await.map_err(|error| broken(&error))? {
+        text.extend_from_slice(&piece);
+        while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
+            let line = serde_json::from_slice(&text[..end]);
+            text.drain(..=end);
+            match line.map_err(|error| format!("not an answer: {error}"))? {
+                Line::Progress { done, total } => bar.show(Progress { done, total }),
+                Line::Report(report) => return Ok(report),
+                Line::Failed(why) => return Err(why),
+            }
+        }
+        if text.len() > LINE_BYTES_MAX {
+            break;
+        }
+    }
+    Err("the gateway stopped before the end".to_owned())
 }
 
 /// An answer that is one, or why not.

@@ -233,7 +233,7 @@ fn at_the_quota_devices_wait_until_a_cursor_makes_room() {
         client.push(&bench.ingest, 0);
         assert_eq!(client.acks(), Some(0));
 
-        bench.ingest.move_cursor()("cloud", 7);
+        bench.ingest.move_cursor()("cloud", &7.into());
         bench.turn();
         assert_eq!(bench.commits(), [cursor("cloud", 7), events(&[(0, 0), (0, 1)])]);
         assert_eq!(bench.record.lock().expect("no panic").retained, 3);
@@ -284,7 +284,7 @@ fn a_standstill_rests_between_its_tries() {
         let mut bench = Bench::new(&script, AtQuota::Hold, &config());
         bench.committer.pace.quota_retry_every = Duration::from_hours(1);
         bench.committer.pace.disk_retry_every = Duration::from_hours(1);
-        bench.ingest.move_cursor()("cloud", 3);
+        bench.ingest.move_cursor()("cloud", &3.into());
         let mut client = Client::default();
         client.push(&bench.ingest, 0);
         bench.turn();
@@ -309,7 +309,7 @@ fn a_cursor_that_cannot_be_stored_either_waits_for_the_next_try() {
     client.push(&bench.ingest, 0);
     bench.turn();
     bench.turn();
-    bench.ingest.move_cursor()("cloud", 3);
+    bench.ingest.move_cursor()("cloud", &3.into());
     bench.turn();
     let asked = bench.ingest.stats().counters.failed_commits;
     for _ in 0..10 {
@@ -326,7 +326,7 @@ fn a_failed_commit_acks_nothing_and_stores_nothing_that_followed_it() {
         &IngestConfig { commit_events_max: 2, ..config() },
     );
     let [mut hit, mut spared] = [Client::default(), Client::default()];
-    bench.ingest.move_cursor()("cloud", 3);
+    bench.ingest.move_cursor()("cloud", &3.into());
     for _ in 0..3 {
         hit.push(&bench.ingest, 0);
     }
@@ -398,11 +398,11 @@ fn a_disk_that_fails_for_long_ends_the_committer() {
 fn cursors_ride_with_events_and_go_alone_when_there_are_none() {
     let mut bench = Bench::new(&[], AtQuota::Hold, &config());
     let (mut client, move_cursor) = (Client::default(), bench.ingest.move_cursor());
-    move_cursor("cloud", 4);
-    move_cursor("cloud", 5);
+    move_cursor("cloud", &4.into());
+    move_cursor("cloud", &5.into());
     client.push(&bench.ingest, 1);
     bench.turn();
-    move_cursor("file", 6);
+    move_cursor("file", &6.into());
     bench.turn();
     let with_events = Seen { cursors: vec![("cloud".to_owned(), 5)], ..events(&[(1, 0)]) };
     assert_eq!(bench.commits(), [with_events, cursor("file", 6)]);
@@ -490,9 +490,9 @@ fn a_stop_stores_what_lies_in_the_rings_and_closes() {
     for partition in [0, 1, 2, 3, 0, 1, 2, 3] {
         client.push(&bench.ingest, partition);
     }
-    bench.ingest.move_cursor()("cloud", 2);
+    bench.ingest.move_cursor()("cloud", &2.into());
     bench.turn();
-    bench.ingest.move_cursor()("cloud", 5);
+    bench.ingest.move_cursor()("cloud", &5.into());
     bench.ingest.0.stopping.store(true, std::sync::atomic::Ordering::Release);
     let Bench { committer, record, .. } = bench;
     committer.run().expect("closes");
@@ -719,7 +719,7 @@ mod over_the_real_log {
         wait_for_acks(&mut client, 500).await;
         assert_eq!(*ingest.watermark().borrow(), 500);
         assert_eq!(store.mark().watermark, 500);
-        ingest.move_cursor()("cloud", 123);
+        ingest.move_cursor()("cloud", &123.into());
         handle.stop().await.expect("closes");
         drop((store, ingest));
 
@@ -745,7 +745,7 @@ mod over_the_real_log {
             while acked < pushed {
                 if ingest.admission() == Admission::Hold {
                     held = true;
-                    move_cursor("cloud", *ingest.watermark().borrow());
+                    move_cursor("cloud", &(*ingest.watermark().borrow()).into());
                 }
                 tokio::task::yield_now().await;
                 let mut numbers = Vec::new();

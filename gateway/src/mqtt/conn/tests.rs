@@ -167,6 +167,8 @@ impl Rig {
                 filter: (*filter).to_owned(),
                 content_type: None,
                 device: DeviceFrom::default(),
+                event_type: None,
+                lane: storage::Lane::Live,
             })
             .collect();
         let downlink = Downlink::new(ingest.watermark(), 16);

@@ -3,8 +3,9 @@
 use super::world::{self, World, balance, verify};
 use super::*;
 use crate::disk::Disk;
+use crate::passed::{Ahead, Spent};
 use crate::sim::SimDisk;
-use crate::{Damage, DeadLetter, Place};
+use crate::{Attribute, Attributes, Damage, DeadLetter, Lane, Place};
 
 type Batches<'a> = redb::Table<'a, (u64, u32), &'static [u8]>;
 
@@ -223,6 +224,52 @@ fn the_sums_know_every_place_that_an_event_can_be_in() {
     world.store.put_dead_letters(&[DeadLetter { event, ..letter }]).unwrap();
     let sums = balance(&world.store);
     assert!(!sums.adds_up() && sums.sinks[0].adds_up(), "{sums:?}");
+}
+
+/// What a sink filtered, and what it got ahead of its cursor in all lanes or in one, is not pending;
+/// and a policy that drops for it does not call lost what it has.
+#[test]
+fn what_a_sink_has_passed_beside_its_cursor_is_in_the_sums() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, mut writer) = Store::open(super::options(dir.path()), NOW_US).unwrap();
+    let event = |n: u64| {
+        let lane = if n.is_multiple_of(10) { Lane::Alarm } else { Lane::Live };
+        let attributes = Attributes::encode([Attribute::Lane(lane)]);
+        Event { attributes, ..super::event(0, "of some lane") }
+    };
+    let events: Vec<Event> = (0..200).map(event).collect();
+    writer.commit(&events, &[], NOW_US).unwrap();
+    let alarms = Lanes::NONE.with(Lane::Alarm);
+    let passed = Passed {
+        filtered: 7,
+        ahead: vec![
+            Ahead { lanes: Lanes::ALL, offsets: 100..120 },
+            Ahead { lanes: alarms, offsets: 50..180 },
+        ],
+        spent: Spent::default(),
+    };
+    let moves = [Control::Cursor { sink: "cloud".into(), offset: 50 }, passed.control("cloud")];
+    let letter = |offset: u64| DeadLetter {
+        sink: "cloud".into(),
+        event: store.read(offset, 1, 1).unwrap().events.remove(0),
+        reason: "400".into(),
+        attempts: 1,
+        first_us: 0,
+        last_us: 0,
+    };
+    // An alarm that is done, and a live event that is not.
+    let letters = [letter(130), letter(131)];
+    store.put_dead_letters(&letters).unwrap();
+    writer.commit(&[], &moves, NOW_US).unwrap();
+    let sums = balance(&store);
+    assert!(sums.adds_up(), "{sums:?}");
+    let [cloud] = &sums.sinks[..] else { panic!("{sums:?}") };
+    assert_eq!(cloud.committed, 200);
+    // Of the 150 from the cursor on, 20 are done in every lane, and 11 alarms outside of those.
+    assert_eq!((cloud.pending, cloud.filtered, cloud.dead_lettered), (119, 7, 1));
+    assert_eq!(cloud.delivered, 200 - 119 - 7 - 1);
+    assert_eq!(store.passed("cloud").unwrap(), passed);
+    assert_eq!(store.passed("other").unwrap(), Passed::default());
 }
 
 /// A store that lost a file: the sinks that had it already are whole, the others are not.
