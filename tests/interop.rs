@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use gateway::admin::status::Status;
 use harness::{Bench, GatewayProcess, PATIENCE, skip};
 use tokio::time::timeout;
 
