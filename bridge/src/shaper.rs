@@ -1,6 +1,6 @@
 //! When a sink may send, and how much: a byte rate, windows of the day, a budget for the month. Pure.
 //!
-//! Owns: [`Shaping`] (the settings), and the [`Shaper`] that keeps count.
+//! Owns: [`Shaping`] (the settings), and the `Shaper` that keeps count.
 //!
 //! - *rate*: a token bucket of one second's worth. A request goes while there is anything in it, and
 //!   what it takes beyond that is waited for after it, so that no request is too large to go.

@@ -14,7 +14,7 @@
 //!
 //! # Time
 //! While the process runs, expiry and will delay count on the monotonic clock. Over a restart only
-//! the wall clock is there, and it is not believed where it stands before [`CLOCK_SET_US`] or has gone
+//! the wall clock is there, and it is not believed where it stands before `CLOCK_SET_US` or has gone
 //! back; whatever it says, a client gets [`GRACE`] to come back, so that nothing ends by mistake.
 
 mod queue;
