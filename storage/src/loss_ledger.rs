@@ -1,10 +1,10 @@
 //! The loss ledger: a durable row for everything dropped by policy, written before the data goes.
 //!
-//! Owns: [`Loss`] and its stored form, and how rows are merged when there are too many ([`merge`]).
+//! Owns: [`Loss`] and its stored form, and how rows are merged when there are too many (`merge`).
 //! Keyed by sink, first offset and reason in `state.redb`, so that writing one again, after a crash
 //! between the row and the drop, is writing it once.
 //!
-//! The ledger is bounded: beyond [`ROWS_MAX`] rows, neighbours of one sink and reason become one row,
+//! The ledger is bounded: beyond `ROWS_MAX` rows, neighbours of one sink and reason become one row,
 //! the oldest first. Where they touch nothing is forgotten; where they do not, the row keeps their
 //! number of events and bytes, and the range that holds them all. No event is ever dropped from it.
 
