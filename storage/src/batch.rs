@@ -175,14 +175,19 @@ impl Encoder {
         Packed { position, head: &self.head, body: &self.body, events: taken, controls: 0 }
     }
 
+    /// Puts the checksum of the head into it, once everything else is there.
+    fn sign_head(&mut self) {
+        let head_crc = crc32c::crc32c(&self.head[HEAD_CRC_END..]);
+        self.head[4..HEAD_CRC_END].copy_from_slice(&head_crc.to_le_bytes());
+    }
+
     /// Says in the head how the body is stored.
     fn seal(&mut self, compression: Compression) {
         let (header, _) = Header::mut_from_prefix(&mut self.head).expect("a head was written");
         header.codec = compression.number();
         header.body_bytes = (self.body.len() as u32).into();
         header.body_crc = crc32c::crc32c(&self.body).into();
-        let head_crc = crc32c::crc32c(&self.head[HEAD_CRC_END..]);
-        self.head[4..HEAD_CRC_END].copy_from_slice(&head_crc.to_le_bytes());
+        self.sign_head();
     }
 
     /// Packs the next batch from the front of `events` and, once those are used up, of `controls`,
@@ -251,8 +256,7 @@ impl Encoder {
             *next_seq += u64::from(count);
             self.head.extend_from_slice(group.as_bytes());
         }
-        let head_crc = crc32c::crc32c(&self.head[HEAD_CRC_END..]);
-        self.head[4..HEAD_CRC_END].copy_from_slice(&head_crc.to_le_bytes());
+        self.sign_head();
 
         tail.position = position.after(taken as u32);
         tail.event_bytes += event_bytes;
