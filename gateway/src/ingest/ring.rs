@@ -257,7 +257,7 @@ mod tests {
             attributes: Attributes::default(),
             payload: vec![0; payload_bytes].into(),
         };
-        Pending { event, read_at: Instant::now(), ticket: None, riders: None }
+        Pending { event, read_at: Instant::now(), ticket: None, riders: None, identity: None }
     }
 
     fn numbers(rings: &Rings, first_ring: usize, events_max: usize) -> Vec<(u16, u64)> {
