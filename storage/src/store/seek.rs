@@ -40,22 +40,28 @@ impl Store {
         }
     }
 
-    /// Halves the log: each step reads one event.
+    /// Halves the log: each step reads one event. Where the clock was set, the times as they are known
+    /// by now and those that the log holds differ, and the first place of the two is the answer: rather
+    /// events of before than one that is missing.
     fn seek_received(&self, us: u64, start: u64, watermark: u64) -> Result<u64, ReadError> {
-        let (mut low, mut high, mut found) = (start, watermark, watermark);
-        while low < high {
-            let middle = low.midpoint(high);
-            let (read, _) = self.find(middle, 1, 1)?;
-            match read.events.first().filter(|event| event.offset < watermark) {
-                Some(event) if event.event.received_us < us => low = event.offset + 1,
-                // Nothing readable at or after the middle: what is wanted can only be before it.
-                event => {
-                    found = event.map_or(found, |event| event.offset);
-                    high = middle;
+        let halve = |end, time_us: &dyn Fn(&StoredEvent) -> u64| {
+            let (mut low, mut high, mut found) = (start, end, end);
+            while low < high {
+                let middle = low.midpoint(high);
+                let (read, _) = self.find(middle, 1, 1)?;
+                match read.events.first().filter(|event| event.offset < watermark) {
+                    Some(event) if time_us(event) < us => low = event.offset + 1,
+                    // Nothing readable at or after the middle: what is wanted can only be before it.
+                    event => {
+                        found = event.map_or(found, |event| event.offset);
+                        high = middle;
+                    }
                 }
             }
-        }
-        Ok(found)
+            Ok::<_, ReadError>(found)
+        };
+        let stored = halve(watermark, &|event| event.event.received_us)?;
+        halve(stored, &StoredEvent::received_us)
     }
 
     /// Finds the file by the head rows, then asks for one batch after the other. By its offset, not
