@@ -14,13 +14,12 @@ pub mod repair;
 pub mod seek;
 pub mod verify;
 
-use std::collections::HashSet;
 use std::fs::{File, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
@@ -206,6 +205,9 @@ pub struct StoreStats {
     pub dead_letters: Vec<(String, DeadLetterStats)>,
     /// Rows in the loss ledger.
     pub losses: u64,
+    /// Events that were found unreadable since the store was opened: their batches are damaged, and
+    /// their exact ranges are in the loss ledger.
+    pub quarantined_events: u64,
 }
 
 /// Shared handle: reads, dead letters, loss ledger, statistics. Cheap to clone, safe to use from
@@ -232,8 +234,8 @@ struct Shared {
     log: Log,
     state: State,
     progress: Arc<Progress>,
-    /// First offsets of the corrupt ranges that are in the loss ledger.
-    reported: Mutex<HashSet<u64>>,
+    /// What turned out to be damaged in this life of the process, once the loss ledger has it.
+    quarantined: Mutex<Ranges>,
     /// The last time that anyone told.
     now_us: AtomicU64,
     /// Offset of the checkpoint.
@@ -275,6 +277,10 @@ impl Shared {
             disk_full: false,
             reason: format!("the record of what sink {sink:?} has passed is damaged"),
         })
+    }
+
+    fn quarantined(&self) -> MutexGuard<'_, Ranges> {
+        self.quarantined.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The first event at or after an offset, its time corrected where it is known by now.
@@ -394,7 +400,7 @@ impl Store {
             log,
             state,
             progress,
-            reported: Mutex::new(HashSet::new()),
+            quarantined: Mutex::default(),
             now_us: now_us.into(),
             covered: checkpoint_offset.into(),
             lock: Mutex::new(lock),
@@ -506,8 +512,8 @@ impl Store {
     /// Writes the loss of a range that cannot be read, once.
     fn report(&self, offsets: &Range<u64>) -> Result<(), ReadError> {
         let shared = &*self.shared;
-        let mut reported = shared.reported.lock().unwrap_or_else(PoisonError::into_inner);
-        if reported.contains(&offsets.start) {
+        let mut quarantined = shared.quarantined();
+        if quarantined.within(offsets).count() == offsets.end - offsets.start {
             return Ok(());
         }
         tracing::error!(?offsets, "events cannot be read: their batch is damaged");
@@ -531,7 +537,7 @@ impl Store {
             path: State::path(&shared.disk),
             reason: error.reason,
         })?;
-        reported.insert(offsets.start);
+        quarantined.insert(offsets.clone());
         Ok(())
     }
 
@@ -614,6 +620,7 @@ impl Store {
             origins: sinks.iter().map(|(sink, c)| (sink.clone(), c.origin)).collect(),
             dead_letters: shared.state.count_dead_letters().unwrap_or_default(),
             losses: shared.state.count_losses().unwrap_or_default(),
+            quarantined_events: shared.quarantined().count(),
         }
     }
 }

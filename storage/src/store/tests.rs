@@ -6,6 +6,7 @@ mod faults;
 mod letters;
 mod model;
 mod packer;
+mod seek;
 mod tools;
 mod world;
 
