@@ -33,7 +33,7 @@ use crate::origin::Origin;
 use crate::replay::{Order, Replays, Running};
 use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
-use crate::sink::{Answer, RequestId, Sink};
+use crate::sink::{Answer, OUTSIDE_ORDER, RequestId, Sink};
 use crate::streams::{Key, Plan, ReadOrder, Seen, StreamStatus, Streams};
 
 /// What a sink is doing.
@@ -177,8 +177,6 @@ impl Forwarder {
             }
             #[cfg(feature = "kafka")]
             Target::Kafka(config) if config.delivery == KafkaDelivery::ExactlyOnce => {
-                // Its cursor in Kafka is one offset: what went ahead before it was set up goes again.
-                self.progress.passed.ahead.clear();
                 let place = Place::new(&self.origin, &self.config.name, &config);
                 let log_end = *self.watermark.borrow();
                 let sink = TransactionalSink::new(config, envelope, place, log_end, timeout);
@@ -388,7 +386,11 @@ impl<S: Sink> Task<S> {
             }
         }
         while let Some(request) = self.streams.next_request(now) {
-            self.sink.begin(request);
+            if request.id < OUTSIDE_ORDER {
+                self.sink.begin_reaching(request, || self.streams.reach());
+            } else {
+                self.sink.begin(request);
+            }
         }
     }
 
@@ -423,6 +425,9 @@ impl<S: Sink> Task<S> {
             self.streams.answer(id, answer, now, random);
         } else {
             self.requeue.answer(id, answer, !self.streams.is_idle(), now, random);
+        }
+        if let Some(found) = self.sink.found() {
+            self.streams.split_as(found);
         }
     }
 

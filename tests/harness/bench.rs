@@ -70,6 +70,14 @@ level = "info"
         path
     }
 
+    /// Puts routes in front of the bench's own, in the configuration that was written last.
+    pub(crate) fn route_first(&self, routes: &str) {
+        let path = self.path("gateway.toml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(path, text.replacen("[[route]]", &format!("{routes}\n[[route]]"), 1))
+            .unwrap();
+    }
+
     /// Starts the gateway with the configuration that was written last.
     pub(crate) async fn start(&self) -> GatewayProcess {
         GatewayProcess::start(&self.path("gateway.toml"), &self.path("gateway.log")).await

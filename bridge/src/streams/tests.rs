@@ -1,5 +1,7 @@
 //! Streams against a log that grows, an upstream that fails, and restarts.
 
+mod kept_upstream;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
