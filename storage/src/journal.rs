@@ -166,6 +166,11 @@ struct State {
     /// Somebody waits for everything to be home and synced.
     checkpoint_wanted: bool,
     stopping: bool,
+    /// The thread that flushes has nothing to do: it has to be woken. Waking nobody costs a call of the
+    /// system all the same.
+    flusher_waits: bool,
+    /// Who waits for something to be done.
+    waiting: usize,
     failed: Option<Failure>,
     /// Room of records that are done, to be used again.
     spare: Vec<Vec<u8>>,
@@ -267,6 +272,8 @@ impl Journal {
             home_wanted: false,
             checkpoint_wanted: false,
             stopping: false,
+            flusher_waits: false,
+            waiting: 0,
             failed: None,
             spare: Vec::new(),
         };
@@ -422,6 +429,15 @@ impl Ring {
         self.done.notify_all();
     }
 
+    /// Something has become durable, home or free.
+    fn done(&self, state: MutexGuard<'_, State>) {
+        let somebody_waits = state.waiting > 0;
+        drop(state);
+        if somebody_waits {
+            self.done.notify_all();
+        }
+    }
+
     fn spawn(self: &Arc<Self>, name: &str, run: fn(&Self)) -> io::Result<JoinHandle<()>> {
         let ring = self.clone();
         thread::Builder::new().name(name.to_owned()).spawn(move || {
@@ -443,8 +459,11 @@ impl Ring {
         joined.end = record.end();
         state.queued = record.end();
         state.records.push_back(Arc::new(record));
+        let flusher_waits = std::mem::take(&mut state.flusher_waits);
         drop(state);
-        self.queued.notify_one();
+        if flusher_waits {
+            self.queued.notify_one();
+        }
         Ok(())
     }
 
@@ -490,7 +509,9 @@ impl Ring {
                     if state.checkpoint_due(self.capacity) {
                         self.due.notify_one();
                     }
+                    state.waiting += 1;
                     state = wait(&self.done, state);
+                    state.waiting -= 1;
                 }
                 #[cfg(test)]
                 Pump::ByHand => {
@@ -508,7 +529,7 @@ impl Ring {
     fn flush_on(&self) {
         let mut idle = false;
         loop {
-            let state = self.lock();
+            let mut state = self.lock();
             let homeward = state.durable > state.homed;
             let done = if state.failed.is_some() {
                 return;
@@ -525,10 +546,12 @@ impl Ring {
             } else if state.stopping && state.records.is_empty() {
                 return;
             } else if homeward {
+                state.flusher_waits = true;
                 let waited = self.queued.wait_timeout(state, HOMEWARD_IDLE);
                 idle = waited.unwrap_or_else(PoisonError::into_inner).1.timed_out();
                 continue;
             } else {
+                state.flusher_waits = true;
                 drop(wait(&self.queued, state));
                 continue;
             };
@@ -582,8 +605,8 @@ impl Ring {
             if let Some(last) = records.last() {
                 state.durable = last.end();
             }
+            self.done(state);
         }
-        self.done.notify_all();
         if let Some(last) = records.last() {
             (self.on_progress)(Progress::Durable(last.end()));
         }
@@ -620,8 +643,7 @@ impl Ring {
         }
         // At the end the other thread waits for the last record.
         let due = state.checkpoint_due(self.capacity) || state.stopping;
-        drop(state);
-        self.done.notify_all();
+        self.done(state);
         if due {
             self.due.notify_one();
         }

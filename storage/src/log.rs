@@ -55,6 +55,9 @@ const PACKED: TableDefinition<'_, (), u8> = TableDefinition::new("packed");
 /// What a file is called until its head row is durable.
 const UNFINISHED: &str = "log/new";
 
+/// The size of the active file is asked after so many appended bytes.
+const ASK_BYTES: u64 = 256 << 10;
+
 /// Handles kept for reading files that are not appended to.
 const HANDLES_MAX: usize = 3;
 
@@ -193,8 +196,10 @@ pub(crate) struct Appended {
 
 struct LogFile {
     first: u64,
-    /// Bytes that it takes on the device.
+    /// Bytes that it takes on the device: as it was last asked, and what was appended since.
     size_bytes: AtomicU64,
+    /// Bytes that were appended since it was asked.
+    unasked_bytes: AtomicU64,
 }
 
 impl LogFile {
@@ -204,6 +209,19 @@ impl LogFile {
 
     fn size_bytes(&self) -> u64 {
         self.size_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Counts what was appended, and asks the file system only now and then: whoever asks for a
+    /// file's status between two writes has it write the inode with every sync.
+    fn grow(&self, appended_bytes: u64, disk: &SharedDisk) {
+        let unasked_bytes = self.unasked_bytes.load(Ordering::Relaxed) + appended_bytes;
+        if unasked_bytes < ASK_BYTES {
+            self.size_bytes.fetch_add(appended_bytes, Ordering::Relaxed);
+            self.unasked_bytes.store(unasked_bytes, Ordering::Relaxed);
+        } else {
+            self.size_bytes.store(disk.used_bytes(&self.name()), Ordering::Relaxed);
+            self.unasked_bytes.store(0, Ordering::Relaxed);
+        }
     }
 }
 
@@ -328,7 +346,8 @@ impl Log {
     }
 
     fn log_file(&self, first: u64) -> LogFile {
-        LogFile { first, size_bytes: self.disk.used_bytes(&name(first)).into() }
+        let size_bytes = self.disk.used_bytes(&name(first)).into();
+        LogFile { first, size_bytes, unasked_bytes: 0.into() }
     }
 
     /// Moves the tail over every batch at or after it.
@@ -533,7 +552,7 @@ impl Log {
             Ok(size_bytes)
         });
         let size_bytes = appended.map_err(|error| self.error(file.first, error))?;
-        file.size_bytes.store(self.disk.used_bytes(&file.name()), Ordering::Relaxed);
+        file.grow(size_bytes, &self.disk);
         *tail = moved;
         let durable_at = files.journal.as_ref().map(|journal| journal.queued());
         Ok(Appended { size_bytes, durable_at })
