@@ -38,9 +38,10 @@
 //!
 //! # Bounds
 //!
-//! The ring has a fixed size. At most [`Options::ahead_max`] commits are not durable when a commit
-//! returns. Memory: the records that are not home yet, which are those, what one sync has taken, and
-//! 256 KB that wait to be written home.
+//! The ring has a fixed size. At most [`Options::ahead_max`] commits are queued when a commit returns,
+//! behind those that a sync has taken, which are one more at most: so a commit is durable with the
+//! sync after the one under way. Memory: the records that are not home yet, which are all those and
+//! 256 KB that wait to be written home, and 2 MB of room for the next ones.
 //! A transaction that would fill a quarter of the ring goes home by itself, as it would without a
 //! journal.
 //!
@@ -73,6 +74,10 @@ const RING_BYTES_MIN: u64 = 128 << 10;
 /// save little, and the next sync waits for it.
 const HOMEWARD_BYTES_MAX: u64 = 256 << 10;
 
+/// So much room of records that are done is kept for the next ones: memory that is given back and taken
+/// again costs more than what is written to it.
+const SPARE_BYTES_MAX: usize = 2 << 20;
+
 /// When nothing is queued for so long, it does not wait for more.
 const HOMEWARD_IDLE: Duration = Duration::from_millis(2);
 
@@ -88,7 +93,7 @@ const WORTH_SYNC: Duration = Duration::from_micros(20);
 pub(crate) struct Options {
     /// Bytes of the ring.
     pub(crate) ring_bytes: u64,
-    /// Commits that may be waiting for their sync when a commit returns.
+    /// Commits that may be queued when a commit returns, behind those that are being synced.
     pub(crate) ahead_max: usize,
     /// Who does the work.
     pub(crate) pump: Pump,
@@ -141,7 +146,7 @@ struct Ring {
     done: Condvar,
 }
 
-/// Places in the stream of records rise: `tail <= marked <= homed <= durable <= queued`.
+/// Places in the stream of records rise: `tail <= marked <= homed <= durable <= taken <= queued`.
 struct State {
     /// What is before has no room in the ring any more.
     tail: u64,
@@ -151,6 +156,8 @@ struct State {
     homed: u64,
     /// What is before is in the ring and synced.
     durable: u64,
+    /// What is before is in the ring, or is being written there.
+    taken: u64,
     queued: u64,
     /// From `homed` to `queued`.
     records: VecDeque<Arc<Record>>,
@@ -207,9 +214,9 @@ impl State {
         self.records.partition_point(|record| record.place < self.durable)
     }
 
-    /// Records that are not durable.
+    /// Records that no sync has taken.
     fn ahead(&self) -> usize {
-        self.records.len() - self.homeward()
+        self.records.len() - self.records.partition_point(|record| record.place < self.taken)
     }
 
     /// What the next flush can take: the records that are not durable and fit into the ring.
@@ -263,6 +270,7 @@ impl Journal {
             marked: place,
             homed: place,
             durable: place,
+            taken: place,
             queued: place,
             records: VecDeque::new(),
             files: BTreeMap::new(),
@@ -473,7 +481,7 @@ impl Ring {
         (self.on_progress)(Progress::Durable(place));
     }
 
-    /// Waits until no more than the permitted number of commits wait for their sync.
+    /// Waits until no more than the permitted number of commits wait for a sync to take them.
     fn wait_for_room(&self) -> io::Result<()> {
         self.until(|state| state.ahead() <= self.ahead_max)
     }
@@ -588,7 +596,13 @@ impl Ring {
             state.check()?;
             let records: Vec<_> =
                 state.records.range(state.to_flush(self.capacity)).cloned().collect();
-            (records, state.mark.take(), state.ring_len)
+            let (mark, ring_len) = (state.mark.take(), state.ring_len);
+            if let Some(last) = records.last() {
+                state.taken = last.end();
+                // There is room for the next ones.
+                self.done(state);
+            }
+            (records, mark, ring_len)
         };
         if records.is_empty() && mark.is_none() {
             return Ok(false);
@@ -636,7 +650,7 @@ impl Ring {
         let mut spare_bytes: usize = state.spare.iter().map(Vec::capacity).sum();
         for bytes in records.into_iter().filter_map(Arc::into_inner).map(Record::into_bytes) {
             spare_bytes += bytes.capacity();
-            if spare_bytes as u64 > HOMEWARD_BYTES_MAX && !state.spare.is_empty() {
+            if spare_bytes > SPARE_BYTES_MAX && !state.spare.is_empty() {
                 break;
             }
             state.spare.push(bytes);

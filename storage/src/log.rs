@@ -55,8 +55,9 @@ const PACKED: TableDefinition<'_, (), u8> = TableDefinition::new("packed");
 /// What a file is called until its head row is durable.
 const UNFINISHED: &str = "log/new";
 
-/// The size of the active file is asked after so many appended bytes.
-const ASK_BYTES: u64 = 256 << 10;
+/// The file system is asked for the size of the active file after so many appended bytes, or after an
+/// eighth of it.
+const ASK_BYTES_MAX: u64 = 256 << 10;
 
 /// Handles kept for reading files that are not appended to.
 const HANDLES_MAX: usize = 3;
@@ -214,14 +215,14 @@ impl LogFile {
     /// Counts what was appended, and asks the file system only now and then: whoever asks for a
     /// file's status between two writes has it write the inode with every sync.
     fn grow(&self, appended_bytes: u64, disk: &SharedDisk) {
+        // A commit takes whole pages.
+        let appended_bytes = appended_bytes.next_multiple_of(4096);
+        let size_bytes = self.size_bytes() + appended_bytes;
         let unasked_bytes = self.unasked_bytes.load(Ordering::Relaxed) + appended_bytes;
-        if unasked_bytes < ASK_BYTES {
-            self.size_bytes.fetch_add(appended_bytes, Ordering::Relaxed);
-            self.unasked_bytes.store(unasked_bytes, Ordering::Relaxed);
-        } else {
-            self.size_bytes.store(disk.used_bytes(&self.name()), Ordering::Relaxed);
-            self.unasked_bytes.store(0, Ordering::Relaxed);
-        }
+        let ask = unasked_bytes >= ASK_BYTES_MAX.min(size_bytes / 8);
+        let size_bytes = if ask { disk.used_bytes(&self.name()) } else { size_bytes };
+        self.size_bytes.store(size_bytes, Ordering::Relaxed);
+        self.unasked_bytes.store(if ask { 0 } else { unasked_bytes }, Ordering::Relaxed);
     }
 }
 
@@ -667,12 +668,6 @@ impl Log {
                     "cannot remove a log file that is no longer needed; the next start tries again");
             }
         }
-    }
-
-    /// Receive time of the last event before the file that starts at `first`.
-    pub(crate) fn received_before(&self, first: u64) -> Option<u64> {
-        let head = self.with_file(first, |source, _| head_row(source)).ok()?;
-        head.ok().map(|head| head.tail.received_us)
     }
 
     /// Events from `from` on, below the watermark: at least one if there is any, else at most

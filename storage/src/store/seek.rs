@@ -4,6 +4,7 @@
 //! each place has one answer; where it was trimmed, the answer is the first stored event after it.
 
 use super::{ReadError, Store};
+use crate::StoredEvent;
 use crate::batch::{Batch, BatchHead};
 use crate::head::Position;
 
@@ -39,22 +40,26 @@ impl Store {
         }
     }
 
-    /// Halves the log: each step reads one batch.
+    /// Halves the log: each step reads one batch. Where the clock was set, the times as they are known
+    /// by now and those that the log holds differ, and the first place of the two is the answer: rather
+    /// events of before than one that is missing.
     fn seek_received(&self, us: u64, start: u64, watermark: u64) -> Result<u64, ReadError> {
-        let (mut low, mut high) = (start, watermark);
-        while low < high {
-            let middle = low + (high - low) / 2;
-            let batch = self.shared.log.batch_at(middle, watermark)?;
-            let decoded = batch.and_then(|batch| Batch::decode(batch).ok());
-            let event = decoded.and_then(|batch| batch.events(middle).next()?.ok());
-            // Nothing readable at or after the middle: what is wanted can only be before it.
-            if event.is_some_and(|event| event.event.received_us < us) {
-                low = middle + 1;
-            } else {
-                high = middle;
+        let halve = |mut high, time_us: &dyn Fn(&StoredEvent) -> u64| {
+            let mut low = start;
+            while low < high {
+                let middle = low + (high - low) / 2;
+                // Nothing readable at or after the middle: what is wanted can only be before it.
+                let event = self.shared.event_at(middle)?;
+                if event.is_some_and(|event| time_us(&event) < us) {
+                    low = middle + 1;
+                } else {
+                    high = middle;
+                }
             }
-        }
-        Ok(low)
+            Ok::<_, ReadError>(low)
+        };
+        let stored = halve(watermark, &|event| event.event.received_us)?;
+        halve(stored, &StoredEvent::received_us)
     }
 
     /// Finds the file by the head rows, then walks the heads of its batches.

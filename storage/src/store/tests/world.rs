@@ -470,7 +470,7 @@ impl Model {
             let seq = &mut self.next_seq[usize::from(event.partition)];
             let event = Event { received_us: self.received_us, ..event };
             let offset = self.events.len() as u64;
-            self.events.push(StoredEvent { offset, seq: *seq, event });
+            self.events.push(StoredEvent { offset, seq: *seq, event, stamp: None });
             self.acked.push(acked);
             *seq += 1;
         }
