@@ -105,14 +105,22 @@ level = "info"
 
     /// As [`Bench::fleet`], to another address.
     pub(crate) fn fleet_at(&self, broker: SocketAddr, devices: u32, rate: f64) -> Fleet {
-        let config = FleetConfig {
-            devices,
-            rate,
+        let config = FleetConfig { devices, rate, ..self.fleet_config() };
+        self.fleet_with(broker, config)
+    }
+
+    /// How this bench's fleets are, but for their number and rate.
+    pub(crate) fn fleet_config(&self) -> FleetConfig {
+        FleetConfig {
             seed: self.seed,
             v5_share: 0.5,
             backoff_ms_max: 200,
             ..FleetConfig::default()
-        };
+        }
+    }
+
+    /// As [`Bench::fleet_at`], of any kind.
+    pub(crate) fn fleet_with(&self, broker: SocketAddr, config: FleetConfig) -> Fleet {
         let (_, broker) = watch::channel(broker.to_string());
         Fleet::start(config, broker, &self.sent(), &CancellationToken::new()).unwrap()
     }

@@ -62,7 +62,7 @@ impl Log {
     }
 
     fn put(&mut self, event: Event) {
-        let stored = StoredEvent { offset: self.end, seq: self.end, event };
+        let stored = StoredEvent { offset: self.end, seq: self.end, event, stamp: None };
         self.events.insert(self.end, stored);
         self.end += 1;
     }
