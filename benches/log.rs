@@ -32,6 +32,7 @@
 //! `cargo bench -p gateway --bench log [-- --quick] [--seconds N] [--rounds N] [--batch N,N]
 //! [--payload N,N] [--only NAME,NAME] [--model sd]`. Figures are reported, never asserted.
 
+mod rounds;
 mod sd;
 mod support;
 mod traffic;
@@ -45,12 +46,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use fjall::{KeyspaceCreateOptions, PersistMode};
 use redb::{Builder, Durability, TableDefinition};
+use rounds::{Rounds, median};
 use rusqlite::{Connection, params};
 use rustix::time::{ClockId, clock_gettime};
 use sd::{Card, CardDisk};
 use storage::disk::{FileDisk, SharedDisk};
 use storage::{AtQuota, Event, JournalMode, Store, StoreOptions};
-use support::{RawFile, Rounds, median, put_record};
+use support::{RawFile, put_record};
 use traffic::{Durable, PARTITIONS, event_bytes, events, now_us, written_bytes};
 
 const WINDOW_BYTES: u64 = 64 << 20;

@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 
 use super::Plan;
 use super::backlog::{self, Drain, Poison};
-use super::support::median;
+use super::rounds::median;
 use super::upstream::{Receivers, Upstream};
 
 const PAYLOAD_BYTES: usize = 128;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::Plan;
 use super::backlog;
 use super::fleet::{Fleet, Server};
-use super::support::median;
+use super::rounds::median;
 use super::upstream::Receivers;
 
 /// What B's upstream takes in a second; it is asked for half of it.

@@ -25,14 +25,13 @@ mod isolation;
 mod live_first;
 mod memory;
 mod poison;
-#[path = "../support.rs"]
-#[expect(dead_code, reason = "other benches use the rest")]
-mod support;
+#[path = "../rounds.rs"]
+mod rounds;
 mod upstream;
 
 use std::time::Duration;
 
-use self::support::Rounds;
+use self::rounds::Rounds;
 
 /// What is asked for.
 struct Plan {

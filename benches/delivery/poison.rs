@@ -8,7 +8,7 @@ use tokio::runtime::Runtime;
 
 use super::Plan;
 use super::backlog::{self, Drain, Poison};
-use super::support::median;
+use super::rounds::median;
 use super::upstream::{Judge, Receivers, Upstream};
 
 const PAYLOAD_BYTES: usize = 128;

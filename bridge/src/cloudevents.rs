@@ -486,6 +486,7 @@ mod tests {
                 attributes: Attributes::encode(attributes.iter().cloned()),
                 payload: payload.to_vec().into(),
             },
+            stamp: None,
         }
     }
 

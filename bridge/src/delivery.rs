@@ -273,6 +273,13 @@ impl Delivery {
         self.letters.iter().map(|letter| letter.event.offset).fold(open, u64::min)
     }
 
+    /// Where the cursor is once everything in flight is delivered.
+    pub(crate) fn begun_to(&self) -> u64 {
+        let waiting = self.parts.iter().find(|part| part.in_flight.is_none());
+        let open = waiting.map_or(self.read_to, |part| part.events[0].offset);
+        self.letters.iter().map(|letter| letter.event.offset).fold(open, u64::min)
+    }
+
     /// Sums since the start.
     pub(crate) fn counts(&self) -> Counts {
         self.counts

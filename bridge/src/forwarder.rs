@@ -34,7 +34,7 @@ use crate::parked::Found;
 use crate::replay::{Order, Replays, Running};
 use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
-use crate::sink::{Answer, RequestId, Sink};
+use crate::sink::{Answer, OUTSIDE_ORDER, RequestId, Sink};
 use crate::streams::{Key, Plan, ReadOrder, Seen, StreamStatus, Streams};
 
 /// Dead letters that are looked at at once.
@@ -185,8 +185,6 @@ impl Forwarder {
             }
             #[cfg(feature = "kafka")]
             Target::Kafka(config) if config.delivery == KafkaDelivery::ExactlyOnce => {
-                // Its cursor in Kafka is one offset: what went ahead before it was set up goes again.
-                self.progress.passed.ahead.clear();
                 let place = Place::new(&self.origin, &self.config.name, &config);
                 let log_end = *self.watermark.borrow();
                 let sink = TransactionalSink::new(config, envelope, place, log_end, timeout);
@@ -225,8 +223,9 @@ impl Forwarder {
         };
         let name = config.name.clone();
         let streams =
-            Streams::new(config.name, plan, limits, window, backoff.clone(), &self.progress)
-                .restarted();
+            Streams::new(config.name, plan, limits, window, backoff.clone(), &self.progress);
+        // A sink that keeps a cursor finds there where streams were split.
+        let streams = if S::KEEPS_CURSOR { streams } else { streams.restarted() };
         let task = Task {
             sink,
             name: name.clone(),
@@ -438,7 +437,11 @@ impl<S: Sink> Task<S> {
             return;
         }
         while let Some(request) = self.streams.next_request(now) {
-            self.sink.begin(request);
+            if request.id < OUTSIDE_ORDER {
+                self.sink.begin_reaching(request, || self.streams.reach());
+            } else {
+                self.sink.begin(request);
+            }
         }
     }
 
@@ -474,6 +477,9 @@ impl<S: Sink> Task<S> {
         } else {
             let busy = !self.streams.is_idle() && !self.streams.waits_for_parked();
             self.requeue.answer(id, answer, busy, now, random);
+        }
+        if let Some(found) = self.sink.found() {
+            self.streams.split_as(found);
         }
     }
 

@@ -12,6 +12,10 @@
 //! A replay is a stream beside all others, with a range and a rate of its own: nothing of it counts
 //! for the cursor, the balance or the dead letters.
 //!
+//! A sink that keeps its cursor upstream is told with each request how far all streams are then
+//! ([`Streams::reach`]); what it finds there when it starts tells where an earlier process has split
+//! ([`Streams::split_as`]).
+//!
 //! Invariants:
 //! - Every event belongs to exactly one stream, from the sink's cursor on; none but the one that it
 //!   belongs to passes it.
@@ -37,6 +41,7 @@ use storage::{Ahead, DeadLetter, Lane, Lanes, Passed, Read, SinkProgress, Spent,
 use crate::delivery::{Counts, Delivery, Limits, Load, Moment, Trouble};
 use crate::filter::Filter;
 use crate::parked::{Found, Parked};
+use crate::reach::Reach;
 use crate::retry::Backoff;
 use crate::shaper::{Shaper, Shaping};
 use crate::sink::{Answer, Mark, OUTSIDE_ORDER, Request, RequestId, Window};
@@ -344,6 +349,8 @@ pub(crate) struct Streams {
     next_replay_id: RequestId,
     /// Events were taken back: nothing begins until everything in flight has ended.
     taken_back: bool,
+    /// Where an earlier process has split: to be done before anything else begins.
+    found: Option<Reach>,
     next_key: u32,
     /// Whose read was ordered last.
     last_read: Option<Key>,
@@ -366,7 +373,6 @@ impl Streams {
         backoff: Backoff,
         progress: &SinkProgress,
     ) -> Self {
-        let groups = plan.groups();
         let mut streams = Self {
             sink,
             marked: plan.live_first.is_some(),
@@ -383,6 +389,7 @@ impl Streams {
             next_id: 0,
             next_replay_id: REPLAY_IDS,
             taken_back: false,
+            found: None,
             next_key: 0,
             last_read: None,
             filtered_before: progress.passed.filtered,
@@ -390,8 +397,21 @@ impl Streams {
             watermark: progress.cursor,
             restarted: false,
         };
-        for (class, lanes) in groups {
+        streams.lay_out(progress, &Reach::default());
+        streams
+    }
+
+    /// Makes the streams anew, from where a sink has stopped; `found` may split them further.
+    fn lay_out(&mut self, progress: &SinkProgress, found: &Reach) {
+        for (class, lanes) in self.plan.groups() {
             let mut gaps = progress.passed.gaps(lanes, progress.cursor);
+            for split in found.splits(lanes) {
+                let inside = |gap: &Range<u64>| gap.start < split && split < gap.end;
+                if let Some(place) = gaps.iter().position(inside) {
+                    gaps.insert(place + 1, split..gaps[place].end);
+                    gaps[place].end = split;
+                }
+            }
             // Nobody splits so often; and what is between two of them may well go twice.
             while gaps.len() > BACKLOGS_MAX + 1 {
                 gaps[1].start = gaps[0].start;
@@ -400,15 +420,36 @@ impl Streams {
             let mut start = progress.cursor;
             for gap in gaps {
                 let split = gap.end < u64::MAX;
-                streams.marked |= split;
+                self.marked |= split;
                 let class = if split && class == Class::Live { Class::Backlog } else { class };
                 // What lies between it and the gap before is its own, and done.
-                let stream = streams.stream(class, lanes, start..gap.end, gap.start);
+                let stream = self.stream(class, lanes, start..gap.end, gap.start);
                 start = gap.end;
-                streams.all.push(stream);
+                self.all.push(stream);
             }
         }
-        streams
+    }
+
+    /// An earlier process has split where `found` says: so do these, before anything else begins, for
+    /// an event must not change streams. Where they go on does not change: the sink knows what not to
+    /// send again.
+    pub(crate) fn split_as(&mut self, found: Reach) {
+        self.found = Some(found);
+    }
+
+    /// Splits as was found, once nothing is in flight or has to be written down.
+    fn split_found(&mut self) {
+        let is_quiet = |stream: &Stream| {
+            stream.delivery.in_flight() == 0 && stream.delivery.letters().is_empty()
+        };
+        if let Some(found) = self.found.take_if(|_| self.all.iter().all(is_quiet)) {
+            let (progress, counts) = (self.progress(), self.counts());
+            let replay = self.all.split_off(self.owed_count());
+            self.all.clear();
+            self.ended = counts;
+            self.lay_out(&progress, &found);
+            self.all.extend(replay);
+        }
     }
 
     /// The same after a start of the process: where later events may go ahead, what is stored by then is
@@ -449,19 +490,31 @@ impl Streams {
 
     /// How far the sink is, for the store.
     pub(crate) fn progress(&self) -> SinkProgress {
-        let cursor = self.cursor();
+        let Reach { cursor, ahead } = self.reach_with(Delivery::cursor);
+        let filtered = self.filtered_before + self.counts().filtered_events;
+        SinkProgress { cursor, passed: Passed { filtered, ahead, spent: self.shaper.spent() } }
+    }
+
+    /// How far the sink is once everything in flight is delivered.
+    pub(crate) fn reach(&self) -> Reach {
+        self.reach_with(Delivery::begun_to)
+    }
+
+    /// The streams taken together, each of them as far as `reached` says.
+    fn reach_with(&self, reached: impl Fn(&Delivery) -> u64) -> Reach {
+        let cursors = self.owed().iter().map(|stream| reached(&stream.delivery));
+        let cursor = cursors.min().expect("never empty");
         let mut ahead = Vec::new();
         for (place, stream) in self.owed().iter().enumerate() {
             let first = place == 0 || self.all[place - 1].lanes != stream.lanes;
             // What is before the first stream of its lanes is done.
             let start = if first { cursor } else { stream.offsets.start };
-            let offsets = start..stream.delivery.cursor();
+            let offsets = start..reached(&stream.delivery);
             if !offsets.is_empty() {
                 ahead.push(Ahead { lanes: stream.lanes, offsets });
             }
         }
-        let filtered = self.filtered_before + self.counts().filtered_events;
-        SinkProgress { cursor, passed: Passed { filtered, ahead, spent: self.shaper.spent() } }
+        Reach { cursor, ahead }
     }
 
     /// Sums since the start of the process.
@@ -523,6 +576,7 @@ impl Streams {
     pub(crate) fn look(&mut self, watermark: u64, now: Moment) -> Seen {
         self.watermark = watermark;
         self.retire();
+        self.split_found();
         self.split(now);
         let read = |stream: &Stream| stream.is_read(watermark);
         let goes_on = |stream: &&Stream| stream.offsets.end == u64::MAX;
@@ -695,6 +749,9 @@ impl Streams {
             return None;
         }
         self.taken_back = false;
+        if self.found.is_some() {
+            return None;
+        }
         let alone = self.all.iter().any(|stream| stream.delivery.wants_alone());
         if alone && flight.requests > 0 && self.all.len() > 1 {
             return None;

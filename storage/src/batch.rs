@@ -1,9 +1,10 @@
 //! The batch: the packed, checksummed unit of append, one row of the log. Pure.
 //!
 //! ```text
-//! head  = fixed header, then one group per partition that occurs: its base sequence number, count
+//! head  = fixed header, then the stamps if there are any, then one group per partition that occurs:
+//!         its base sequence number, count
 //! body  = records in offset order, then control records
-//! record = receive time since the record before · device key · topic · attributes · payload
+//! record = time since the record before · device key · topic · attributes · payload
 //! ```
 //!
 //! Numbers in the body are LEB128 variable-length integers. A device key, a topic or a run of
@@ -13,7 +14,9 @@
 //!
 //! Invariants:
 //! - offset order = slice order, and a partition's sequence numbers rise with it;
-//! - receive times never go backwards, within a batch or from one to the next;
+//! - receive times never go backwards, within a batch or from one to the next; the times of a stamped
+//!   batch are those of one clock, which says in the stamps where it stood, and where those before are
+//!   later its receive times are raised to them;
 //! - the head has a checksum of its own, so that a damaged body still says exactly which offsets
 //!   and sequence numbers it held; every byte is under one of the two checksums;
 //! - decoding never panics, whatever the bytes.
@@ -33,6 +36,7 @@ use hashbrown::HashTable;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::clock::{Clock, Stamp, TimeQuality};
 use crate::codec::Compression;
 use crate::control::Control;
 use crate::event::{Attributes, Event, StoredEvent};
@@ -41,7 +45,10 @@ use crate::row::{Corrupt, Reader, put_bytes, put_number};
 
 /// First bytes of every batch.
 pub(crate) const MAGIC: [u8; 4] = *b"EGba";
-const VERSION: u8 = 1;
+/// A batch without stamps, which is all that the first format knew.
+const PLAIN: u8 = 1;
+/// A batch with stamps.
+const STAMPED: u8 = 2;
 
 const PAGE_BYTES: usize = 4096;
 /// What redb adds to a row that has its pages for itself: page header, key, length of the value.
@@ -86,10 +93,23 @@ struct Group {
     base_seq: U64,
 }
 
+/// Where the clock stood that gave the times.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct Stamps {
+    boot: U64,
+    /// Uptime at the first event.
+    uptime_us: U64,
+    /// Time of the first event. Its receive time is in the header, and may be later.
+    time_us: U64,
+    synchronised: u8,
+}
+
 const HEADER_BYTES: usize = size_of::<Header>();
+const STAMPS_BYTES: usize = size_of::<Stamps>();
 const GROUP_BYTES: usize = size_of::<Group>();
 /// The longest head, with every partition that a store can have.
-pub(crate) const HEAD_BYTES_MAX: usize = HEADER_BYTES + 1024 * GROUP_BYTES;
+pub(crate) const HEAD_BYTES_MAX: usize = HEADER_BYTES + STAMPS_BYTES + 1024 * GROUP_BYTES;
 
 /// Packs events and control records into batches. Keeps its buffers from one batch to the next.
 pub(crate) struct Encoder {
@@ -104,6 +124,10 @@ pub(crate) struct Encoder {
     attributes: Interned,
     /// Body length and number of groups after each record: where the batch could be cut.
     marks: Vec<(usize, usize)>,
+    /// What gave the times of the events.
+    clock: Option<Clock>,
+    /// Bytes of the head of the batch at work before its groups.
+    fixed_bytes: usize,
     /// Bytes of the batch at work before it is compressed, if it will be.
     plain_bytes_max: Option<usize>,
     /// What filled the last compressed batch.
@@ -134,9 +158,16 @@ impl Encoder {
             topics: Interned::default(),
             attributes: Interned::default(),
             marks: Vec::new(),
+            clock: None,
+            fixed_bytes: HEADER_BYTES,
             plain_bytes_max: None,
             learnt_bytes_max: BATCH_BYTES_MAX,
         }
+    }
+
+    /// What gives the times of the events from here on.
+    pub(crate) fn set_clock(&mut self, clock: Option<Clock>) {
+        self.clock = clock;
     }
 
     /// As [`Encoder::pack`], compressed where that makes it smaller.
@@ -203,8 +234,17 @@ impl Encoder {
     ) -> Packed<'_> {
         assert!(!events.is_empty() || !controls.is_empty(), "an empty batch");
         self.clear();
-        let received_min_us = events.first().map_or(0, |e| e.received_us.max(tail.received_us));
-        let mut received_us = received_min_us;
+        let first_us = events.first().map_or(0, |e| e.received_us);
+        let received_min_us = if events.is_empty() { 0 } else { first_us.max(tail.received_us) };
+        let stamps = self.clock.filter(|_| !events.is_empty()).map(|clock| Stamps {
+            boot: clock.boot.into(),
+            uptime_us: clock.uptime_us(first_us).into(),
+            time_us: first_us.into(),
+            synchronised: clock.synchronised.into(),
+        });
+        self.fixed_bytes = HEADER_BYTES + if stamps.is_some() { STAMPS_BYTES } else { 0 };
+        // The time of the clock, or the receive time where there is none.
+        let mut received_us = if stamps.is_some() { first_us } else { received_min_us };
         let bytes_max = self.plain_bytes_max.unwrap_or(BATCH_BYTES_MAX);
         for event in events {
             received_us = self.record(event, received_us);
@@ -230,7 +270,7 @@ impl Encoder {
         let header = Header {
             magic: u32::from_le_bytes(MAGIC).into(),
             head_crc: 0.into(),
-            version: VERSION,
+            version: if stamps.is_some() { STAMPED } else { PLAIN },
             codec: Compression::None.number(),
             groups: (self.groups.len() as u16).into(),
             count: (taken as u32).into(),
@@ -246,6 +286,9 @@ impl Encoder {
             body_crc: crc32c::crc32c(&self.body).into(),
         };
         self.head.extend_from_slice(header.as_bytes());
+        if let Some(stamps) = &stamps {
+            self.head.extend_from_slice(stamps.as_bytes());
+        }
         for (&partition, &count) in self.groups.iter().zip(&counts) {
             let next_seq = &mut tail.next_seq[usize::from(partition)];
             let group = Group {
@@ -285,10 +328,10 @@ impl Encoder {
     }
 
     fn size_bytes(&self) -> usize {
-        HEADER_BYTES + self.groups.len() * GROUP_BYTES + self.body.len()
+        self.fixed_bytes + self.groups.len() * GROUP_BYTES + self.body.len()
     }
 
-    /// Appends one record; returns its receive time, which is not below that of the one before.
+    /// Appends one record; returns its time, which is not below that of the one before.
     fn record(&mut self, event: &Event, before_us: u64) -> u64 {
         let received_us = event.received_us.max(before_us);
         put_number(&mut self.body, received_us - before_us);
@@ -316,7 +359,7 @@ impl Encoder {
             return 0;
         };
         let mut keep = self.marks.len();
-        let row_bytes = HEADER_BYTES + groups * GROUP_BYTES + body_bytes + ROW_OVERHEAD_BYTES;
+        let row_bytes = self.fixed_bytes + groups * GROUP_BYTES + body_bytes + ROW_OVERHEAD_BYTES;
         let pages_bytes = row_bytes.next_power_of_two();
         if self.plain_bytes_max.is_none()
             && keep == events
@@ -326,7 +369,7 @@ impl Encoder {
         {
             let half = pages_bytes / 2 - ROW_OVERHEAD_BYTES;
             keep = self.marks.partition_point(|&(body_bytes, groups)| {
-                HEADER_BYTES + groups * GROUP_BYTES + body_bytes <= half
+                self.fixed_bytes + groups * GROUP_BYTES + body_bytes <= half
             });
             keep = if keep == 0 { self.marks.len() } else { keep };
         }
@@ -445,6 +488,7 @@ fn put_control(out: &mut Vec<u8>, control: &Control) {
 #[derive(Clone, Copy)]
 pub(crate) struct BatchHead<'a> {
     header: &'a Header,
+    stamps: Option<&'a Stamps>,
     groups: &'a [Group],
 }
 
@@ -456,14 +500,28 @@ impl<'a> BatchHead<'a> {
             return Err(Corrupt);
         }
         let groups = usize::from(header.groups.get());
-        let head_end = HEADER_BYTES + groups * GROUP_BYTES;
-        let head = batch.get(HEAD_CRC_END..head_end).ok_or(Corrupt)?;
-        if header.head_crc.get() != crc32c::crc32c(head) || header.version != VERSION {
-            return Err(Corrupt);
-        }
+        let (stamps, rest) = match header.version {
+            PLAIN => (None, rest),
+            STAMPED => {
+                let (stamps, rest) = Stamps::ref_from_prefix(rest).map_err(|_| Corrupt)?;
+                (Some(stamps), rest)
+            }
+            _ => return Err(Corrupt),
+        };
         let (groups, _) =
             <[Group]>::ref_from_prefix_with_elems(rest, groups).map_err(|_| Corrupt)?;
-        Ok(Self { header, groups })
+        let decoded = Self { header, stamps, groups };
+        let head = &batch[HEAD_CRC_END..decoded.head_bytes()];
+        if header.head_crc.get() != crc32c::crc32c(head) {
+            return Err(Corrupt);
+        }
+        Ok(decoded)
+    }
+
+    /// Bytes of the head: where the body begins.
+    fn head_bytes(&self) -> usize {
+        let stamps_bytes = if self.stamps.is_some() { STAMPS_BYTES } else { 0 };
+        HEADER_BYTES + stamps_bytes + self.groups.len() * GROUP_BYTES
     }
 
     /// Where it stands.
@@ -483,7 +541,7 @@ impl<'a> BatchHead<'a> {
 
     /// Bytes of the whole batch, head and body.
     pub(crate) fn row_bytes(&self) -> usize {
-        HEADER_BYTES + self.groups.len() * GROUP_BYTES + self.header.body_bytes.get() as usize
+        self.head_bytes() + self.header.body_bytes.get() as usize
     }
 
     /// Checksum of the head, which covers that of the body.
@@ -543,7 +601,7 @@ impl Batch {
     /// Checks a stored batch. Everything decoded from it shares `bytes`.
     pub(crate) fn decode(bytes: Bytes) -> Result<Self, Corrupt> {
         let head = BatchHead::decode(&bytes)?;
-        let body_start = HEADER_BYTES + head.groups.len() * GROUP_BYTES;
+        let body_start = head.head_bytes();
         let body = &bytes[body_start..];
         let header = head.header;
         if body.len() != header.body_bytes.get() as usize
@@ -568,12 +626,28 @@ impl Batch {
 
     /// Its head.
     pub(crate) fn head(&self) -> BatchHead<'_> {
-        let (header, rest) =
-            Header::ref_from_prefix(&self.bytes).expect("the head was checked when it was decoded");
-        let (groups, _) =
-            <[Group]>::ref_from_prefix_with_elems(rest, usize::from(header.groups.get()))
-                .expect("the head was checked when it was decoded");
-        BatchHead { header, groups }
+        const CHECKED: &str = "the head was checked when it was decoded";
+        let (header, rest) = Header::ref_from_prefix(&self.bytes).expect(CHECKED);
+        let (stamps, rest) = if header.version == STAMPED {
+            let (stamps, rest) = Stamps::ref_from_prefix(rest).expect(CHECKED);
+            (Some(stamps), rest)
+        } else {
+            (None, rest)
+        };
+        let groups = usize::from(header.groups.get());
+        let (groups, _) = <[Group]>::ref_from_prefix_with_elems(rest, groups).expect(CHECKED);
+        BatchHead { header, stamps, groups }
+    }
+
+    /// What gave the times of its events.
+    pub(crate) fn clock(&self) -> Option<Clock> {
+        let stamps = self.head().stamps?;
+        let (time_us, uptime_us) = (stamps.time_us.get(), stamps.uptime_us.get());
+        Some(Clock {
+            boot: stamps.boot.get(),
+            offset_us: time_us.cast_signed().wrapping_sub(uptime_us.cast_signed()),
+            synchronised: stamps.synchronised != 0,
+        })
     }
 
     /// Its events at or after the offset `from`, in offset order. Ends early with an error if the
@@ -586,7 +660,11 @@ impl Batch {
             from,
             offset: head.position().offset,
             left: head.count(),
-            received_us: head.header.received_min_us.get(),
+            received_min_us: head.header.received_min_us.get(),
+            time_us: head
+                .stamps
+                .map_or(head.header.received_min_us.get(), |stamps| stamps.time_us.get()),
+            stamps: head.stamps.copied(),
             partitions: head
                 .groups
                 .iter()
@@ -607,13 +685,34 @@ impl Batch {
     }
 }
 
+impl Stamps {
+    /// Of an event at this time of the clock.
+    fn stamp(&self, time_us: u64) -> Stamp {
+        let since_us = time_us.saturating_sub(self.time_us.get());
+        let quality = match self.synchronised {
+            0 => TimeQuality::Unsynchronised,
+            _ => TimeQuality::Synchronised,
+        };
+        Stamp {
+            boot: self.boot.get(),
+            uptime_us: self.uptime_us.get().saturating_add(since_us),
+            received_us: time_us,
+            quality,
+        }
+    }
+}
+
 /// The events of a batch.
 pub(crate) struct Events {
     reader: Reader,
     from: u64,
     offset: u64,
     left: u32,
-    received_us: u64,
+    /// Receive time that none is below.
+    received_min_us: u64,
+    /// Time of the last record.
+    time_us: u64,
+    stamps: Option<Stamps>,
     /// Partition and next sequence number of each group.
     partitions: Vec<(u16, u64)>,
     /// Device keys seen, each with its group.
@@ -645,7 +744,7 @@ impl Events {
     /// The next record, or nothing if it lies before `from`.
     fn record(&mut self) -> Result<Option<StoredEvent>, Corrupt> {
         let reader = &mut self.reader;
-        self.received_us = self.received_us.checked_add(reader.number()?).ok_or(Corrupt)?;
+        self.time_us = self.time_us.checked_add(reader.number()?).ok_or(Corrupt)?;
         let key = match reader.number()? {
             DEFINE => {
                 let group = usize::try_from(reader.number()?).map_err(|_| Corrupt)?;
@@ -684,7 +783,7 @@ impl Events {
             seq,
             event: Event {
                 partition: *partition,
-                received_us: self.received_us,
+                received_us: self.received_min_us.max(self.time_us),
                 device_key: device_key.clone(),
                 topic: self.topics.get(topic).ok_or(Corrupt)?.clone(),
                 attributes: Attributes::from_bytes(
@@ -692,6 +791,7 @@ impl Events {
                 ),
                 payload: reader.slice(payload),
             },
+            stamp: self.stamps.map(|stamps| stamps.stamp(self.time_us)),
         }))
     }
 }
@@ -733,9 +833,28 @@ mod tests {
         }
     }
 
+    /// Up for ten seconds, of which it makes 1.7 billion.
+    fn clock(synchronised: bool) -> Clock {
+        Clock { boot: 77, offset_us: START_US.cast_signed() - 10_000_000, synchronised }
+    }
+
+    fn clocks() -> impl Strategy<Value = Option<Clock>> {
+        proptest::option::of(any::<bool>().prop_map(clock))
+    }
+
     /// Everything as batches, each head and body in one.
-    fn pack_all(mut events: &[Event], mut controls: &[Control], tail: &mut Tail) -> Vec<Bytes> {
+    fn pack_all(events: &[Event], controls: &[Control], tail: &mut Tail) -> Vec<Bytes> {
+        pack_stamped(None, events, controls, tail)
+    }
+
+    fn pack_stamped(
+        clock: Option<Clock>,
+        mut events: &[Event],
+        mut controls: &[Control],
+        tail: &mut Tail,
+    ) -> Vec<Bytes> {
         let mut encoder = Encoder::new(PARTITIONS);
+        encoder.set_clock(clock);
         let mut batches = Vec::new();
         while !events.is_empty() || !controls.is_empty() {
             let packed = encoder.pack(events, controls, tail);
@@ -781,6 +900,12 @@ mod tests {
 
     /// What must come out: dense offsets, dense sequence numbers, receive times raised.
     fn expected(events: &[Event], tail: &Tail) -> Vec<StoredEvent> {
+        expected_of(None, events, tail)
+    }
+
+    /// As [`expected`]; the times of the clock may be below those before the batch.
+    fn expected_of(clock: Option<Clock>, events: &[Event], tail: &Tail) -> Vec<StoredEvent> {
+        let mut time_us = 0;
         let (mut next_seq, mut received_us) = (tail.next_seq.clone(), tail.received_us);
         (tail.position.offset..)
             .zip(events)
@@ -788,8 +913,15 @@ mod tests {
                 received_us = received_us.max(event.received_us);
                 let seq = &mut next_seq[usize::from(event.partition)];
                 *seq += 1;
+                time_us = time_us.max(event.received_us);
+                let stamp = clock.map(|clock| Stamp {
+                    boot: 77,
+                    uptime_us: 10_000_000 + time_us - START_US,
+                    received_us: time_us,
+                    quality: TimeQuality::ALL[usize::from(!clock.synchronised)],
+                });
                 let event = Event { received_us, ..event.clone() };
-                StoredEvent { offset, seq: *seq - 1, event }
+                StoredEvent { offset, seq: *seq - 1, event, stamp }
             })
             .collect()
     }
@@ -806,11 +938,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_packed_comes_back(events in events(300, 600), controls in controls(40, 4000)) {
+        fn what_is_packed_comes_back(
+            clock in clocks(),
+            mut events in events(300, 600),
+            controls in controls(40, 4000),
+        ) {
+            if clock.is_some() {
+                // A clock does not go back; the times of several may.
+                events.sort_by_key(|event| event.received_us);
+            }
             let (before, mut tail) = (start(), start());
-            let batches = pack_all(&events, &controls, &mut tail);
+            let batches = pack_stamped(clock, &events, &controls, &mut tail);
             let (got_events, got_controls) = decode_all(&batches);
-            prop_assert_eq!(got_events, expected(&events, &before));
+            prop_assert_eq!(got_events, expected_of(clock, &events, &before));
             prop_assert_eq!(got_controls, controls);
 
             // Heads alone lead to the same tail, and each batch knows where it stands.
@@ -843,12 +983,13 @@ mod tests {
         /// The checksums are made to match, so that the bytes get as far as the fields.
         #[test]
         fn forged_bytes_never_panic(
+            clock in clocks(),
             events in events(20, 30),
             controls in controls(5, 20),
             forged in vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
             cut in any::<prop::sample::Index>(),
         ) {
-            for batch in pack_all(&events, &controls, &mut start()) {
+            for batch in pack_stamped(clock, &events, &controls, &mut start()) {
                 let mut bytes = batch.to_vec();
                 for (at, byte) in &forged {
                     let at = at.index(bytes.len());
@@ -880,7 +1021,8 @@ mod tests {
             return;
         };
         let groups = usize::from(header.groups.get());
-        let body_start = HEADER_BYTES + groups * GROUP_BYTES;
+        let stamps_bytes = if header.version == STAMPED { STAMPS_BYTES } else { 0 };
+        let body_start = HEADER_BYTES + stamps_bytes + groups * GROUP_BYTES;
         let Some(body) = bytes.get(body_start..) else {
             return;
         };
@@ -889,7 +1031,9 @@ mod tests {
             return;
         };
         header.magic = u32::from_le_bytes(MAGIC).into();
-        header.version = VERSION;
+        if stamps_bytes == 0 {
+            header.version = PLAIN;
+        }
         header.codec = Compression::None.number();
         header.body_bytes = body_bytes.into();
         header.body_crc = body_crc.into();
@@ -912,9 +1056,15 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_is_found_and_leaves_the_other_half_readable() {
-        let control = Control::Cursor { sink: "cloud".into(), offset: 1 };
-        let batches = pack_all(&telemetry(3, 20), &[control], &mut start());
-        let [batch] = &batches[..] else { panic!("{} batches", batches.len()) };
+        for clock in [None, Some(clock(true))] {
+            let control = Control::Cursor { sink: "cloud".into(), offset: 1 };
+            let batches = pack_stamped(clock, &telemetry(3, 20), &[control], &mut start());
+            let [batch] = &batches[..] else { panic!("{} batches", batches.len()) };
+            every_flipped_bit_is_found(batch);
+        }
+    }
+
+    fn every_flipped_bit_is_found(batch: &Bytes) {
         let head_bytes = Batch::decode(batch.clone()).unwrap().body_start;
         for bit in 0..batch.len() * 8 {
             let mut bad = batch.to_vec();
@@ -927,10 +1077,29 @@ mod tests {
 
     #[test]
     fn every_cut_is_found() {
-        let [batch] = &pack_all(&telemetry(3, 20), &[], &mut start())[..] else { panic!() };
-        for len in 0..batch.len() {
-            assert!(Batch::decode(batch.slice(..len)).is_err(), "length {len}");
+        for clock in [None, Some(clock(true))] {
+            let batches = pack_stamped(clock, &telemetry(3, 20), &[], &mut start());
+            let [batch] = &batches[..] else { panic!() };
+            for len in 0..batch.len() {
+                assert!(Batch::decode(batch.slice(..len)).is_err(), "length {len}");
+            }
         }
+    }
+
+    /// What the boot, the uptime and the word on the clock cost: of a batch, not of an event.
+    #[test]
+    fn stamps_cost_nothing_an_event() {
+        let events = telemetry(100, 100);
+        let bytes = |clock| -> usize {
+            let batches = pack_stamped(clock, &events, &[], &mut start());
+            batches.iter().map(|batch| batch.len() - head_stamps_bytes(batch)).sum()
+        };
+        assert_eq!(STAMPS_BYTES, 25);
+        assert_eq!(bytes(Some(clock(false))), bytes(None));
+    }
+
+    fn head_stamps_bytes(batch: &[u8]) -> usize {
+        BatchHead::decode(batch).unwrap().stamps.map_or(0, |_| STAMPS_BYTES)
     }
 
     /// What redb writes for a row, and what a commit of these events could do with at the least.

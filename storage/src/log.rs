@@ -650,12 +650,6 @@ impl Log {
         }
     }
 
-    /// Receive time of the last event before the file that starts at `first`.
-    pub(crate) fn received_before(&self, first: u64) -> Option<u64> {
-        let head = self.with_file(first, |source, _| head_row(source)).ok()?;
-        head.ok().map(|head| head.tail.received_us)
-    }
-
     /// Events from `from` on, below the watermark: at least one if there is any, else at most
     /// `events_max` and about `size_bytes_max` event bytes.
     pub(crate) fn read(

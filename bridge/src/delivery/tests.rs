@@ -24,6 +24,7 @@ fn stored(offset: u64, device: u8, payload_bytes: usize) -> StoredEvent {
             attributes: Attributes::default(),
             payload: vec![0; payload_bytes].into(),
         },
+        stamp: None,
     }
 }
 

@@ -1,5 +1,7 @@
 //! Streams against a log that grows, an upstream that fails, and restarts.
 
+mod kept_upstream;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
@@ -61,7 +63,7 @@ impl Log {
     }
 
     fn put(&mut self, event: Event) {
-        let stored = StoredEvent { offset: self.end, seq: self.end, event };
+        let stored = StoredEvent { offset: self.end, seq: self.end, event, stamp: None };
         self.events.insert(self.end, stored);
         self.end += 1;
     }

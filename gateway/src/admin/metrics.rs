@@ -132,6 +132,8 @@ fn store(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     gauge(out, "store_state_bytes", "Bytes of the state database", store.state_bytes)?;
     gauge(out, "store_quota_bytes", "Bytes that the log may take", store.quota_bytes)?;
     gauge(out, "store_losses", "Rows in the loss ledger", store.losses)?;
+    let help = "Events found unreadable since the start; the loss ledger has their ranges";
+    counter(out, "store_quarantined_events", help, store.quarantined_events_total)?;
     gauge(out, "store_room_bytes", "Bytes that the log may still grow by", store.room_bytes)?;
     if let Some(left) = store.left_seconds {
         let help = "Estimate: how long the room lasts at today's rate if nothing is trimmed";
@@ -276,7 +278,8 @@ mod tests {
                        "ack_latency_ms": {"p50": 1.0, "p99": 2.0, "p999": 3.0, "max": 4.0},
                        "commit_latency_ms": {"p50": 1.0, "p99": 2.0, "p999": 3.0, "max": 4.0}},
             "store": {"first_offset": 0, "watermark": 9, "files": 1, "log_bytes": 4096,
-                      "state_bytes": 1, "quota_bytes": 8, "losses": 0, "absent_sinks": []},
+                      "state_bytes": 1, "quota_bytes": 8, "losses": 0, "quarantined_events_total": 6,
+                      "absent_sinks": []},
             "partitions": [{"partition": 0, "next_seq": 9, "ring_events": 0}],
             "sinks": [{"name": "up", "type": "http", "state": "held", "error": "401", "cursor": 4,
                        "lag_events": 5, "lag_bytes": 50, "lag_seconds": 0.5,
@@ -306,6 +309,7 @@ mod tests {
             "edge_gateway_sink_drain_events_per_second{sink=\"up\"} 2.5",
             "edge_gateway_sink_left_seconds{sink=\"up\"} 3600.0",
             "edge_gateway_resident_memory_bytes 7",
+            "edge_gateway_store_quarantined_events_total 6",
         ] {
             assert!(text.lines().any(|l| l == line), "no {line:?} in\n{text}");
         }

@@ -280,6 +280,7 @@ impl Parts {
                 state_bytes: store.state_bytes,
                 quota_bytes: store.quota_bytes,
                 losses: store.losses,
+                quarantined_events_total: store.quarantined_events,
                 room_bytes: store.room_bytes,
                 left_seconds,
                 absent_sinks,

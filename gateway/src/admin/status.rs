@@ -152,6 +152,10 @@ pub struct StoreStatus {
     pub quota_bytes: u64,
     /// Rows in the loss ledger.
     pub losses: u64,
+    /// Events that were found unreadable since the start of the process, because their batches are
+    /// damaged: their exact ranges are in the loss ledger, everything around them is delivered.
+    #[serde(default)]
+    pub quarantined_events_total: u64,
     /// Bytes that the log may still grow by: to its quota, and to what is left free of the disk.
     #[serde(default)]
     pub room_bytes: u64,

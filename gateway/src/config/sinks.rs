@@ -10,8 +10,6 @@ use bridge::config::{
     TlsIdentity, UserProperties,
 };
 
-#[cfg(feature = "kafka")]
-use bridge::config::KafkaDelivery;
 use bridge::filter::{Filter, TopicFilter};
 use bridge::shaper::{AtBudget, DayWindow, Shaping};
 use storage::{Lane, Lanes};
@@ -44,8 +42,6 @@ pub(super) fn read(root: &Section<'_, '_>, routes: &[RouteConfig]) -> Vec<SinkCo
             continue;
         };
         sink.lanes = lanes;
-        #[cfg(feature = "kafka")]
-        refuse_streams(&section, &sink);
         if sink.shaping.at_budget == AtBudget::AlarmsOnly && !lanes.contains(Lane::Alarm) {
             section
                 .problem("at_budget", "no [[route]] has lane = \"alarm\": nothing would be sent");
@@ -56,26 +52,6 @@ pub(super) fn read(root: &Section<'_, '_>, routes: &[RouteConfig]) -> Vec<SinkCo
         sinks.push(sink);
     }
     sinks
-}
-
-/// The cursor that Kafka keeps is one offset: with several streams, events below it would be taken for
-/// delivered that are not.
-#[cfg(feature = "kafka")]
-fn refuse_streams(section: &Section<'_, '_>, sink: &SinkConfig) {
-    let Target::Kafka(kafka) = &sink.target else { return };
-    if kafka.delivery != KafkaDelivery::ExactlyOnce {
-        return;
-    }
-    if sink.backlog != Backlog::InOrder {
-        let why = "\"live_first\" does not go with delivery = \"exactly_once\": the cursor in Kafka is \
-                   one offset, and events below it would be lost; set \"in_order\" or \"idempotent\"";
-        section.problem("backlog", why);
-    }
-    if sink.lanes != Lanes::NONE {
-        let why = "\"exactly_once\" does not go with a [[route]] whose lane is not \"live\": the cursor \
-                   in Kafka is one offset, and events below it would be lost; set \"idempotent\"";
-        section.problem("delivery", why);
-    }
 }
 
 fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {

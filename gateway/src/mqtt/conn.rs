@@ -254,7 +254,13 @@ pub async fn serve<R, W>(
         Ok(opened) => opened,
         Err(refused) => return refuse(refused, &mut writer, &mut out, peer, shared).await,
     };
-    let seat = shared.clients.enter(session.client_id()).await;
+    if from.newcomer.as_ref().is_some_and(|newcomer| !newcomer.is_let_in()) {
+        return;
+    }
+    let Some(seat) = shared.clients.enter(session.client_id(), grant.user()).await else {
+        let refused = Refused { version: Some(session.version()), violation: not_its_session() };
+        return refuse(refused, &mut writer, &mut out, peer, shared).await;
+    };
     let (client_id, expiry_s) = (session.client_id().clone(), session.expiry_s());
     let user = grant.user();
     let attached = shared.sessions.attach(&client_id, user, session.is_clean_start(), expiry_s);

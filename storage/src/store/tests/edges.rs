@@ -76,7 +76,8 @@ fn a_full_disk_is_freed_however_large_the_state_has_grown() {
     world.commit_events(1, 100);
     let pages = world.disk.pages();
     world.disk.set_faults(|faults| faults.pages_max = Some(pages));
-    let event = StoredEvent { offset: 0, seq: 0, event: event(0, &"x".repeat(1_000_000)) };
+    let event =
+        StoredEvent { offset: 0, seq: 0, event: event(0, &"x".repeat(1_000_000)), stamp: None };
     let letter = DeadLetter {
         sink: "cloud".into(),
         event,
