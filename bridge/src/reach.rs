@@ -78,7 +78,7 @@ mod tests {
     fn stored(offset: u64, lane: Lane) -> StoredEvent {
         let attributes = Attributes::encode([Attribute::Lane(lane)]);
         let event = Event { attributes, ..fake::event("dev", "1") };
-        StoredEvent { offset, seq: offset, event }
+        StoredEvent { offset, seq: offset, event, stamp: None }
     }
 
     fn ahead(lanes: Lanes, offsets: Range<u64>) -> Ahead {
