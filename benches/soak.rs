@@ -3,10 +3,10 @@
 //!
 //! Without `--reopen`, one thread commits batches while another reads them as a sink does and moves
 //! its cursor; what was read is trimmed behind a window of 512 MB, and at the quota the writer
-//! waits. Each GB of event bytes (payload + topic + key) gets a line: rate, bytes that the system
-//! wrote for this process against event bytes (without the file system's own journal), bytes of
-//! the log files on the device and the most that they were in that GB, resident memory now and at
-//! most so far, and how far the reader was behind.
+//! waits. Each GB of event bytes (payload + topic + key) gets a line: rate, bytes that the disk counts
+//! as written against event bytes (also what others write meanwhile), bytes of the log files on the
+//! device and the most that they were in that GB, resident memory now and at most so far, and how far
+//! the reader was behind.
 //!
 //! With `--reopen`, a child process fills the log for a sink that takes nothing, and is killed
 //! while it goes on committing. This process opens the log then and says when the first new commit
@@ -149,8 +149,8 @@ struct Sight {
 }
 
 impl Sight {
-    fn now(event_bytes: u64, events: u64) -> anyhow::Result<Self> {
-        Ok(Self { at: Instant::now(), event_bytes, events, written_bytes: written_bytes()? })
+    fn now(dir: &Path, event_bytes: u64, events: u64) -> anyhow::Result<Self> {
+        Ok(Self { at: Instant::now(), event_bytes, events, written_bytes: written_bytes(dir)? })
     }
 
     /// Prints what happened since.
@@ -191,7 +191,7 @@ fn soak(plan: &Plan, dir: &Path) -> anyhow::Result<()> {
     );
     thread::scope(|scope| {
         let reader = scope.spawn(|| read(&store, &progress));
-        let appended = append(plan, &store, Durable::new(writer), &progress);
+        let appended = append(plan, dir, &store, Durable::new(writer), &progress);
         progress.appended.store(true, Ordering::Release);
         let read = reader.join().expect("the reader does not panic");
         let (events, durable) = appended?;
@@ -208,6 +208,7 @@ fn soak(plan: &Plan, dir: &Path) -> anyhow::Result<()> {
 /// reader.
 fn append(
     plan: &Plan,
+    dir: &Path,
     store: &Store,
     mut durable: Durable,
     progress: &Progress,
@@ -216,8 +217,8 @@ fn append(
     let batch_bytes = event_bytes(&batch);
     let (mut appended_bytes, mut appended, mut unretained_bytes) = (0, 0, 0);
     let (mut moved, mut log_bytes_most, mut log_bytes_ever) = (0, 0, 0);
-    let began = Sight::now(0, 0)?;
-    let mut last = Sight::now(0, 0)?;
+    let began = Sight::now(dir, 0, 0)?;
+    let mut last = Sight::now(dir, 0, 0)?;
     while appended_bytes < plan.total_bytes() {
         let cursor = progress.cursor.load(Ordering::Acquire);
         let controls = control(&mut moved, cursor);
@@ -243,7 +244,7 @@ fn append(
         let gigabytes = appended_bytes / 1_000_000_000;
         if gigabytes > last.event_bytes / 1_000_000_000 || appended_bytes >= plan.total_bytes() {
             durable.wait(committed.commit)?;
-            let now = Sight::now(appended_bytes, appended)?;
+            let now = Sight::now(dir, appended_bytes, appended)?;
             let behind = committed.offsets.end - progress.cursor.load(Ordering::Acquire);
             let stats = store.stats();
             let tail = format!(

@@ -128,7 +128,8 @@ pub struct StoreOptions {
     pub journal_bytes: u64,
     /// How sealed files that have to stay are written, see [`packer`].
     pub compression: Compression,
-    /// With a journal, commits that may be waiting for their sync when [`Writer::commit`] returns.
+    /// With a journal, commits that may be queued when [`Writer::commit`] returns, behind those that
+    /// are being synced, which are one more at most.
     pub commits_ahead_max: usize,
 }
 
@@ -772,8 +773,9 @@ impl Writer {
     }
 
     /// Numbers the events in slice order and commits them with the control records in one
-    /// transaction. They are durable when a [`Mark`] says so: with a journal perhaps later, but at
-    /// most [`StoreOptions::commits_ahead_max`] commits run ahead; without one before it returns.
+    /// transaction. They are durable when a [`Mark`] says so: without a journal before it returns; with
+    /// one perhaps later, see [`StoreOptions::commits_ahead_max`], but at the latest with the sync that
+    /// follows the one under way.
     ///
     /// # Errors
     /// See [`CommitError`]. After one, nothing of this commit may be acked, and nothing of it was

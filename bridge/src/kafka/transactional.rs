@@ -184,7 +184,7 @@ impl TransactionalSink {
         };
         self.state = State::Ready(session);
         self.fenced = false;
-        self.mark = mark;
+        self.mark = Some(mark);
         let first = !std::mem::replace(&mut self.resumed, true);
         let Some(reach) = reach else { return };
         self.done.join(reach.clone());
@@ -400,6 +400,8 @@ fn joined<T>(outcome: Result<T, tokio::task::JoinError>) -> T {
 }
 
 impl Sink for TransactionalSink {
+    const KEEPS_CURSOR: bool = true;
+
     fn window(&self) -> Window {
         // One transaction is committed while the next one gathers.
         let bytes_max = 2 * self.config.transaction_bytes_max;

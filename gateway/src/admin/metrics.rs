@@ -146,13 +146,14 @@ type OfSink = fn(&SinkStatus) -> u64;
 type Estimate = fn(&SinkStatus) -> Option<f64>;
 
 fn sinks(out: &mut DescriptorEncoder<'_>, sinks: &[SinkStatus]) -> fmt::Result {
-    let gauges: [(&str, &str, OfSink); 6] = [
+    let gauges: [(&str, &str, OfSink); 7] = [
         ("sink_cursor", "Next offset that the sink needs", |s| s.cursor),
         ("sink_lag_events", "Durable events that it needs", |s| s.lag_events),
         ("sink_lag_bytes", "Their event bytes", |s| s.lag_bytes),
         ("sink_dead_letters", "Dead letters stored", |s| s.dead_letters),
         ("sink_dead_letter_bytes", "Bytes that they take", |s| s.dead_letter_bytes),
         ("sink_requeued", "Dead letters that are to be delivered again", |s| s.requeued),
+        ("sink_parked_devices", "Devices behind a refused event", |s| s.parked_devices),
     ];
     for (name, help, value) in gauges {
         let mut metric = family(out, name, help, MetricType::Gauge)?;

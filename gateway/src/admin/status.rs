@@ -217,6 +217,9 @@ pub struct SinkStatus {
     /// Events that its filters kept from it since the start of the process.
     #[serde(default)]
     pub filtered_events_total: u64,
+    /// Devices whose events are held back behind one of theirs that was refused.
+    #[serde(default)]
+    pub parked_devices: u64,
     /// Events sent to the dead letters since the start of the process.
     pub dead_lettered_events_total: u64,
     /// Dead letters that are stored.

@@ -154,7 +154,7 @@ pub struct StorageConfig {
     pub journal_bytes: u64,
     /// How sealed files that have to stay are written.
     pub compression: Compression,
-    /// Commits that may wait for their sync while the next one is made.
+    /// Commits that may be queued behind those that are being synced, while the next one is made.
     pub commits_ahead_max: usize,
     /// Delivered data kept for replay, in bytes.
     pub retain_bytes: u64,

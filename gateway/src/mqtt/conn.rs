@@ -299,6 +299,7 @@ pub async fn serve<R, W>(
         refused_full: false,
         device: None,
         durable: Vec::new(),
+        paced_at: Instant::now(),
         now: Instant::now(),
         received_us: shared.ingest.now_us(),
         reading: true,
@@ -425,6 +426,8 @@ struct Conn<'a> {
     refused_full: bool,
     device: Option<Device>,
     durable: Vec<u64>,
+    /// When it was last judged whether it is over its rate.
+    paced_at: Instant,
     /// When the bytes that are being worked on were read.
     now: Instant,
     received_us: u64,
@@ -463,7 +466,7 @@ impl Conn<'_> {
                 return end;
             }
             self.look_ahead();
-            let deadline = self.deadline();
+            let deadline = self.deadline(self.paced_at);
             // Set back only when it is due: a timer moved at every packet costs more than the packet.
             if let Some(deadline) = deadline
                 && (timer.is_elapsed() || timer.deadline().into_std() > deadline)
@@ -498,6 +501,11 @@ impl Conn<'_> {
     /// Works on everything that was read, as far as bounds allow.
     async fn digest(&mut self) -> Result<(), End> {
         let mut publishes = [0; 3];
+        // One look at the clock serves all that came at once, and what is decided from it: whoever is
+        // not over its rate any more after a last look would wait with whole packets in its buffer.
+        if self.pace.is_some() {
+            self.paced_at = Instant::now();
+        }
         let result = loop {
             while let Some(turn) = self.session.next_turn() {
                 self.take(turn).await?;
@@ -518,6 +526,10 @@ impl Conn<'_> {
                 Ok(Effect::None) => Ok(()),
                 Ok(Effect::Publish(publishing)) => {
                     publishes[usize::from(publishing.publish.qos.value())] += 1;
+                    if let Some(pace) = &mut self.pace {
+                        let Publish { topic, payload, .. } = &*publishing.publish;
+                        pace.take(topic.len() + payload.len(), self.paced_at);
+                    }
                     self.publish(publishing).map_err(End::from)
                 }
                 Ok(Effect::Release { packet_id, number }) => {
@@ -554,12 +566,12 @@ impl Conn<'_> {
         self.out.len() < OUT_BYTES_MAX
             && self.session.takes_publishes()
             && self.hold.has_room(usize::from(self.limits.in_flight_max.get()))
-            && self.paced_until().is_none()
+            && self.paced_until(self.paced_at).is_none()
     }
 
     /// Until when it is not read because it is over its rate.
-    fn paced_until(&self) -> Option<Instant> {
-        self.pace.as_ref().and_then(|pace| pace.opens_at(Instant::now()))
+    fn paced_until(&self, now: Instant) -> Option<Instant> {
+        self.pace.as_ref().and_then(|pace| pace.opens_at(now))
     }
 
     fn takes_delivery(&self) -> bool {
@@ -573,7 +585,7 @@ impl Conn<'_> {
             // It could not speak while it was not read.
             self.session.heard(Instant::now());
         }
-        if !reading && self.reading && self.paced_until().is_some() {
+        if !reading && self.reading && self.paced_until(self.paced_at).is_some() {
             FrontStats::add(&self.shared.stats.paced, 1);
         }
         self.reading = reading;
@@ -585,17 +597,17 @@ impl Conn<'_> {
     }
 
     /// When the client counts as gone: silent too long while it is read, taking nothing, or let in
-    /// until then.
-    fn deadline(&self) -> Option<Instant> {
+    /// until then. Also when whoever is over its rate at `now` is not any more.
+    fn deadline(&self, now: Instant) -> Option<Instant> {
         let silent = self.session.deadline().filter(|_| self.reading);
         let stalled = self.stalled_since.map(|since| since + self.shared.write_stall);
-        let paced = self.paced_until();
+        let paced = self.paced_until(now);
         silent.into_iter().chain(stalled).chain(self.grant.until()).chain(paced).min()
     }
 
     fn timeout(&mut self) -> Result<(), End> {
         let now = Instant::now();
-        match self.deadline() {
+        match self.deadline(now) {
             Some(deadline) if deadline > now => Ok(()),
             Some(_) if self.grant.until().is_some_and(|until| until <= now) => {
                 let why = "its token has expired";
@@ -661,9 +673,6 @@ impl Conn<'_> {
     /// Stores a publish, or holds it, or refuses it.
     fn publish(&mut self, publishing: Publishing) -> Result<(), Violation> {
         let Publishing { publish, number, receipt } = publishing;
-        if let Some(pace) = &mut self.pace {
-            pace.take(publish.topic.len() + publish.payload.len(), Instant::now());
-        }
         if !self.may_publish(&publish.topic) {
             FrontStats::add(&self.shared.stats.denied, 1);
             let why = format!("topic {:?} is not allowed to this client", shorten(&publish.topic));
