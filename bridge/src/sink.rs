@@ -96,9 +96,8 @@ pub(crate) enum Which {
 /// The ways to fail: every answer of every upstream is sorted into one of them, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Failure {
-    /// Nothing wrong with the events and nothing with the upstream: they were taken back because of
-    /// a neighbour that is bad, and may go again as soon as that one is a dead letter.
-    #[cfg_attr(not(feature = "kafka"), allow(dead_code, reason = "only Kafka has transactions"))]
+    /// Nothing wrong with the events and nothing that they say of the upstream: they were taken back
+    /// because of a neighbour that is bad or that failed, and may go again after that one.
     Again,
     /// Nothing wrong with the events: try again later, and not before the upstream asks for it.
     Retry {
@@ -135,8 +134,8 @@ impl Answer {
 /// were begun, and once one of them was not delivered, no later one that was in flight beside it
 /// delivers an event of the same device.
 ///
-/// For a sink that keeps its cursor upstream, beside the data (Kafka, exactly once), three things
-/// more hold:
+/// For a sink that keeps its cursor upstream, beside the data (Kafka, exactly once), and says so by
+/// [`Sink::KEEPS_CURSOR`], three things more hold:
 /// - With a request that is part of the order comes how far the sink is once that request, and all
 ///   that were begun before it, are done ([`Sink::begin_reaching`]): what else is in there is
 ///   delivered, a durable dead letter, filtered, or gone from the log.
@@ -144,6 +143,9 @@ impl Answer {
 ///   is no use to wait for more.
 /// - A request may be answered as delivered without being sent: the upstream knows that it has it.
 pub(crate) trait Sink: Send + 'static {
+    /// It keeps its cursor upstream.
+    const KEEPS_CURSOR: bool = false;
+
     /// What may be in flight; constant through the sink's life.
     fn window(&self) -> Window;
 

@@ -40,6 +40,7 @@ use storage::{Ahead, DeadLetter, Lane, Lanes, Passed, Read, SinkProgress, Spent,
 
 use crate::delivery::{Counts, Delivery, Limits, Load, Moment, Trouble};
 use crate::filter::Filter;
+use crate::parked::{Found, Parked};
 use crate::reach::Reach;
 use crate::retry::Backoff;
 use crate::shaper::{Shaper, Shaping};
@@ -69,6 +70,8 @@ pub(crate) struct Plan {
     pub(crate) backlog_share: f64,
     /// When it may send, and how much.
     pub(crate) shaping: Shaping,
+    /// An event that is refused for good parks its device.
+    pub(crate) parks: bool,
 }
 
 impl Plan {
@@ -334,6 +337,8 @@ pub(crate) struct Streams {
     all: Vec<Stream>,
     turns: Turns,
     shaper: Shaper,
+    /// The devices that wait behind a refused event, where the plan parks them.
+    parked: Option<Parked>,
     /// Its stream is the last one.
     replay: Option<Replay>,
     /// What the last one came to, until somebody has asked.
@@ -354,6 +359,8 @@ pub(crate) struct Streams {
     /// Of streams that have ended.
     ended: Counts,
     watermark: u64,
+    /// Nothing was looked at since the process began, and later events may go ahead of what it finds.
+    restarted: bool,
 }
 
 impl Streams {
@@ -370,6 +377,7 @@ impl Streams {
             sink,
             marked: plan.live_first.is_some(),
             shaper: Shaper::new(plan.shaping.clone(), progress.passed.spent),
+            parked: plan.parks.then(Parked::default),
             replay: None,
             replay_end: None,
             plan,
@@ -387,6 +395,7 @@ impl Streams {
             filtered_before: progress.passed.filtered,
             ended: Counts::default(),
             watermark: progress.cursor,
+            restarted: false,
         };
         streams.lay_out(progress, &Reach::default());
         streams
@@ -441,6 +450,13 @@ impl Streams {
             self.lay_out(&progress, &found);
             self.all.extend(replay);
         }
+    }
+
+    /// The same after a start of the process: where later events may go ahead, what is stored by then is
+    /// backlog at once. A split that was not durable yet when the process was killed may have let them
+    /// go ahead before, and what is behind them must not come as live events after them.
+    pub(crate) fn restarted(self) -> Self {
+        Self { restarted: self.plan.live_first.is_some(), ..self }
     }
 
     fn stream(&mut self, class: Class, lanes: Lanes, offsets: Range<u64>, cursor: u64) -> Stream {
@@ -601,7 +617,8 @@ impl Streams {
         let place = self.all.iter().position(|s| s.class == Class::Live).expect("never ends");
         let live = &self.all[place];
         let waited = live.delivery.oldest_us().map(|us| now.unix_us.saturating_sub(us));
-        let too_long = waited.is_some_and(|us| u128::from(us) > after.as_micros());
+        let too_long = waited.is_some_and(|us| u128::from(us) > after.as_micros())
+            || std::mem::take(&mut self.restarted);
         if !too_long || live.is_read(watermark) || self.trouble().is_some() {
             return;
         }
@@ -675,7 +692,42 @@ impl Streams {
         }
         let device = self.replay.as_ref().and_then(|replay| replay.device.as_deref());
         stream.take(read, &self.plan, device, self.watermark);
+        self.hold_back();
         true
+    }
+
+    /// What waits of parked devices goes to the dead letters.
+    fn hold_back(&mut self) {
+        let owed = self.owed_count();
+        let Some(parked) = &mut self.parked else { return };
+        for stream in &mut self.all[..owed] {
+            let known = stream.delivery.letters().len();
+            stream.delivery.park(|stored| parked.behind(stored));
+            stream.delivery.letters()[known..].iter().for_each(|l| parked.park(&l.event));
+        }
+    }
+
+    /// The devices that wait behind a refused event, where the plan parks them.
+    pub(crate) fn parked(&mut self) -> Option<&mut Parked> {
+        self.parked.as_mut()
+    }
+
+    /// How many devices wait behind a refused event.
+    pub(crate) fn parked_devices(&self) -> usize {
+        self.parked.as_ref().map_or(0, Parked::len)
+    }
+
+    /// The dead letters were looked through. See [`Parked::looked`].
+    pub(crate) fn looked(&mut self, found: &Found) {
+        let unwritten = self.all.iter().flat_map(|stream| stream.delivery.letters());
+        if let Some(parked) = &mut self.parked {
+            parked.looked(found, unwritten);
+        }
+    }
+
+    /// Whether nothing may begin because of parked devices.
+    pub(crate) fn waits_for_parked(&self) -> bool {
+        self.parked.as_ref().is_some_and(|parked| !parked.lets_begin())
     }
 
     /// The sink is no longer to have what is below `cursor`. See [`Delivery::pass`].
@@ -766,6 +818,16 @@ impl Streams {
         Some(Request { stream: marked.then_some(mark), ..request })
     }
 
+    /// Whether requests outside of every stream may go now; what they take counts as any other.
+    pub(crate) fn lets_others(&self, now: Moment) -> bool {
+        self.shaper.gate(now).lets(false)
+    }
+
+    /// A request outside of every stream was begun.
+    pub(crate) fn others_sent(&mut self, size_bytes: usize, now: Moment) {
+        self.shaper.sent(size_bytes, now);
+    }
+
     /// What may be in flight of what can wait.
     fn late_window(&self) -> Window {
         let share = |bound: usize| (bound as f64 * self.plan.backlog_share) as usize;
@@ -783,7 +845,9 @@ impl Streams {
 
     /// When the next pause ends, if there is one.
     pub(crate) fn resumes_at(&self, now: Moment) -> Option<Instant> {
-        let pauses = self.all.iter().filter_map(|stream| stream.delivery.resumes_at());
+        let deliveries = || self.all.iter().map(|stream| &stream.delivery);
+        let pauses = deliveries().filter_map(Delivery::resumes_at);
+        let pauses = pauses.chain(deliveries().filter_map(Delivery::lingers_until));
         let closed = self.shaper.gate(now).closed().map(|closed| closed.until);
         pauses.chain(closed).chain(self.paced(now)).filter(|&at| at > now.at).min()
     }
@@ -800,6 +864,7 @@ impl Streams {
             .iter_mut()
             .find(|stream| stream.delivery.carries(id))
             .expect("an answer belongs to a request in flight");
+        let known = stream.delivery.letters().len();
         stream.delivery.answer(id, answer, now, random);
         stream.settle();
         self.taken_back |= answer.was_taken_back();
@@ -807,6 +872,9 @@ impl Streams {
             // It was delivered once, or stands in the dead letters already.
             let refused = stream.delivery.letters().len();
             stream.delivery.letters_written(refused);
+        } else if let Some(parked) = &mut self.parked {
+            stream.delivery.letters()[known..].iter().for_each(|l| parked.park(&l.event));
+            self.hold_back();
         }
     }
 
@@ -886,6 +954,9 @@ impl Streams {
     pub(crate) fn letters_written(&mut self, key: Key, count: usize) {
         let stream = self.all.iter_mut().find(|stream| stream.key == key);
         let stream = stream.expect("a stream with dead letters is not done");
+        if let Some(parked) = &mut self.parked {
+            stream.delivery.letters()[..count].iter().for_each(|l| parked.park(&l.event));
+        }
         stream.delivery.letters_written(count);
         stream.settle();
     }

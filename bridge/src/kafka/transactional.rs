@@ -400,6 +400,8 @@ fn joined<T>(outcome: Result<T, tokio::task::JoinError>) -> T {
 }
 
 impl Sink for TransactionalSink {
+    const KEEPS_CURSOR: bool = true;
+
     fn window(&self) -> Window {
         // One transaction is committed while the next one gathers.
         let bytes_max = 2 * self.config.transaction_bytes_max;

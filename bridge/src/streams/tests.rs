@@ -32,6 +32,7 @@ fn plan() -> Plan {
         live_first: Some(AFTER),
         backlog_share: 0.5,
         shaping: Shaping::default(),
+        parks: false,
     }
 }
 
@@ -566,7 +567,7 @@ proptest! {
                     }
                     upstream.flight.clear();
                     reading = None;
-                    streams = begin(&durable);
+                    streams = begin(&durable).restarted();
                 }
                 _ => now = later(now, Duration::from_millis(rng.u64(..3_000))),
             }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use bridge::Template;
 use bridge::config::{
     Backlog, Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, HttpProxy, HttpVersion,
-    MqttConfig, OAuth2Config, Secret, SecretSource, SinkConfig, Target, TlsConfig, TlsIdentity,
-    UserProperties,
+    MqttConfig, OAuth2Config, OnReject, Secret, SecretSource, SinkConfig, Target, TlsConfig,
+    TlsIdentity, UserProperties,
 };
 
 use bridge::filter::{Filter, TopicFilter};
@@ -98,6 +98,7 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     let bytes = wide(SinkConfig::REQUEST_BYTES_RANGE);
     sink.request_bytes_max =
         section.size("request_bytes_max", bytes, sink.request_bytes_max as u64) as usize;
+    sink.linger_max = section.time("linger_ms_max", SinkConfig::LINGER_RANGE, sink.linger_max);
     let range = SinkConfig::REQUEST_TIMEOUT_RANGE;
     sink.request_timeout = section.time("request_timeout", range, sink.request_timeout);
     let range = SinkConfig::RETRY_BACKOFF_RANGE;
@@ -124,6 +125,8 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     let backlogs = [("in_order", Backlog::InOrder), ("live_first", Backlog::LiveFirst { after })];
     sink.backlog = section.choice("backlog", &backlogs, Backlog::default());
     sink.shaping = read_shaping(section);
+    let policies = [("go_on", OnReject::GoOn), ("park_device", OnReject::ParkDevice)];
+    sink.on_reject = section.choice("on_reject", &policies, OnReject::default());
     Some(sink)
 }
 

@@ -222,7 +222,11 @@ fn under_way(disk: &SimDisk, journal: JournalMode) -> &'static str {
 fn cut_power(seed: u64, journal: JournalMode, sync_lies: bool) -> Tally {
     let mut rng = fastrand::Rng::with_seed(seed);
     let compression = [Compression::None, Compression::Lz4, Compression::Zstd][rng.usize(..3)];
-    let options = StoreOptions { journal, compression, ..world::options() };
+    let mut options = StoreOptions { journal, compression, ..world::options() };
+    if journal == JournalMode::On && rng.bool() {
+        // A journal takes a megabyte of room at once: else every commit would begin a new file.
+        options.file_bytes_max += 1 << 20;
+    }
     let mut world = World::new(SimDisk::new(seed), options);
     world.disk.set_faults(|faults| faults.sync_lies = sync_lies);
     let mut tally = Tally::new();
