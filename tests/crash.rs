@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use firmware_sim::fleet::FleetConfig;
 use firmware_sim::ledger::{ReceivedRow, read_received};
-use harness::{Bench, GatewayProcess, Subscriber, eventually, number_from_env};
+use harness::{Bench, GatewayProcess, Subscriber, eventually, number_from_env, sink};
+use rustix::process::Signal;
 
 const DEVICES: u32 = 100;
 const RATE: f64 = 20_000.0;
@@ -172,4 +173,34 @@ async fn what_a_subscriber_saw_survives_the_kill() {
     })
     .unwrap();
     assert!(shown >= 2_000);
+}
+
+/// A suspended machine, or a debugger: time passes, and nothing happens. Nobody is taken for gone, and
+/// nothing is given up for being old.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_was_suspended_goes_on_where_it_was() {
+    let bench = Bench::new(13);
+    let mut random = fastrand::Rng::with_seed(bench.seed);
+    let collector = bench.collector("upstream");
+    config(&bench, collector.addr(), "auto");
+    let gateway = bench.start().await;
+    let devices = 24;
+    let fleet = bench.fleet(devices, 3_000.0);
+    for _ in 0..4 {
+        let enough = fleet.counters().acked + 500;
+        eventually("events are acked", async || (fleet.counters().acked >= enough).then_some(()))
+            .await;
+        gateway.signal(Signal::STOP);
+        // The suspension itself; nothing waits for it.
+        tokio::time::sleep(Duration::from_millis(random.u64(100..1_500))).await;
+        gateway.signal(Signal::CONT);
+    }
+    bench.drain(fleet).await;
+    let status = gateway.until_delivered("upstream").await;
+    assert_eq!((status.store.losses, sink(&status, "upstream").dead_letters), (0, 0));
+    assert_eq!(status.mqtt.connections_total, u64::from(devices), "nobody had to come again");
+    assert_eq!(gateway.terminate().await, Some(0));
+    collector.finish().await;
+    let report = bench.assert_balanced("upstream");
+    assert_eq!((report.duplicates, report.gateway_gaps), (0, 0), "{report}");
 }

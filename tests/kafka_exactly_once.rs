@@ -10,12 +10,13 @@ mod harness;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
+use std::path::Path;
 
 use firmware_sim::audit::audit;
 use gateway::admin::status::Status;
 use harness::kafka::{Arrived, Broker, Isolation, read_records};
 use harness::kafka_proxy::LossyProxy;
-use harness::{Bench, eventually, number_from_env, sink, stable_address};
+use harness::{Bench, GatewayProcess, eventually, number_from_env, sink, stable_address};
 
 const DEVICES: u32 = 24;
 const RATE: f64 = 2_000.0;
@@ -206,4 +207,98 @@ async fn every_event_is_seen_once_and_in_order_whatever_dies() {
     let seen = run(&mut broker, proxy, &AT_LEAST_ONCE, &Bench::new(42), kills.min(3)).await;
     assert_eq!((seen.missing, seen.inversions), (0, 0), "{seen:?}");
     assert!(seen.duplicates > 0, "the test could not have failed: {seen:?}");
+}
+
+/// Waits until a sink is held with these words, and is held again after it has tried again.
+async fn until_tried_again(gateway: &GatewayProcess, told: &str) {
+    let is_held = |status: &Status| sink(status, "bus").state == "held";
+    let held = gateway.until("it is held", is_held).await;
+    let error = sink(&held, "bus").error.clone().unwrap_or_default();
+    assert!(error.contains(told), "{error}");
+    let tries = sink(&held, "bus").retries_total + 1;
+    let tried = |status: &Status| sink(status, "bus").retries_total >= tries && is_held(status);
+    gateway.until("it is held after it has tried again", tried).await;
+}
+
+/// How far a gateway's sink is, and how often it had to try again.
+async fn place(gateway: &GatewayProcess) -> (u64, u64) {
+    let status = gateway.status().await;
+    (sink(&status, "bus").cursor, sink(&status, "bus").retries_total)
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+/// Two live gateways of one name: an image that was put back beside the gateway that it was taken of,
+/// and a stand-in with a store of its own. The image is behind, is held and disturbs nobody. The
+/// stand-in takes over; the older one is held, says why, does not take the name back, and delivers
+/// what it holds once the other is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_gateway_of_the_same_name_is_told_and_nothing_is_lost() {
+    let broker = match Broker::start().await {
+        Ok(broker) => broker,
+        Err(missing) => return harness::skip("a real Kafka", &missing),
+    };
+    let way = Way { topic: "two", ..IN_ORDER };
+    broker.create_topic(way.topic, 4).await;
+    // It is held for so long at a time.
+    let config = way.config(broker.bootstrap().parse().unwrap()).replace("500ms", "1s");
+    let [older, image, stand_in] = [44, 45, 46].map(Bench::new);
+    for bench in [&older, &image, &stand_in] {
+        bench.configure(&config);
+    }
+
+    let gateway = older.start().await;
+    let fleet = older.fleet(4, 200.0);
+    gateway.until("it delivers", |status| sink(status, "bus").cursor > 0).await;
+    assert_eq!(gateway.terminate().await, Some(0));
+    copy_folder(&older.path("data"), &image.path("data"));
+    let gateway = older.start().await;
+    let copied = place(&gateway).await.0;
+    gateway.until("it is ahead", |status| sink(status, "bus").cursor > copied + 100).await;
+
+    let restored = image.start().await;
+    let new = image.fleet(1, 20.0);
+    until_tried_again(&restored, "restored from a copy").await;
+    let (cursor, retries) = place(&gateway).await;
+    gateway.until("it goes on", |status| sink(status, "bus").cursor > cursor).await;
+    assert_eq!((place(&gateway).await.1, retries), (0, 0), "the copy has disturbed it");
+    image.drain(new).await;
+    assert_eq!(restored.terminate().await, Some(0));
+
+    let second = stand_in.start().await;
+    let others = stand_in.fleet(4, 200.0);
+    second.until("it delivers", |status| sink(status, "bus").cursor > 0).await;
+    until_tried_again(&gateway, "another gateway with the same id").await;
+    let cursor = place(&second).await.0;
+    second.until("it goes on", |status| sink(status, "bus").cursor > cursor).await;
+    assert_eq!(place(&second).await.1, 0, "the older one has taken the name back");
+    older.drain(fleet).await;
+    stand_in.drain(others).await;
+    second.until_delivered("bus").await;
+    assert_eq!(second.terminate().await, Some(0));
+    // Somebody has to say so: it does not know that the other is gone.
+    until_tried_again(&gateway, "another gateway with the same id").await;
+    assert_eq!(gateway.terminate().await, Some(0));
+    let gateway = older.start().await;
+    gateway.until_delivered("bus").await;
+    assert_eq!(gateway.terminate().await, Some(0));
+
+    for bench in [&older, &stand_in] {
+        let (topic, ledger) = (way.topic, bench.received("bus"));
+        read_records(broker.bootstrap(), topic, Isolation::Committed, ledger).await;
+        let report = audit(&bench.sent(), &bench.received("bus")).unwrap();
+        let outcome = (report.lost, report.delivered, report.duplicates, report.out_of_order);
+        assert_eq!(outcome, (0, report.sent, 0, 0), "{report}");
+    }
 }

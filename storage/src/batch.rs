@@ -124,17 +124,26 @@ pub(crate) struct Encoder {
     attributes: Interned,
     /// Body length and number of groups after each record: where the batch could be cut.
     marks: Vec<(usize, usize)>,
+    /// Bytes of the last plain batch, and of the events in it.
+    before: (usize, usize),
     /// What gave the times of the events.
     clock: Option<Clock>,
     /// Bytes of the head of the batch at work before its groups.
     fixed_bytes: usize,
-    /// Bytes of the batch at work before it is compressed, if it will be.
-    plain_bytes_max: Option<usize>,
     /// What filled the last compressed batch.
     learnt_bytes_max: usize,
 }
 
 const NO_GROUP: u16 = u16::MAX;
+
+/// Where to cut a batch that would take a row of so many bytes and leave a quarter of its pages empty.
+fn cut_bytes(row_bytes: usize) -> Option<usize> {
+    let pages_bytes = row_bytes.next_power_of_two();
+    let cut = row_bytes <= BATCH_BYTES_MAX
+        && row_bytes > CUT_BYTES_MIN
+        && row_bytes <= pages_bytes / 4 * 3;
+    cut.then(|| pages_bytes / 2 - ROW_OVERHEAD_BYTES)
+}
 
 /// One batch, ready to be stored: head, then body.
 pub(crate) struct Packed<'a> {
@@ -158,9 +167,9 @@ impl Encoder {
             topics: Interned::default(),
             attributes: Interned::default(),
             marks: Vec::new(),
+            before: (0, 0),
             clock: None,
             fixed_bytes: HEADER_BYTES,
-            plain_bytes_max: None,
             learnt_bytes_max: BATCH_BYTES_MAX,
         }
     }
@@ -168,57 +177,6 @@ impl Encoder {
     /// What gives the times of the events from here on.
     pub(crate) fn set_clock(&mut self, clock: Option<Clock>) {
         self.clock = clock;
-    }
-
-    /// As [`Encoder::pack`], compressed where that makes it smaller.
-    pub(crate) fn pack_compressed(
-        &mut self,
-        events: &[Event],
-        compression: Compression,
-        tail: &mut Tail,
-    ) -> Packed<'_> {
-        let mut plain_bytes_max = self.learnt_bytes_max;
-        let (position, taken) = loop {
-            self.plain_bytes_max = (compression != Compression::None).then_some(plain_bytes_max);
-            let mut moved = tail.clone();
-            let Packed { position, events: taken, .. } = self.pack(events, &[], &mut moved);
-            let plain_bytes = self.body.len();
-            let packed = compression.pack(&self.body).filter(|packed| packed.len() < plain_bytes);
-            let stored_bytes = self.head.len() + packed.as_ref().map_or(plain_bytes, Vec::len);
-            if stored_bytes > BATCH_BYTES_MAX && taken > 1 {
-                plain_bytes_max = plain_bytes.min(plain_bytes_max) / 8 * 7;
-                continue;
-            }
-            if let Some(packed) = packed {
-                // The next one is much like this one; a little less, so that it seldom takes two tries.
-                let fills = plain_bytes * (BATCH_BYTES_MAX - self.head.len()) / packed.len().max(1);
-                plain_bytes_max = (fills / 32 * 31).clamp(BATCH_BYTES_MAX, PLAIN_BYTES_MAX);
-                self.body.clear();
-                self.body.extend_from_slice(&packed);
-                self.seal(compression);
-            }
-            self.plain_bytes_max = None;
-            *tail = moved;
-            break (position, taken);
-        };
-        // Kept for the next one of the same run; plain batches do not look at it.
-        self.learnt_bytes_max = plain_bytes_max;
-        Packed { position, head: &self.head, body: &self.body, events: taken, controls: 0 }
-    }
-
-    /// Puts the checksum of the head into it, once everything else is there.
-    fn sign_head(&mut self) {
-        let head_crc = crc32c::crc32c(&self.head[HEAD_CRC_END..]);
-        self.head[4..HEAD_CRC_END].copy_from_slice(&head_crc.to_le_bytes());
-    }
-
-    /// Says in the head how the body is stored.
-    fn seal(&mut self, compression: Compression) {
-        let (header, _) = Header::mut_from_prefix(&mut self.head).expect("a head was written");
-        header.codec = compression.number();
-        header.body_bytes = (self.body.len() as u32).into();
-        header.body_crc = crc32c::crc32c(&self.body).into();
-        self.sign_head();
     }
 
     /// Packs the next batch from the front of `events` and, once those are used up, of `controls`,
@@ -232,6 +190,97 @@ impl Encoder {
         controls: &[Control],
         tail: &mut Tail,
     ) -> Packed<'_> {
+        let bytes_max = self.foreseen_bytes_max(events);
+        let (position, events, controls) = self.gather(events, controls, bytes_max, true, tail);
+        self.seal(Compression::None);
+        Packed { position, head: &self.head, body: &self.body, events, controls }
+    }
+
+    /// As [`Encoder::pack`], compressed where that makes it smaller.
+    pub(crate) fn pack_compressed(
+        &mut self,
+        events: &[Event],
+        compression: Compression,
+        tail: &mut Tail,
+    ) -> Packed<'_> {
+        if compression == Compression::None {
+            return self.pack(events, &[], tail);
+        }
+        let mut plain_bytes_max = self.learnt_bytes_max;
+        loop {
+            let mut moved = tail.clone();
+            let (position, taken, _) = self.gather(events, &[], plain_bytes_max, false, &mut moved);
+            let plain_bytes = self.body.len();
+            let packed = compression.pack(&self.body).filter(|packed| packed.len() < plain_bytes);
+            let stored_bytes = self.head.len() + packed.as_ref().map_or(plain_bytes, Vec::len);
+            if stored_bytes > BATCH_BYTES_MAX && taken > 1 {
+                plain_bytes_max = plain_bytes.min(plain_bytes_max) / 8 * 7;
+                continue;
+            }
+            match packed {
+                Some(packed) => {
+                    // The next one is much like this one; a little less, so that it seldom takes two
+                    // tries.
+                    let fills =
+                        plain_bytes * (BATCH_BYTES_MAX - self.head.len()) / packed.len().max(1);
+                    plain_bytes_max = (fills / 32 * 31).clamp(BATCH_BYTES_MAX, PLAIN_BYTES_MAX);
+                    self.body.clear();
+                    self.body.extend_from_slice(&packed);
+                    self.seal(compression);
+                }
+                None => self.seal(Compression::None),
+            }
+            *tail = moved;
+            self.learnt_bytes_max = plain_bytes_max;
+            return Packed {
+                position,
+                head: &self.head,
+                body: &self.body,
+                events: taken,
+                controls: 0,
+            };
+        }
+    }
+
+    /// Says in the head how the body is stored, and signs it.
+    fn seal(&mut self, compression: Compression) {
+        let (header, _) = Header::mut_from_prefix(&mut self.head).expect("a head was written");
+        header.codec = compression.number();
+        header.body_bytes = (self.body.len() as u32).into();
+        header.body_crc = crc32c::crc32c(&self.body).into();
+        let head_crc = crc32c::crc32c(&self.head[HEAD_CRC_END..]);
+        self.head[4..HEAD_CRC_END].copy_from_slice(&head_crc.to_le_bytes());
+    }
+
+    /// The most that a plain batch of these events may take. If they are like those before, they are
+    /// cut where [`Encoder::cut`] would cut them, before the rest is encoded for nothing.
+    fn foreseen_bytes_max(&self, events: &[Event]) -> usize {
+        let (row_bytes, event_bytes) = self.before;
+        if event_bytes == 0 {
+            return BATCH_BYTES_MAX;
+        }
+        let mut left_bytes = BATCH_BYTES_MAX * event_bytes / row_bytes;
+        for event in events {
+            match left_bytes.checked_sub(event.size_bytes()) {
+                Some(left) => left_bytes = left,
+                // It will be full.
+                None => return BATCH_BYTES_MAX,
+            }
+        }
+        let foreseen = BATCH_BYTES_MAX - left_bytes * row_bytes / event_bytes;
+        cut_bytes(foreseen + ROW_OVERHEAD_BYTES).unwrap_or(BATCH_BYTES_MAX)
+    }
+
+    /// Encodes the next batch into `body`, and all but the checksums into `head`. Gives its position
+    /// and how many events and control records it took.
+    fn gather(
+        &mut self,
+        events: &[Event],
+        controls: &[Control],
+        bytes_max: usize,
+        plain: bool,
+        tail: &mut Tail,
+    ) -> (Position, usize, usize) {
         assert!(!events.is_empty() || !controls.is_empty(), "an empty batch");
         self.clear();
         let first_us = events.first().map_or(0, |e| e.received_us);
@@ -245,7 +294,6 @@ impl Encoder {
         self.fixed_bytes = HEADER_BYTES + if stamps.is_some() { STAMPS_BYTES } else { 0 };
         // The time of the clock, or the receive time where there is none.
         let mut received_us = if stamps.is_some() { first_us } else { received_min_us };
-        let bytes_max = self.plain_bytes_max.unwrap_or(BATCH_BYTES_MAX);
         for event in events {
             received_us = self.record(event, received_us);
             let size_bytes = self.size_bytes();
@@ -254,7 +302,7 @@ impl Encoder {
             }
             self.marks.push((self.body.len(), self.groups.len()));
         }
-        let taken = self.cut(events.len());
+        let taken = self.cut(plain && self.marks.len() == events.len());
         let taken_events = &events[..taken];
         let (mut event_bytes, mut received_max_us) = (0, received_min_us);
         let mut counts = vec![0_u32; self.groups.len()];
@@ -264,6 +312,9 @@ impl Encoder {
             counts[usize::from(self.group_of[usize::from(event.partition)])] += 1;
         }
         let records_bytes = self.body.len();
+        if plain && taken > 0 {
+            self.before = (self.size_bytes(), event_bytes as usize);
+        }
         let controls_taken = if taken == events.len() { self.controls(controls) } else { 0 };
 
         let position = tail.position;
@@ -282,8 +333,8 @@ impl Encoder {
             event_bytes: event_bytes.into(),
             controls: (controls_taken as u32).into(),
             records_bytes: (records_bytes as u32).into(),
-            body_bytes: (self.body.len() as u32).into(),
-            body_crc: crc32c::crc32c(&self.body).into(),
+            body_bytes: 0.into(),
+            body_crc: 0.into(),
         };
         self.head.extend_from_slice(header.as_bytes());
         if let Some(stamps) = &stamps {
@@ -299,20 +350,13 @@ impl Encoder {
             *next_seq += u64::from(count);
             self.head.extend_from_slice(group.as_bytes());
         }
-        self.sign_head();
 
         tail.position = position.after(taken as u32);
         tail.event_bytes += event_bytes;
         if taken > 0 {
             tail.received_us = received_max_us;
         }
-        Packed {
-            position,
-            head: &self.head,
-            body: &self.body,
-            events: taken,
-            controls: controls_taken,
-        }
+        (position, taken, controls_taken)
     }
 
     fn clear(&mut self) {
@@ -353,21 +397,15 @@ impl Encoder {
         *group
     }
 
-    /// Drops what does not belong into this batch and returns how many records stay.
-    fn cut(&mut self, events: usize) -> usize {
+    /// Drops what does not belong into this batch, and its end where two batches fill their pages
+    /// better. Returns how many records stay.
+    fn cut(&mut self, in_two: bool) -> usize {
         let Some(&(body_bytes, groups)) = self.marks.last() else {
             return 0;
         };
         let mut keep = self.marks.len();
         let row_bytes = self.fixed_bytes + groups * GROUP_BYTES + body_bytes + ROW_OVERHEAD_BYTES;
-        let pages_bytes = row_bytes.next_power_of_two();
-        if self.plain_bytes_max.is_none()
-            && keep == events
-            && row_bytes <= BATCH_BYTES_MAX
-            && row_bytes > CUT_BYTES_MIN
-            && row_bytes <= pages_bytes / 4 * 3
-        {
-            let half = pages_bytes / 2 - ROW_OVERHEAD_BYTES;
+        if in_two && let Some(half) = cut_bytes(row_bytes) {
             keep = self.marks.partition_point(|&(body_bytes, groups)| {
                 self.fixed_bytes + groups * GROUP_BYTES + body_bytes <= half
             });

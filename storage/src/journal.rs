@@ -14,7 +14,8 @@
 //! Say that records 0 to *d* are durable: a sync of the ring has covered them. Acks, readers and
 //! cursors follow *d*, never redb's own idea of what it has committed.
 //!
-//! 1. *A home file holds nothing of a record beyond d*: it is written home after its sync.
+//! 1. *A home file holds nothing of a record beyond d*: it is written home after its sync. (For large
+//!    transactions see below.)
 //! 2. *The ring holds every record that a home file may lack*: a record's blocks are written anew
 //!    only after a mark behind it is durable, and that mark is written after a sync of every home
 //!    file that had been written before.
@@ -29,6 +30,17 @@
 //! is missing, and nothing is there by half. Replay can be cut short and begun again, as it only
 //! writes what is in the ring, which it leaves alone until the home files are synced.
 //!
+//! # Large transactions
+//!
+//! What is large goes home by itself (`write_through`): a second copy would cost more than it saves. The
+//! thread that flushes does it in the record's turn, once nothing is left to replay: everything before is
+//! home and synced, and a mark says so. The record has its place in the stream and no bytes in the ring.
+//! Until its own sync has come back it is not durable, and a power cut leaves its pages at home in part:
+//! redb wrote them where the state before has none, and makes a commit atomic by checksums of its own. As
+//! the ring has nothing behind that mark, a cut replays nothing over it. What follows in the ring
+//! comes with a mark that says where it begins, under the same sync: before that, there is nothing
+//! behind the old mark that a replay could find.
+//!
 //! # When something fails
 //!
 //! After a failed sync of the ring, what it covered may be lost even if it reads back well; after a
@@ -38,11 +50,12 @@
 //!
 //! # Bounds
 //!
-//! The ring has a fixed size. At most [`Options::ahead_max`] commits are not durable when a commit
-//! returns. Memory: the records that are not home yet, which are those, what one sync has taken, and
-//! 256 KB that wait to be written home.
-//! A transaction that would fill a quarter of the ring goes home by itself, as it would without a
-//! journal.
+//! The ring has a fixed size. At most [`Options::ahead_max`] commits are queued when a commit returns,
+//! behind those that a sync has taken, which are one more at most: so a commit is durable with the
+//! sync after the one under way. Memory: the records that are not home yet, which are all those and
+//! 256 KB that wait to be written home, and 2 MB of room for the next ones.
+//! Of large transactions, the first in a row goes through the ring, unless it would fill a quarter of it:
+//! a single one is not worth the wait until nothing is left to replay.
 //!
 //! Deliberately absent: what the pages mean.
 
@@ -73,6 +86,13 @@ const RING_BYTES_MIN: u64 = 128 << 10;
 /// save little, and the next sync waits for it.
 const HOMEWARD_BYTES_MAX: u64 = 256 << 10;
 
+/// From so many bytes on a transaction is large.
+const LARGE_BYTES: u64 = 512 << 10;
+
+/// So much room of records that are done is kept for the next ones: memory that is given back and taken
+/// again costs more than what is written to it.
+const SPARE_BYTES_MAX: usize = 2 << 20;
+
 /// When nothing is queued for so long, it does not wait for more.
 const HOMEWARD_IDLE: Duration = Duration::from_millis(2);
 
@@ -88,7 +108,7 @@ const WORTH_SYNC: Duration = Duration::from_micros(20);
 pub(crate) struct Options {
     /// Bytes of the ring.
     pub(crate) ring_bytes: u64,
-    /// Commits that may be waiting for their sync when a commit returns.
+    /// Commits that may be queued when a commit returns, behind those that are being synced.
     pub(crate) ahead_max: usize,
     /// Who does the work.
     pub(crate) pump: Pump,
@@ -141,7 +161,7 @@ struct Ring {
     done: Condvar,
 }
 
-/// Places in the stream of records rise: `tail <= marked <= homed <= durable <= queued`.
+/// Places in the stream of records rise: `tail <= marked <= homed <= durable <= taken <= queued`.
 struct State {
     /// What is before has no room in the ring any more.
     tail: u64,
@@ -151,6 +171,8 @@ struct State {
     homed: u64,
     /// What is before is in the ring and synced.
     durable: u64,
+    /// What is before is in the ring, or is being written there.
+    taken: u64,
     queued: u64,
     /// From `homed` to `queued`.
     records: VecDeque<Arc<Record>>,
@@ -159,6 +181,10 @@ struct State {
     /// To be written by the next flush.
     mark: Option<Mark>,
     marks: u64,
+    /// What the last mark says, in the ring or about to be.
+    said: u64,
+    /// Bytes of the last record.
+    last_bytes: u64,
     /// Length of the ring's file.
     ring_len: u64,
     /// Somebody waits for everything to be home.
@@ -166,9 +192,19 @@ struct State {
     /// Somebody waits for everything to be home and synced.
     checkpoint_wanted: bool,
     stopping: bool,
+    waiting: Waiting,
     failed: Option<Failure>,
     /// Room of records that are done, to be used again.
     spare: Vec<Vec<u8>>,
+}
+
+/// Who has to be woken: waking nobody costs a call of the system all the same.
+#[derive(Default)]
+struct Waiting {
+    /// The thread that flushes has nothing to do.
+    flusher: bool,
+    /// Threads that wait for something to be done.
+    others: usize,
 }
 
 struct Joined {
@@ -202,20 +238,40 @@ impl State {
         self.records.partition_point(|record| record.place < self.durable)
     }
 
-    /// Records that are not durable.
+    /// Records that no sync has taken.
     fn ahead(&self) -> usize {
-        self.records.len() - self.homeward()
+        self.records.len() - self.records.partition_point(|record| record.place < self.taken)
     }
 
-    /// What the next flush can take: the records that are not durable and fit into the ring.
+    /// What the next flush can take: the records that are not durable and fit into the ring, up to one
+    /// that goes through.
     fn to_flush(&self, capacity: u64) -> Range<usize> {
-        let fitting = self.records.partition_point(|record| record.end() - self.tail <= capacity);
         let first = self.homeward();
-        first..fitting.max(first)
+        let fits = |record: &&Arc<Record>| !record.through && record.end() - self.tail <= capacity;
+        first..first + self.records.range(first..).take_while(fits).count()
+    }
+
+    /// The next record, if that is one that goes through.
+    fn through(&self) -> Option<&Arc<Record>> {
+        self.records.get(self.homeward()).filter(|record| record.through)
+    }
+
+    /// The same, if its time has come: nothing before it is left to replay.
+    fn to_write_through(&self) -> Option<&Arc<Record>> {
+        self.through().filter(|record| record.place == self.tail)
     }
 
     fn can_flush(&self, capacity: u64) -> bool {
-        self.mark.is_some() || !self.to_flush(capacity).is_empty()
+        self.mark.is_some()
+            || !self.to_flush(capacity).is_empty()
+            || self.to_write_through().is_some()
+    }
+
+    /// Has the next flush write a mark that says where the tail is going to be.
+    fn mark(&mut self, epoch: u64, capacity: u64, place: u64) {
+        self.marks += 1;
+        self.said = place;
+        self.mark = Some(Mark { epoch, number: self.marks, place, capacity });
     }
 
     /// Whether what is durable has to go home before anything else is done.
@@ -227,7 +283,8 @@ impl State {
 
     fn checkpoint_due(&self, capacity: u64) -> bool {
         let due = self.homed - self.marked > capacity / 2;
-        due || self.checkpoint_wanted && self.homed > self.marked
+        let wanted = self.checkpoint_wanted || self.through().is_some();
+        due || wanted && self.homed > self.marked
     }
 }
 
@@ -258,15 +315,19 @@ impl Journal {
             marked: place,
             homed: place,
             durable: place,
+            taken: place,
             queued: place,
             records: VecDeque::new(),
             files: BTreeMap::new(),
             mark: None,
             marks: mark.number,
+            said: place,
+            last_bytes: 0,
             ring_len,
             home_wanted: false,
             checkpoint_wanted: false,
             stopping: false,
+            waiting: Waiting::default(),
             failed: None,
             spare: Vec::new(),
         };
@@ -422,6 +483,15 @@ impl Ring {
         self.done.notify_all();
     }
 
+    /// Something has become durable, home or free.
+    fn done(&self, state: MutexGuard<'_, State>) {
+        let somebody_waits = state.waiting.others > 0;
+        drop(state);
+        if somebody_waits {
+            self.done.notify_all();
+        }
+    }
+
     fn spawn(self: &Arc<Self>, name: &str, run: fn(&Self)) -> io::Result<JoinHandle<()>> {
         let ring = self.clone();
         thread::Builder::new().name(name.to_owned()).spawn(move || {
@@ -436,6 +506,9 @@ impl Ring {
     fn enqueue(&self, mut record: Record) -> io::Result<()> {
         let mut state = self.lock();
         state.check()?;
+        let bytes = record.ring_bytes();
+        record.through = bytes.min(state.last_bytes) > LARGE_BYTES || bytes > self.capacity / 4;
+        state.last_bytes = bytes;
         record.place_at(self.epoch, state.queued);
         let Some(joined) = state.files.get_mut(&record.file) else {
             return Err(io::Error::other("the journal of this file has ended"));
@@ -443,18 +516,15 @@ impl Ring {
         joined.end = record.end();
         state.queued = record.end();
         state.records.push_back(Arc::new(record));
+        let flusher_waits = std::mem::take(&mut state.waiting.flusher);
         drop(state);
-        self.queued.notify_one();
+        if flusher_waits {
+            self.queued.notify_one();
+        }
         Ok(())
     }
 
-    /// Tells that everything is durable that was queued, and what went home beside it.
-    fn tell_durable(&self) {
-        let place = self.lock().queued;
-        (self.on_progress)(Progress::Durable(place));
-    }
-
-    /// Waits until no more than the permitted number of commits wait for their sync.
+    /// Waits until no more than the permitted number of commits wait for a sync to take them.
     fn wait_for_room(&self) -> io::Result<()> {
         self.until(|state| state.ahead() <= self.ahead_max)
     }
@@ -490,7 +560,9 @@ impl Ring {
                     if state.checkpoint_due(self.capacity) {
                         self.due.notify_one();
                     }
+                    state.waiting.others += 1;
                     state = wait(&self.done, state);
+                    state.waiting.others -= 1;
                 }
                 #[cfg(test)]
                 Pump::ByHand => {
@@ -508,7 +580,7 @@ impl Ring {
     fn flush_on(&self) {
         let mut idle = false;
         loop {
-            let state = self.lock();
+            let mut state = self.lock();
             let homeward = state.durable > state.homed;
             let done = if state.failed.is_some() {
                 return;
@@ -522,13 +594,20 @@ impl Ring {
             } else if homeward && (idle || state.stopping || state.durable < state.queued) {
                 drop(state);
                 self.bring_home()
+            } else if state.checkpoint_due(self.capacity) && state.through().is_some() {
+                state.waiting.flusher = true;
+                self.due.notify_one();
+                drop(wait(&self.queued, state));
+                continue;
             } else if state.stopping && state.records.is_empty() {
                 return;
             } else if homeward {
+                state.waiting.flusher = true;
                 let waited = self.queued.wait_timeout(state, HOMEWARD_IDLE);
                 idle = waited.unwrap_or_else(PoisonError::into_inner).1.timed_out();
                 continue;
             } else {
+                state.waiting.flusher = true;
                 drop(wait(&self.queued, state));
                 continue;
             };
@@ -563,9 +642,24 @@ impl Ring {
         let (records, mark, ring_len) = {
             let mut state = self.lock();
             state.check()?;
+            if let Some(record) = state.to_write_through().cloned() {
+                drop(state);
+                return self.write_through(&record).map(|()| true);
+            }
             let records: Vec<_> =
                 state.records.range(state.to_flush(self.capacity)).cloned().collect();
-            (records, state.mark.take(), state.ring_len)
+            if !records.is_empty() && state.said < state.tail {
+                // What went through has left the old mark behind.
+                let tail = state.tail;
+                state.mark(self.epoch, self.capacity, tail);
+            }
+            let (mark, ring_len) = (state.mark.take(), state.ring_len);
+            if let Some(last) = records.last() {
+                state.taken = last.end();
+                // There is room for the next ones.
+                self.done(state);
+            }
+            (records, mark, ring_len)
         };
         if records.is_empty() && mark.is_none() {
             return Ok(false);
@@ -582,12 +676,34 @@ impl Ring {
             if let Some(last) = records.last() {
                 state.durable = last.end();
             }
+            self.done(state);
         }
-        self.done.notify_all();
         if let Some(last) = records.last() {
             (self.on_progress)(Progress::Durable(last.end()));
         }
         Ok(true)
+    }
+
+    /// Makes a record durable at home: see the module. Only the thread that flushes does this.
+    fn write_through(&self, record: &Arc<Record>) -> io::Result<()> {
+        let home = {
+            let mut state = self.lock();
+            state.taken = record.end();
+            let home = state.files[&record.file].home.clone();
+            self.done(state);
+            home
+        };
+        home.bring_home(&Homeward::of(std::slice::from_ref(record)))
+            .and_then(|()| home.sync())
+            .map_err(|error| self.fail("writing a log file failed", &error, true))?;
+        let mut state = self.lock();
+        state.records.pop_front();
+        let end = record.end();
+        (state.tail, state.marked, state.homed, state.durable) = (end, end, end, end);
+        state.files.retain(|_, joined| !joined.closed || joined.end > end);
+        self.done(state);
+        (self.on_progress)(Progress::Durable(end));
+        Ok(())
     }
 
     /// Writes home what is durable. Says whether there was anything. Only one thread at a time does
@@ -613,15 +729,14 @@ impl Ring {
         let mut spare_bytes: usize = state.spare.iter().map(Vec::capacity).sum();
         for bytes in records.into_iter().filter_map(Arc::into_inner).map(Record::into_bytes) {
             spare_bytes += bytes.capacity();
-            if spare_bytes as u64 > HOMEWARD_BYTES_MAX && !state.spare.is_empty() {
+            if spare_bytes > SPARE_BYTES_MAX && !state.spare.is_empty() {
                 break;
             }
             state.spare.push(bytes);
         }
         // At the end the other thread waits for the last record.
         let due = state.checkpoint_due(self.capacity) || state.stopping;
-        drop(state);
-        self.done.notify_all();
+        self.done(state);
         if due {
             self.due.notify_one();
         }
@@ -670,9 +785,7 @@ impl Ring {
         state.files.retain(|_, joined| !joined.closed || joined.end > homed);
         if homed > state.marked {
             state.marked = homed;
-            state.marks += 1;
-            let (epoch, number, capacity) = (self.epoch, state.marks, self.capacity);
-            state.mark = Some(Mark { epoch, number, place: homed, capacity });
+            state.mark(self.epoch, self.capacity, homed);
         }
         drop(state);
         self.queued.notify_one();

@@ -7,8 +7,10 @@
 //! - The cursor is asked for after `init_transactions` came back: by then the old instance is fenced,
 //!   and what it left open is committed or aborted for good.
 //! - It is looked at before that, too: who may not go on from it leaves the name to whoever has it.
-//!   That look takes what is committed, whatever is pending: waiting for the end of a transaction whose
+//!   This look takes what is committed, whatever is pending: waiting for the end of a transaction whose
 //!   gateway was killed would be to wait for its timeout.
+//! - Who has taken the name says so in the mark before it sends anything: so that whoever had it, and
+//!   finds itself fenced, sees that it was not for nothing.
 //!
 //! Deliberately absent: mending. After any error the session is dropped, and the next one asks Kafka
 //! how the last transaction ended.
@@ -91,8 +93,8 @@ pub(super) struct Start {
 /// What a session begins with.
 pub(super) struct Started {
     pub(super) session: Session,
-    /// The mark that stands in Kafka.
-    pub(super) mark: Option<Mark>,
+    /// The mark that stands in Kafka: its own.
+    pub(super) mark: Mark,
     /// What it says that Kafka has of this store.
     pub(super) reach: Option<Reach>,
 }
@@ -151,7 +153,13 @@ impl Start {
         let mark = self.read_mark(&consumer)?.or(inherited);
         let reach = self.resume(mark.as_ref())?;
         let group = consumer.group_metadata().expect("the consumer has a group");
-        Ok(Started { session: Session { producer, group }, mark, reach })
+        let session = Session { producer, group };
+        let claim = self.place.mark(reach.clone().unwrap_or_default());
+        if !mark.is_some_and(|mark| mark.has_the_writer_of(&claim)) {
+            session.begin()?;
+            session.commit(&self.place, &claim, &self.patience)?;
+        }
+        Ok(Started { session, mark: claim, reach })
     }
 
     fn resume(&self, mark: Option<&Mark>) -> Result<Option<Reach>, Setback> {

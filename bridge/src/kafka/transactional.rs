@@ -184,7 +184,7 @@ impl TransactionalSink {
         };
         self.state = State::Ready(session);
         self.fenced = false;
-        self.mark = mark;
+        self.mark = Some(mark);
         let first = !std::mem::replace(&mut self.resumed, true);
         let Some(reach) = reach else { return };
         self.done.join(reach.clone());
