@@ -359,6 +359,8 @@ pub(crate) struct Streams {
     /// Of streams that have ended.
     ended: Counts,
     watermark: u64,
+    /// Something was answered since the last split: more of them gain nothing while nothing moves.
+    answered: bool,
     /// Nothing was looked at since the process began, and later events may go ahead of what it finds.
     restarted: bool,
 }
@@ -395,6 +397,7 @@ impl Streams {
             filtered_before: progress.passed.filtered,
             ended: Counts::default(),
             watermark: progress.cursor,
+            answered: true,
             restarted: false,
         };
         streams.lay_out(progress, &Reach::default());
@@ -637,7 +640,7 @@ impl Streams {
             }
             _ => {
                 let backlogs = self.all.iter().filter(|s| s.class == Class::Backlog).count();
-                if backlogs == BACKLOGS_MAX {
+                if backlogs == BACKLOGS_MAX || backlogs > 0 && !self.answered {
                     return;
                 }
                 let live = &mut self.all[place];
@@ -645,6 +648,7 @@ impl Streams {
                 live.offsets.end = watermark;
             }
         }
+        self.answered = false;
         let live = self.stream(Class::Live, lanes, watermark..u64::MAX, watermark);
         let place = self.owed().iter().rposition(|s| s.lanes == lanes).map_or(0, |last| last + 1);
         self.all.insert(place, live);
@@ -868,6 +872,7 @@ impl Streams {
         stream.delivery.answer(id, answer, now, random);
         stream.settle();
         self.taken_back |= answer.was_taken_back();
+        self.answered = true;
         if stream.class == Class::Replay {
             // It was delivered once, or stands in the dead letters already.
             let refused = stream.delivery.letters().len();

@@ -338,9 +338,11 @@ impl Parts {
             SinkState::Waiting { reason } => ("waiting", Some((*reason).to_owned())),
             SinkState::Stopped => ("stopped", None),
         };
-        let pending = pending(&sink, store.watermark);
+        // A policy may have dropped what it has not looked at since.
+        let dropped_to = self.store.cursor(&sink.name).unwrap_or_default();
+        let pending = pending(&sink, dropped_to, store.watermark);
         let lag_events = pending.iter().map(|range| range.end - range.start).sum();
-        let oldest_us = if lag_events == 0 { None } else { self.store.received_us(sink.cursor) };
+        let oldest_us = pending.first().and_then(|range| self.store.received_us(range.start));
         let age_us = oldest_us.map_or(0, |us| clock::now_us().saturating_sub(us));
         let letters = store.dead_letters.iter().find(|(name, _)| *name == sink.name);
         let letters = letters.map(|(_, stats)| *stats).unwrap_or_default();
@@ -380,15 +382,17 @@ impl Parts {
     }
 }
 
-/// What a sink still needs of a log up to `watermark`: what has gone ahead of its cursor is not in it,
-/// unless another of its lanes may still need some of that.
-fn pending(sink: &bridge::SinkStatus, watermark: u64) -> Vec<Range<u64>> {
-    if sink.streams.is_empty() {
-        return Vec::from_iter((sink.cursor < watermark).then_some(sink.cursor..watermark));
-    }
+/// What a sink still needs of a log up to `watermark`, of which what is below `dropped_to` was dropped
+/// for it: what has gone ahead of its cursor is not in it, unless another of its lanes may still need
+/// some of that.
+fn pending(sink: &bridge::SinkStatus, dropped_to: u64, watermark: u64) -> Vec<Range<u64>> {
+    let whole = (sink.streams.is_empty()).then_some(sink.cursor..watermark);
     let owed = sink.streams.iter().filter(|stream| stream.name != "replay");
-    let mut ranges: Vec<_> = owed
-        .map(|stream| stream.cursor..stream.end.unwrap_or(watermark).min(watermark))
+    let owed = owed.map(|stream| stream.cursor..stream.end.unwrap_or(watermark).min(watermark));
+    let mut ranges: Vec<_> = whole
+        .into_iter()
+        .chain(owed)
+        .map(|range| range.start.max(dropped_to)..range.end)
         .filter(|range| !range.is_empty())
         .collect();
     ranges.sort_by_key(|range| range.start);
@@ -429,4 +433,45 @@ fn rss_bytes() -> Option<u64> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
     Some(pages * rustix::param::page_size() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_went_ahead_of_the_cursor_or_was_dropped_is_not_pending() {
+        let stream = |name, cursor, end| bridge::StreamStatus { name, cursor, end };
+        let of = |streams: Vec<bridge::StreamStatus>, dropped_to| {
+            let sink = bridge::SinkStatus {
+                name: "cloud".into(),
+                kind: "http",
+                state: SinkState::Sending,
+                cursor: 10,
+                streams,
+                delivered_events: 0,
+                delivered_bytes: 0,
+                dead_lettered_events: 0,
+                filtered_events: 0,
+                parked_devices: 0,
+                requeued_events: 0,
+                retries: 0,
+                circuit: Circuit::Closed,
+                circuit_opened: 0,
+                last_delivered_us: None,
+            };
+            pending(&sink, dropped_to, 100)
+        };
+        assert_eq!(of(vec![], 0), vec![10..100]);
+        assert_eq!(of(vec![], 40), vec![40..100]);
+        assert!(of(vec![], 100).is_empty());
+        let live_first = || vec![stream("backlog", 10, Some(50)), stream("live", 90, None)];
+        assert_eq!(of(live_first(), 0), [10..50, 90..100]);
+        assert_eq!(of(live_first(), 60), vec![90..100]);
+        let replay = || stream("replay", 5, Some(80));
+        assert_eq!(of([live_first(), vec![replay()]].concat(), 0), [10..50, 90..100]);
+        // Lanes lie over each other.
+        let lanes = vec![stream("alarm", 95, None), stream("live", 10, None)];
+        assert_eq!(of(lanes, 0), vec![10..100]);
+    }
 }

@@ -6,6 +6,7 @@
 
 mod terminal;
 
+use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -117,6 +118,8 @@ const BOLD: &str = "\x1b[1m";
 const REVERSE: &str = "\x1b[7m";
 const RED: &str = "\x1b[31m";
 const PLAIN: &str = "\x1b[0m";
+/// From here on a terminal is a wide one.
+const WIDE_COLUMNS: usize = 100;
 /// Cells of the bar that shows how full the store is.
 const BAR_CELLS: usize = 20;
 
@@ -213,10 +216,10 @@ fn body(lines: &mut Vec<String>, status: &Status, columns: usize) {
         lines.push(fit("no sinks: a durable local broker", columns));
         return;
     }
-    let head = row(["SINK", "STATE", "LAG", "BYTES", "OLDEST", "RATE", "GONE IN", "LETTERS"]);
-    lines.push(styled(BOLD, &head, columns));
+    let head = ["SINK", "STATE", "LAG", "BYTES", "OLDEST", "RATE", "GONE IN", "LETTERS", "FULL IN"];
+    lines.push(styled(BOLD, &row(columns, head), columns));
     for sink in &status.sinks {
-        lines.push(fit(&sink_row(sink), columns));
+        lines.push(fit(&sink_row(columns, sink), columns));
         if let Some(error) = &sink.error {
             let circuit = match sink.circuit.as_str() {
                 "open" => "circuit open: ",
@@ -240,8 +243,8 @@ fn wrapped(text: &str, columns: usize) -> Vec<String> {
         .collect()
 }
 
-fn sink_row(sink: &SinkStatus) -> String {
-    row([
+fn sink_row(columns: usize, sink: &SinkStatus) -> String {
+    let cells: [&str; 9] = [
         &sink.name,
         &sink.state,
         &count(sink.lag_events),
@@ -250,13 +253,25 @@ fn sink_row(sink: &SinkStatus) -> String {
         &format!("{}/s", count(sink.drain_events_per_second.round().max(0.0) as u64)),
         &estimate(sink.eta_seconds.filter(|_| sink.lag_events > 0)),
         &count(sink.dead_letters),
-    ])
+        &estimate(sink.left_seconds),
+    ];
+    row(columns, cells)
 }
 
-/// Columns that make 79 cells, so that they fit the smallest usual terminal.
-fn row([name, state, lag, size, oldest, rate, eta, letters]: [&str; 8]) -> String {
-    let name: String = name.chars().take(14).collect();
-    format!("{name:<14} {state:<8} {lag:>11} {size:>8} {oldest:>7} {rate:>9} {eta:>7} {letters:>7}")
+/// Columns that make 79 cells, so that they fit the smallest usual terminal. A wider one has room for
+/// longer names, and for how long until the sink's lag has no more room.
+fn row(columns: usize, cells: [&str; 9]) -> String {
+    let [name, state, lag, size, oldest, rate, eta, letters, full] = cells;
+    let is_wide = columns >= WIDE_COLUMNS;
+    let width = if is_wide { (columns - 75).min(64) } else { 14 };
+    let name: String = name.chars().take(width).collect();
+    let mut row = format!(
+        "{name:<width$} {state:<8} {lag:>11} {size:>8} {oldest:>7} {rate:>9} {eta:>7} {letters:>7}"
+    );
+    if is_wide {
+        let _ = write!(row, " {full:>8}");
+    }
+    row
 }
 
 /// What of a text fits a line. A control character in it would not be ours.

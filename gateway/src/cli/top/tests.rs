@@ -75,6 +75,18 @@ fn all_of_it_fits_the_smallest_usual_terminal() {
 }
 
 #[test]
+fn a_wide_terminal_has_room_for_names_and_for_how_long_there_is_room() {
+    let mut status = status();
+    status.sinks[0].left_seconds = Some(7_200.0);
+    let view = View { admin: "127.0.0.1:9641", status: Some(status), silent: None };
+    let lines = drawn(&view, 120, 24);
+    let row = lines.iter().find(|line| line.starts_with("a-very")).expect("the sink's row");
+    assert!(row.starts_with("a-very-long-name-of-a-sink ") && row.ends_with("2h 0m"), "{row:?}");
+    assert!(lines.iter().any(|line| line.starts_with("SINK") && line.ends_with("FULL IN")));
+    assert!(!drawn(&view, 80, 24).join("\n").contains("FULL IN"));
+}
+
+#[test]
 fn any_size_is_borne() {
     let view = View { admin: "x", status: Some(status()), silent: None };
     for (columns, rows) in [(1, 1), (10, 3), (40, 12), (200, 60), (80, 9)] {
