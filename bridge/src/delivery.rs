@@ -322,7 +322,7 @@ impl Delivery {
 
     /// When the oldest event that is held was received, microseconds since the Unix epoch.
     pub(crate) fn oldest_us(&self) -> Option<u64> {
-        Some(self.parts.front()?.events[0].event.received_us)
+        Some(self.parts.front()?.events[0].received_us())
     }
 
     /// Whether nothing else may be in flight beside it: after a failure one request goes first, and

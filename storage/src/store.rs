@@ -412,6 +412,7 @@ impl Store {
         let mut writer = Writer {
             ballast,
             clock: None,
+            kept_from: u64::MAX,
             encoder: Encoder::new(options.partitions),
             // At least four files within the quota, so that trimming one makes room.
             file_bytes_max: options.file_bytes_max.min(options.quota_bytes / 4).max(1),
@@ -729,6 +730,8 @@ pub struct Writer {
     encoder: Encoder,
     /// What gives the times of the events.
     clock: Option<Clock>,
+    /// See [`Writer::keep_from`].
+    kept_from: u64,
     file_bytes_max: u64,
     /// Where the next batch goes; what came before is committed.
     tail: Tail,
@@ -770,6 +773,13 @@ impl Writer {
         self.clock = Some(clock);
         self.encoder.set_clock(self.clock);
         self.shared.progress.projection().boots.learn(&clock)
+    }
+
+    /// Nothing from this offset on is trimmed until a later one is told, whatever sinks, wishes and the
+    /// quota say: the caller reads it again when it is started anew. `u64::MAX`, which is how it begins:
+    /// the caller needs nothing.
+    pub fn keep_from(&mut self, offset: u64) {
+        self.kept_from = offset;
     }
 
     /// Numbers the events in slice order and commits them with the control records in one
@@ -1053,7 +1063,7 @@ impl Writer {
             (rules.retain_bytes, rules.retain_age_us) = (0, 0);
         }
         let watermark = self.tail.position.offset;
-        let floor = floor.unwrap_or(watermark);
+        let floor = floor.unwrap_or(watermark).min(self.kept_from);
         let mut spans = self.shared.log.spans(watermark);
         let age_us = |span: &Span| {
             let end = span.offsets.end;
@@ -1108,6 +1118,9 @@ impl Writer {
             spans = self.shared.log.spans(watermark);
         }
         let end = spans[0].offsets.end;
+        if end > self.kept_from {
+            return Ok(false);
+        }
         let (start, cursors): (u64, Vec<(String, u64)>) = {
             let projection = self.shared.progress.projection();
             let configured = projection.cursors.configured();

@@ -77,6 +77,8 @@ fn front(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     counter(out, "mqtt_logins_failed", help, mqtt.logins_failed_total)?;
     let help = "Publishes, wills, subscriptions and waiting messages that the rules did not allow";
     counter(out, "mqtt_denied", help, mqtt.denied_total)?;
+    let help = "Publishes without the id that their route looks for";
+    counter(out, "mqtt_publishes_without_id", help, mqtt.publishes_without_id_total)?;
     let help = "Times that a client was not read for a while: it was over its rate";
     counter(out, "mqtt_paced", help, mqtt.paced_total)?;
     let help = "Connections closed for a breach of the protocol";
@@ -102,6 +104,8 @@ fn ingest(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     counter(out, "ingest_commits", "Commits", ingest.commits_total)?;
     let help = "Commits that failed: nothing of them was acked";
     counter(out, "ingest_commit_failures", help, ingest.commit_failures_total)?;
+    let help = "Resends recognised by their ids: acked and not stored again";
+    counter(out, "ingest_duplicates", help, ingest.duplicates_total)?;
     let mut health = family(out, "ingest_health", "1 for the state of commits", MetricType::Gauge)?;
     for state in HEALTH_STATES {
         let value = u64::from(ingest.health == state);

@@ -256,6 +256,7 @@ impl Parts {
                 committed_bytes_total: ingest.durable.size_bytes,
                 commits_total: ingest.durable.commits,
                 commit_failures_total: ingest.counters.failed_commits,
+                duplicates_total: ingest.counters.duplicate_events,
                 health: match ingest.health {
                     Health::Storing => "storing",
                     Health::AtQuota { .. } => "at_quota",
@@ -298,6 +299,7 @@ impl Parts {
             publishes_total: stats.publishes.iter().map(read).sum(),
             publishes_refused_total: read(&stats.publishes_refused),
             publishes_dropped_total: read(&stats.publishes_dropped),
+            publishes_without_id_total: read(&stats.publishes_without_id),
             logins_failed_total: self.front.access.failures(),
             denied_total: read(&stats.denied) + read(&self.front.sessions.stats().wills_denied),
             paced_total: read(&stats.paced),

@@ -56,6 +56,9 @@ pub struct MqttStatus {
     pub publishes_refused_total: u64,
     /// QoS 0 publishes and wills for which there was no room until their connection had ended.
     pub publishes_dropped_total: u64,
+    /// Publishes without the id that their route looks for: their resends are not recognised.
+    #[serde(default)]
+    pub publishes_without_id_total: u64,
     /// Log-ins that failed: an unknown user, a wrong password, a token that is none of ours.
     #[serde(default)]
     pub logins_failed_total: u64,
@@ -103,6 +106,9 @@ pub struct IngestStatus {
     pub commits_total: u64,
     /// Commits that failed: nothing of them was acked.
     pub commit_failures_total: u64,
+    /// Resends that were recognised by their ids: acked and not stored again.
+    #[serde(default)]
+    pub duplicates_total: u64,
     /// What stands in the way of commits (`at_quota`, `disk_full`, `failing`), else `storing`.
     pub health: String,
     /// Event bytes in the rings now.

@@ -42,7 +42,8 @@ use super::topic;
 use crate::access::{Access, Grant};
 use crate::config::SessionsConfig;
 use crate::ingest::device_key::{DeviceFrom, Routes};
-use crate::ingest::{AckMailbox, Admission, Ingest, Pending, Ticket, partition};
+use crate::ingest::event_id::EventIdFrom;
+use crate::ingest::{AckMailbox, Admission, Identity, Ingest, Pending, Ticket, partition};
 
 /// Bytes that may wait for a client to read them. Past it neither its packets nor messages for it
 /// are taken.
@@ -301,7 +302,7 @@ pub async fn serve<R, W>(
         durable: Vec::new(),
         paced_at: Instant::now(),
         now: Instant::now(),
-        received_us: shared.ingest.now_us(),
+        received_us: shared.ingest.received_us(),
         reading: true,
         stalled_since: None,
         read_bytes: *READ_BYTES.start(),
@@ -394,6 +395,8 @@ struct Device {
     content_type: Option<ByteString>,
     event_type: Option<ByteString>,
     lane: Lane,
+    /// Where the id of an event stands.
+    event_id: Option<EventIdFrom>,
     /// Attributes of a publish that says nothing beyond its QoS: 0, 1 and 2.
     plain: [Attributes; 3],
 }
@@ -508,6 +511,7 @@ impl Conn<'_> {
         }
         let result = loop {
             while let Some(turn) = self.session.next_turn() {
+                self.shared.ingest.announce();
                 self.take(turn).await?;
             }
             if !self.may_decode() {
@@ -552,6 +556,10 @@ impl Conn<'_> {
                 break step;
             }
         };
+        // Once for all that came at once.
+        if publishes != [0; 3] {
+            self.shared.ingest.announce();
+        }
         for (counter, n) in self.shared.stats.publishes.iter().zip(publishes) {
             if n > 0 {
                 FrontStats::add(counter, n);
@@ -635,7 +643,7 @@ impl Conn<'_> {
         }
         FrontStats::add(&self.shared.stats.received_bytes, n as u64);
         self.now = Instant::now();
-        self.received_us = self.shared.ingest.now_us();
+        self.received_us = self.shared.ingest.received_us();
         self.session.heard(self.now);
         if self.buf.len() == self.buf.capacity() {
             self.read_bytes = (2 * self.read_bytes).min(*READ_BYTES.end());
@@ -688,19 +696,33 @@ impl Conn<'_> {
         }
         let retain = publish.retain;
         let event = self.event(*publish);
+        let identity = self.identity(&event, receipt.is_some());
         let riders = if retain || receipt.is_some() { self.riders(&event, receipt) } else { None };
         let pending = Pending {
             event,
             read_at: self.now,
             ticket: number.map(|number| Ticket { mailbox: self.mailbox.clone(), number }),
             riders,
+            identity,
         };
+        // [`Conn::digest`] announces it.
         if !self.hold.queue.is_empty() {
             self.hold.push_back(pending);
-        } else if let Err(pending) = self.shared.ingest.try_push(pending) {
+        } else if let Err(pending) = self.shared.ingest.push_unannounced(pending) {
             self.hold.push_back(pending);
         }
         Ok(())
+    }
+
+    /// What tells an event from its resends, where the route says so and the event has it.
+    fn identity(&self, event: &Event, has_receipt: bool) -> Option<Identity> {
+        let from = self.device.as_ref()?.event_id.as_ref()?;
+        let id = from.of(event);
+        if id.is_none() {
+            FrontStats::add(&self.shared.stats.publishes_without_id, 1);
+        }
+        // The receipt comes first.
+        Some(Identity { id: id?, riders: usize::from(has_receipt && self.kept.is_some()) })
     }
 
     /// What has to be durable with an event: its receipt, and what it retains.
@@ -798,6 +820,7 @@ impl Conn<'_> {
             content_type,
             event_type,
             lane: resolved.lane,
+            event_id: resolved.event_id.cloned(),
             plain,
         })
     }
@@ -978,10 +1001,11 @@ impl Conn<'_> {
             (None, _) => sessions.cancel_will(client_id),
             (Some(_), 0) if !sessions.allows_will(client_id, &will) => {}
             (Some(_), 0) => {
-                will.event.received_us = self.shared.ingest.now_us();
+                will.event.received_us = self.shared.ingest.received_us();
                 let riders = sessions.riders_of_will(client_id, &will.event);
                 let (read_at, ticket) = (Instant::now(), None);
-                self.hold.push_back(Pending { event: will.event, read_at, ticket, riders });
+                let (event, identity) = (will.event, None);
+                self.hold.push_back(Pending { event, read_at, ticket, riders, identity });
             }
             (Some(_), delay_s) => {
                 let due = Instant::now() + Duration::from_secs(delay_s.into());
