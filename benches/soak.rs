@@ -13,7 +13,8 @@
 //! is durable, and what memory that took.
 //!
 //! `cargo bench -p gateway --bench soak [-- --gigabytes N] [--reopen] [--window MB] [--batch N]
-//! [--payload N]`: 10 GB, or a backlog of 1 GB, in batches of 256 events with 1,024 B of payload.
+//! [--payload N] [--journal auto|on|off]`: 10 GB, or a backlog of 1 GB, in batches of 256 events with
+//! 1,024 B of payload, with a journal if it gains on this disk.
 //! Figures are reported, never asserted.
 
 mod traffic;
@@ -45,7 +46,11 @@ struct Plan {
     batch: usize,
     payload_bytes: usize,
     reopen: bool,
+    journal: JournalMode,
 }
+
+const JOURNALS: [(&str, JournalMode); 3] =
+    [("auto", JournalMode::Auto), ("on", JournalMode::On), ("off", JournalMode::Off)];
 
 impl Plan {
     fn from_args(mut args: impl Iterator<Item = String>) -> anyhow::Result<Self> {
@@ -55,6 +60,7 @@ impl Plan {
             batch: 256,
             payload_bytes: 1024,
             reopen: false,
+            journal: JournalMode::Auto,
         };
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
@@ -64,6 +70,11 @@ impl Plan {
                 "--batch" => plan.batch = value()?.parse()?,
                 "--payload" => plan.payload_bytes = value()?.parse()?,
                 "--reopen" => plan.reopen = true,
+                "--journal" => {
+                    let name = value()?;
+                    let mode = JOURNALS.into_iter().find(|(known, _)| *known == name);
+                    plan.journal = mode.context("--journal is auto, on or off")?.1;
+                }
                 // What cargo passes to every bench.
                 "--bench" => {}
                 other => bail!("unknown argument {other}"),
@@ -72,6 +83,10 @@ impl Plan {
         ensure!(plan.batch > 0 && plan.gigabytes.is_none_or(|n| n > 0.0), "nothing to measure");
         ensure!(plan.window_bytes >= 4 * FILE_BYTES, "the window takes 256 MB at least");
         Ok(plan)
+    }
+
+    fn journal_name(&self) -> &'static str {
+        JOURNALS.into_iter().find(|(_, mode)| *mode == self.journal).map_or("", |(name, _)| name)
     }
 
     /// What is to be appended. Nothing was asked for: 10 GB, or a backlog of 1 GB.
@@ -97,7 +112,7 @@ impl Plan {
             retain_bytes: self.window_bytes - SLACK_BYTES,
             retain_age_us: 0,
             dead_letter_bytes_max: 64 << 20,
-            journal: JournalMode::Auto,
+            journal: self.journal,
             journal_bytes: 32 << 20,
             compression: storage::Compression::None,
             commits_ahead_max: 2,
@@ -156,12 +171,13 @@ fn soak(plan: &Plan, dir: &Path) -> anyhow::Result<()> {
     let (store, writer) = Store::open(plan.options(dir), now_us())?;
     let progress = Progress::default();
     println!(
-        "{} B payload, batches of {}, {:.1} GB through a window of {} MB\n\
+        "{} B payload, batches of {}, {:.1} GB through a window of {} MB, journal {}\n\
          {:>6} {:>8} {:>10} {:>8} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9}",
         plan.payload_bytes,
         plan.batch,
         plan.total_bytes() as f64 / 1e9,
         plan.window_bytes >> 20,
+        plan.journal_name(),
         "GB",
         "seconds",
         "events/s",
@@ -323,6 +339,7 @@ fn reopen(plan: &Plan, dir: &Path) -> anyhow::Result<()> {
             .args(["--gigabytes", &(total_bytes as f64 / 1e9).to_string()])
             .args(["--batch", &plan.batch.to_string()])
             .args(["--payload", &plan.payload_bytes.to_string()])
+            .args(["--journal", plan.journal_name()])
             .stdout(Stdio::piped())
             .spawn()?,
     );
@@ -345,13 +362,14 @@ fn reopen(plan: &Plan, dir: &Path) -> anyhow::Result<()> {
     ensure!(committed.offsets.start >= watermark, "durable events are missing");
     let stats = store.stats();
     println!(
-        "a backlog of {:.1} GB in {} files ({:.0} MB on disk, filled in {filled_s:.0} s), killed \
-         while committing\n\
+        "a backlog of {:.1} GB in {} files ({:.0} MB on disk, filled in {filled_s:.0} s), journal {}, \
+         killed while committing\n\
          opened after {opened_ms:.0} ms, the first commit durable after {durable_ms:.0} ms\n\
          resident: {rss_mb:.1} MB before, {:.1} MB after, {:.1} MB at most",
         total_bytes as f64 / 1e9,
         stats.files,
         stats.log_bytes as f64 / 1e6,
+        plan.journal_name(),
         memory_mb("VmRSS")?,
         memory_mb("VmHWM")?,
     );

@@ -107,8 +107,8 @@ pub(crate) struct Faults {
 
 #[derive(Clone, Debug, Default)]
 struct SimFile {
-    /// Pages that room was taken for, from the start of the file.
-    reserved: usize,
+    /// Pages that room was taken for, and that were not written yet.
+    reserved: BTreeSet<u64>,
     len: u64,
     pages: BTreeMap<u64, Page>,
     durable_len: u64,
@@ -289,7 +289,7 @@ impl Sim {
 
 impl SimFile {
     fn used_pages(&self) -> usize {
-        self.pages.len().max(self.reserved)
+        self.pages.len() + self.reserved.len()
     }
 
     fn cut(&mut self, rng: &mut fastrand::Rng) {
@@ -419,7 +419,7 @@ impl StorageBackend for SimBackend {
         let mut at = offset;
         for chunk in pieces(offset, data.len()) {
             let page_at = at / PAGE_BYTES as u64;
-            if !file.pages.contains_key(&page_at) && page_at >= file.reserved as u64 {
+            if !file.reserved.remove(&page_at) && !file.pages.contains_key(&page_at) {
                 new += 1;
                 if used + new > pages_max {
                     return Err(io::ErrorKind::StorageFull.into());
@@ -491,13 +491,14 @@ impl Disk for SimDisk {
         let mut sim = self.sim();
         sim.operate(Operation::Reserve, name)?;
         let file = *sim.names.get(name).ok_or(io::ErrorKind::NotFound)?;
-        let pages = range.end.div_ceil(PAGE_BYTES as u64) as usize;
-        let before = sim.files[file].used_pages();
-        let more = pages.max(before) - before;
-        if sim.pages() + more > sim.faults.pages_max.unwrap_or(usize::MAX) {
+        let pages = range.start / PAGE_BYTES as u64..range.end.div_ceil(PAGE_BYTES as u64);
+        let new: Vec<u64> =
+            pages.filter(|page| !sim.files[file].pages.contains_key(page)).collect();
+        let taken = new.iter().filter(|page| sim.files[file].reserved.contains(page)).count();
+        if sim.pages() + new.len() - taken > sim.faults.pages_max.unwrap_or(usize::MAX) {
             return Err(io::ErrorKind::StorageFull.into());
         }
-        sim.files[file].reserved = sim.files[file].reserved.max(pages);
+        sim.files[file].reserved.extend(new);
         Ok(())
     }
 

@@ -193,7 +193,22 @@ impl Ingest {
     /// Gives the event back when the ring or the byte budget is full.
     #[expect(clippy::result_large_err, reason = "the event goes back to its connection")]
     pub fn try_push(&self, pending: Pending) -> Result<(), Pending> {
+        self.0.rings.try_push(pending).inspect(|()| self.0.rings.announce())
+    }
+
+    /// As [`Ingest::try_push`], for one of a run: the committer may sleep on until
+    /// [`Ingest::announce`], which must follow before anybody waits.
+    ///
+    /// # Errors
+    /// As [`Ingest::try_push`].
+    #[expect(clippy::result_large_err, reason = "the event goes back to its connection")]
+    pub fn push_unannounced(&self, pending: Pending) -> Result<(), Pending> {
         self.0.rings.try_push(pending)
+    }
+
+    /// Wakes the committer for what was pushed unannounced.
+    pub fn announce(&self) {
+        self.0.rings.announce();
     }
 
     /// Makes changes of state durable, in the order in which they are submitted; the ticket is

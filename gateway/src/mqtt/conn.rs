@@ -511,6 +511,7 @@ impl Conn<'_> {
         }
         let result = loop {
             while let Some(turn) = self.session.next_turn() {
+                self.shared.ingest.announce();
                 self.take(turn).await?;
             }
             if !self.may_decode() {
@@ -555,6 +556,10 @@ impl Conn<'_> {
                 break step;
             }
         };
+        // Once for all that came at once.
+        if publishes != [0; 3] {
+            self.shared.ingest.announce();
+        }
         for (counter, n) in self.shared.stats.publishes.iter().zip(publishes) {
             if n > 0 {
                 FrontStats::add(counter, n);
@@ -700,9 +705,10 @@ impl Conn<'_> {
             riders,
             identity,
         };
+        // [`Conn::digest`] announces it.
         if !self.hold.queue.is_empty() {
             self.hold.push_back(pending);
-        } else if let Err(pending) = self.shared.ingest.try_push(pending) {
+        } else if let Err(pending) = self.shared.ingest.push_unannounced(pending) {
             self.hold.push_back(pending);
         }
         Ok(())

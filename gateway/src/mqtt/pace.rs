@@ -60,9 +60,8 @@ impl Pace {
 }
 
 fn charge(paid: &mut Instant, n: u64, per_second: u64, now: Instant) {
-    if per_second > 0 {
-        // A packet has far fewer bytes than would overflow this.
-        let nanos = n.saturating_mul(1_000_000_000) / per_second;
+    // A packet has far fewer bytes than would overflow this.
+    if let Some(nanos) = n.saturating_mul(1_000_000_000).checked_div(per_second) {
         *paid = (*paid).max(now) + Duration::from_nanos(nanos);
     }
 }
