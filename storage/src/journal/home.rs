@@ -175,17 +175,25 @@ impl HomeFile {
         let Some(joined) = self.joined.get() else {
             return self.file.sync_data();
         };
-        {
+        let too_large = {
             // Held until the record can be seen: a reader finds the writes in one of the two.
             let mut open = joined.draft();
             if open.is_empty() {
                 return Ok(());
             }
             let draft = std::mem::replace(&mut *open, Draft::new(joined.ring.spare()));
-            let len = joined.len.load(Ordering::Relaxed);
-            joined.ring.enqueue(draft.finish(joined.first, len))?;
+            if draft.ring_bytes() <= joined.ring.capacity / 4 {
+                let len = joined.len.load(Ordering::Relaxed);
+                joined.ring.enqueue(draft.finish(joined.first, len))?;
+                None
+            } else {
+                Some(draft)
+            }
+        };
+        match too_large {
+            None => joined.ring.wait_for_room(),
+            Some(draft) => self.write_through(joined, draft),
         }
-        joined.ring.wait_for_room()
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -205,6 +213,18 @@ impl HomeFile {
                 Ok(())
             }
         }
+    }
+
+    /// Sends a transaction that is too large for the ring home by itself. Nothing is left to replay
+    /// when it begins, so from there on redb's own order of writes is what makes it atomic.
+    fn write_through(&self, joined: &Joined, draft: Draft) -> io::Result<()> {
+        joined.ring.settle()?;
+        let record = draft.finish(joined.first, joined.len.load(Ordering::Relaxed));
+        self.bring_home(&Homeward::of(&[Arc::new(record)]))
+            .and_then(|()| self.sync())
+            .map_err(|error| joined.ring.fail("writing a log file failed", &error, true))?;
+        joined.ring.tell_durable();
+        Ok(())
     }
 }
 
