@@ -7,10 +7,11 @@ mod harness;
 use std::net::SocketAddr;
 
 use harness::raw::{Hello, Raw};
-use harness::{Bench, stable_address};
+use harness::{Bench, PATIENCE, stable_address};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 /// A bench, and a listener with limits.
 fn limited(seed: u64, limits: &str) -> (Bench, SocketAddr) {
@@ -30,12 +31,12 @@ async fn welcome(stream: TcpStream, client_id: &str) -> Raw<TcpStream> {
 }
 
 async fn is_closed(stream: &mut TcpStream) -> bool {
-    matches!(stream.read(&mut [0; 64]).await, Ok(0) | Err(_))
+    matches!(timeout(PATIENCE, stream.read(&mut [0; 64])).await, Ok(Ok(0) | Err(_)))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_listener_turns_away_and_has_room_again() {
-    let (bench, addr) = limited(91, "connections_max = 3");
+    let (bench, addr) = limited(91, "connections_max = 3\nconnect_timeout = \"10m\"");
     let gateway = bench.start().await;
     let mut clients = Vec::new();
     for id in ["a", "b", "c"] {
