@@ -280,9 +280,11 @@ async fn a_second_gateway_of_the_same_name_is_told_and_nothing_is_lost() {
     let others = stand_in.fleet(4, 200.0);
     second.until("it delivers", |status| sink(status, "bus").cursor > 0).await;
     until_tried_again(&gateway, "another gateway with the same id").await;
-    let cursor = place(&second).await.0;
+    // The older one may have been faster than the newer one's first mark, but not after that.
+    let (cursor, retries) = place(&second).await;
+    until_tried_again(&gateway, "another gateway with the same id").await;
     second.until("it goes on", |status| sink(status, "bus").cursor > cursor).await;
-    assert_eq!(place(&second).await.1, 0, "the older one has taken the name back");
+    assert_eq!(place(&second).await.1, retries, "the older one has taken the name back");
     older.drain(fleet).await;
     stand_in.drain(others).await;
     second.until_delivered("bus").await;

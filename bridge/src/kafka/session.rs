@@ -104,8 +104,9 @@ pub(super) struct Started {
 pub(super) enum Claim {
     /// As when a gateway starts: whoever had it before is gone, or to be fenced.
     Ours,
-    /// We were fenced, and know this mark. A writer that has set another one since is left alone.
-    FencedAfter(Option<Mark>),
+    /// It was ours, and this mark with it. A writer that has set another one since is left alone,
+    /// whatever error told of it: brokers do not always say that a producer was fenced.
+    After(Option<Mark>),
 }
 
 /// What a look at the mark does about an offset that a transaction has set and not committed.
@@ -137,7 +138,7 @@ impl Start {
         let producer = self.producer(name)?;
         let before = self.read_mark(&self.consumer(name, Pending::Passed)?)?;
         self.resume(before.as_ref())?;
-        if let Claim::FencedAfter(known) = &self.claim {
+        if let Claim::After(known) = &self.claim {
             let is_known =
                 |mark: &Mark| known.as_ref().is_some_and(|known| mark.has_the_writer_of(known));
             if before.as_ref().is_some_and(|mark| !is_known(mark)) {

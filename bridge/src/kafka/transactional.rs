@@ -72,7 +72,6 @@ pub(crate) struct TransactionalSink {
     log_end: u64,
     /// The mark that stands in Kafka, as far as we know.
     mark: Option<Mark>,
-    fenced: bool,
     /// When the ledger was last seen to move, and how far it was.
     alive: (Instant, u64),
 }
@@ -134,7 +133,6 @@ impl TransactionalSink {
             found: None,
             log_end,
             mark: None,
-            fenced: false,
             alive: (Instant::now(), 0),
         }
     }
@@ -168,7 +166,7 @@ impl TransactionalSink {
             window: self.window(),
             place: Arc::clone(&self.place),
             patience: self.patience(),
-            claim: if self.fenced { Claim::FencedAfter(self.mark.clone()) } else { Claim::Ours },
+            claim: if self.resumed { Claim::After(self.mark.clone()) } else { Claim::Ours },
             log_end: self.log_end,
         };
         self.state = State::Starting(spawn_blocking(move || start.run()));
@@ -183,7 +181,6 @@ impl TransactionalSink {
             }
         };
         self.state = State::Ready(session);
-        self.fenced = false;
         self.mark = Some(mark);
         let first = !std::mem::replace(&mut self.resumed, true);
         let Some(reach) = reach else { return };
@@ -195,7 +192,6 @@ impl TransactionalSink {
     }
 
     fn set_back(&mut self, setback: Setback) {
-        self.fenced |= setback.fenced;
         let mut ledger = self.shared.ledger();
         if setback.fenced {
             ledger.holds_after_all(FENCED.to_owned());
@@ -209,7 +205,6 @@ impl TransactionalSink {
         match std::mem::replace(&mut self.state, State::Down) {
             State::Ready(session) => {
                 if session.is_fenced() {
-                    self.fenced = true;
                     self.shared.ledger().holds_after_all(FENCED.to_owned());
                 }
                 self.state = State::Closing(spawn_blocking(move || drop(session)));
