@@ -108,12 +108,12 @@ fn main() -> anyhow::Result<()> {
             }
         }
         let floor = servers.iter().position(|(server, _)| *server == Server::Floor);
-        let floor = floor.map_or(f64::NAN, |at| median(&results[at], |r| r.acked_per_s));
+        let floor = floor.map(|at| median(&results[at], |r| r.acked_per_s));
         for ((_, name), results) in servers.iter().zip(&results) {
             let acked_per_s = median(results, |r| r.acked_per_s);
             println!(
-                "{connections:>11}  {name:<13} {acked_per_s:>10.0} {:>9.2} {:>14.2} {:>8.1} {:>8.1} {:>7.1}",
-                acked_per_s / floor,
+                "{connections:>11}  {name:<13} {acked_per_s:>10.0} {:>9} {:>14.2} {:>8.1} {:>8.1} {:>7.1}",
+                floor.map_or("-".to_owned(), |floor| format!("{:.2}", acked_per_s / floor)),
                 median(results, |r| r.cpu_s_per_million),
                 median(results, |r| r.p50_ms),
                 median(results, |r| r.p99_ms),

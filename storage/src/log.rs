@@ -376,6 +376,10 @@ impl Log {
                 }
                 None => Position { offset: u64::MAX, ordinal: u32::MAX },
             };
+            if end <= tail.position {
+                // The checkpoint has all of it: what may be damaged there changes no number.
+                continue;
+            }
             let (mut from, last) = (tail.position, at + 1 == firsts.len());
             let replayed = self.with_sealed(first, |source| {
                 let mut dense = true;

@@ -27,6 +27,12 @@ pub fn now_us() -> u64 {
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
+/// Seconds from one time to another; none where the clock was not set then, and says that it was long.
+pub fn waited_s(since_us: u64, now_us: u64) -> u64 {
+    let told = since_us >= SET_US;
+    if told { now_us.saturating_sub(since_us) / 1_000_000 } else { 0 }
+}
+
 /// How long the machine is up, its sleep included, in microseconds.
 fn uptime_us() -> u64 {
     let up = clock_gettime(ClockId::Boottime);
@@ -139,6 +145,13 @@ mod tests {
         for none in ["", "00000000-0000-0000-1111-111111111111", "no id"] {
             assert_eq!(boot_of(none), None, "{none}");
         }
+    }
+
+    #[test]
+    fn nothing_waits_for_decades_because_the_clock_is_set() {
+        assert_eq!(waited_s(SET_US, SET_US + 2_500_000), 2);
+        assert_eq!(waited_s(SET_US + 2_500_000, SET_US), 0);
+        assert_eq!(waited_s(60_000_000, SET_US), 0);
     }
 
     #[test]

@@ -299,6 +299,9 @@ impl<A: Append> Committer<A> {
         log.on_failure(move || woken.rings.wake_committer());
         let base = *shared.in_flight.watermark().borrow();
         let times = Times::new(&shared.clock);
+        if let Some(dedup) = &dedup {
+            log.keep_from(dedup.needs_from());
+        }
         Self {
             log,
             base,

@@ -337,6 +337,31 @@ fn delivered_files_go_a_few_at_a_time() {
     assert_eq!(store.stats().files, 1);
 }
 
+/// Whoever reads events again when it is started anew has them until it says that it needs them no more.
+#[test]
+fn what_the_caller_keeps_stays_whatever_the_policy() {
+    for at_quota in [AtQuota::Hold, AtQuota::DropOldest] {
+        let dir = tempfile::tempdir().unwrap();
+        let tight = StoreOptions { quota_bytes: 1 << 20, at_quota, ..small(dir.path()) };
+        let (store, mut writer) = Store::open(tight, NOW_US).unwrap();
+        writer.keep_from(20);
+        let events: Vec<Event> = (0..16).map(|i| event(i % 4, &"x".repeat(1000))).collect();
+        let full = |writer: &mut Writer| {
+            let mut commits = 0..200;
+            while commits.next().is_some() && writer.commit(&events, &[], NOW_US).is_ok() {}
+            writer.commit(&[], &[cursor("cloud", store.mark().watermark)], NOW_US).unwrap();
+            while writer.retain(NOW_US).unwrap().more {}
+        };
+        full(&mut writer);
+        assert!(store.stats().first_offset <= 20, "{at_quota:?}");
+        let watermark = store.mark().watermark;
+        writer.keep_from(watermark);
+        while writer.retain(NOW_US).unwrap().more {}
+        assert!(store.stats().first_offset > 20, "{at_quota:?}");
+        writer.commit(&events, &[], NOW_US).unwrap();
+    }
+}
+
 #[test]
 fn delivered_files_stay_as_long_as_they_are_wanted() {
     let dir = tempfile::tempdir().unwrap();

@@ -21,6 +21,7 @@ use super::super::stats::FrontStats;
 use super::super::subscriptions::Full;
 use super::super::topic;
 use super::{Conn, End, OUT_BYTES_MAX};
+use crate::ingest::clock;
 
 /// Retained messages read for one client at once.
 const RETAINED_AT_ONCE: usize = 32;
@@ -378,7 +379,7 @@ impl Conn<'_> {
             None => None,
             Some(seconds) => {
                 let now_us = self.shared.ingest.now_us();
-                let waited_s = now_us.saturating_sub(message.received_us) / 1_000_000;
+                let waited_s = clock::waited_s(message.received_us, now_us);
                 match u64::from(seconds).checked_sub(waited_s) {
                     Some(left) => Some(left as u32),
                     None => return Delivered::TooLarge,

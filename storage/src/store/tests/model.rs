@@ -51,6 +51,13 @@ enum Step {
     },
     /// Packs a file, if any is due after a checkpoint.
     Pack,
+    /// Flips a bit of a sealed file.
+    Damage {
+        file: u16,
+        page: u16,
+        within: u16,
+        bit: u8,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -70,6 +77,8 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..60_usize).prop_map(|pages| Step::FillDisk { pages }),
         2 => Just(Step::EmptyDisk),
         2 => Just(Step::Pack),
+        1 => (any::<u16>(), any::<u16>(), 0..4096_u16, 0..8_u8)
+            .prop_map(|(file, page, within, bit)| Step::Damage { file, page, within, bit }),
         4 => prop::bool::weighted(0.2).prop_map(|checkpoint| Step::Journal { checkpoint }),
     ]
 }
@@ -120,6 +129,7 @@ fn take(world: &mut World, step: &Step) {
             let _ = world.writer.checkpoint(&[]);
             let _ = world.store.packer().step(&|| true);
         }
+        Step::Damage { file, page, within, bit } => world.damage(file, page, within, bit),
         Step::EmptyDisk => world.disk.set_faults(|faults| *faults = Faults::default()),
     }
 }
@@ -156,7 +166,7 @@ fn policy() -> impl Strategy<Value = StoreOptions> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
     fn a_random_life_is_what_the_model_says(
