@@ -359,10 +359,18 @@ pub(crate) struct Streams {
     /// Of streams that have ended.
     ended: Counts,
     watermark: u64,
-    /// Something was answered since the last split: more of them gain nothing while nothing moves.
-    answered: bool,
-    /// Nothing was looked at since the process began, and later events may go ahead of what it finds.
-    restarted: bool,
+    splitting: Splitting,
+}
+
+/// What has happened since streams were split last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Splitting {
+    /// The process began: what is stored by then is backlog, where later events may go ahead.
+    Restarted,
+    /// Something was answered.
+    Moved,
+    /// Nothing: splitting off another backlog would gain nothing.
+    Still,
 }
 
 impl Streams {
@@ -397,8 +405,7 @@ impl Streams {
             filtered_before: progress.passed.filtered,
             ended: Counts::default(),
             watermark: progress.cursor,
-            answered: true,
-            restarted: false,
+            splitting: Splitting::Moved,
         };
         streams.lay_out(progress, &Reach::default());
         streams
@@ -459,7 +466,7 @@ impl Streams {
     /// backlog at once. A split that was not durable yet when the process was killed may have let them
     /// go ahead before, and what is behind them must not come as live events after them.
     pub(crate) fn restarted(self) -> Self {
-        Self { restarted: self.plan.live_first.is_some(), ..self }
+        Self { splitting: Splitting::Restarted, ..self }
     }
 
     fn stream(&mut self, class: Class, lanes: Lanes, offsets: Range<u64>, cursor: u64) -> Stream {
@@ -621,7 +628,10 @@ impl Streams {
         let live = &self.all[place];
         let waited = live.delivery.oldest_us().map(|us| now.unix_us.saturating_sub(us));
         let too_long = waited.is_some_and(|us| u128::from(us) > after.as_micros())
-            || std::mem::take(&mut self.restarted);
+            || self.splitting == Splitting::Restarted;
+        if self.splitting == Splitting::Restarted {
+            self.splitting = Splitting::Moved;
+        }
         if !too_long || live.is_read(watermark) || self.trouble().is_some() {
             return;
         }
@@ -640,7 +650,7 @@ impl Streams {
             }
             _ => {
                 let backlogs = self.all.iter().filter(|s| s.class == Class::Backlog).count();
-                if backlogs == BACKLOGS_MAX || backlogs > 0 && !self.answered {
+                if backlogs == BACKLOGS_MAX || backlogs > 0 && self.splitting == Splitting::Still {
                     return;
                 }
                 let live = &mut self.all[place];
@@ -648,7 +658,7 @@ impl Streams {
                 live.offsets.end = watermark;
             }
         }
-        self.answered = false;
+        self.splitting = Splitting::Still;
         let live = self.stream(Class::Live, lanes, watermark..u64::MAX, watermark);
         let place = self.owed().iter().rposition(|s| s.lanes == lanes).map_or(0, |last| last + 1);
         self.all.insert(place, live);
@@ -872,7 +882,9 @@ impl Streams {
         stream.delivery.answer(id, answer, now, random);
         stream.settle();
         self.taken_back |= answer.was_taken_back();
-        self.answered = true;
+        if self.splitting == Splitting::Still {
+            self.splitting = Splitting::Moved;
+        }
         if stream.class == Class::Replay {
             // It was delivered once, or stands in the dead letters already.
             let refused = stream.delivery.letters().len();
