@@ -147,7 +147,6 @@ struct Ring {
 }
 
 /// Places in the stream of records rise: `tail <= marked <= homed <= durable <= taken <= queued`.
-#[expect(clippy::struct_excessive_bools, reason = "each is asked for by itself")]
 struct State {
     /// What is before has no room in the ring any more.
     tail: u64,
