@@ -1,8 +1,9 @@
 //! Memory of a gateway: idle, with a backlog of 1 GB on disk, after a SIGKILL on top of it, and while
-//! the backlog drains.
+//! the backlog drains; and how long after the SIGKILL's restart it acks again.
 //!
 //! The gateway is the real binary as a process of its own; its upstream is away until the end. Eight
-//! connections publish events of 1 KB (QoS 1, 100 in flight) until the log holds the backlog.
+//! connections publish events of 1 KB (QoS 1, 100 in flight) until the log holds the backlog, about a
+//! million events, and go on until the gateway is killed.
 //!
 //! `cargo bench -p gateway --bench footprint [-- --quick]`. Figures are reported, never asserted.
 
@@ -10,7 +11,6 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -96,35 +96,40 @@ fn main() -> anyhow::Result<()> {
     server.report("idle", "just started, empty store")?;
 
     let began = Instant::now();
-    let full = AtomicBool::new(false);
-    let status = thread::scope(|scope| -> anyhow::Result<Status> {
-        let mqtt = *server.addresses.mqtt.first().context("no listener")?;
+    let mqtt = *server.addresses.mqtt.first().context("no listener")?;
+    let events = thread::scope(|scope| -> anyhow::Result<u64> {
         for n in 0..CONNECTIONS {
-            let full = &full;
-            scope.spawn(move || publish(mqtt, n, full).ok());
+            // Ends with its gateway.
+            scope.spawn(move || publish(mqtt, n).ok());
         }
-        let ended = loop {
+        // Dropped, and so killed, in the middle of the load.
+        let server = server;
+        let status = loop {
             thread::sleep(Duration::from_millis(200));
-            match server.status(&http, &runtime) {
-                Ok(status) if status.store.log_bytes < backlog_bytes => {}
-                ended => break ended,
+            let status = server.status(&http, &runtime)?;
+            if status.store.log_bytes >= backlog_bytes {
+                break status;
             }
         };
-        full.store(true, Ordering::Relaxed);
-        ended
+        let (events, seconds) = (status.store.watermark, began.elapsed().as_secs_f64());
+        server.report(
+            &format!("with a backlog of {:.2} GB", status.store.log_bytes as f64 / 1e9),
+            &format!(
+                "{events} events of {PAYLOAD_BYTES} B, {:.0} acked/s",
+                events as f64 / seconds
+            ),
+        )?;
+        Ok(events)
     })?;
-    let seconds = began.elapsed().as_secs_f64();
-    let events = status.store.watermark;
-    server.report(
-        &format!("with a backlog of {:.2} GB", status.store.log_bytes as f64 / 1e9),
-        &format!("{events} events of {PAYLOAD_BYTES} B, {:.0} acked/s", events as f64 / seconds),
-    )?;
 
-    drop(server);
     let began = Instant::now();
     let server = Server::start(&config)?;
     let ready_ms = began.elapsed().as_millis();
-    server.report("killed and started again", &format!("ready after {ready_ms} ms"))?;
+    let mqtt = *server.addresses.mqtt.first().context("no listener")?;
+    publish_one(mqtt)?;
+    let acked_ms = began.elapsed().as_millis();
+    let note = format!("ready after {ready_ms} ms, first ack after {acked_ms} ms");
+    server.report("killed and started again", &note)?;
 
     let ledger = dir.path().join("received.csv");
     let collector = runtime.block_on(async { HttpCollector::start(upstream, &ledger) })?;
@@ -168,32 +173,43 @@ bind = "127.0.0.1:0"
     )
 }
 
-/// Publishes in windows until told to stop.
-fn publish(mqtt: SocketAddr, n: usize, full: &AtomicBool) -> std::io::Result<()> {
+/// Publishes in windows for as long as there is a gateway.
+fn publish(mqtt: SocketAddr, n: usize) -> std::io::Result<()> {
+    let (mut stream, topic) = connect(mqtt, n)?;
+    let window: Vec<u8> = (1..=WINDOW as u16).flat_map(|id| publish_packet(&topic, id)).collect();
+    let mut acks = [0; 4 * WINDOW];
+    loop {
+        stream.write_all(&window)?;
+        stream.read_exact(&mut acks)?;
+    }
+}
+
+/// Publishes an event and waits for its ack.
+fn publish_one(mqtt: SocketAddr) -> std::io::Result<()> {
+    let (mut stream, topic) = connect(mqtt, 0)?;
+    stream.write_all(&publish_packet(&topic, 1))?;
+    stream.read_exact(&mut [0; 4])?;
+    stream.write_all(&packet(0xe0, &[]))
+}
+
+/// A connection, and the topic to publish to.
+fn connect(mqtt: SocketAddr, n: usize) -> std::io::Result<(TcpStream, String)> {
     let device = format!("dev-{n:06}");
-    let topic = format!("devices/{device}/telemetry");
     let mut stream = TcpStream::connect(mqtt)?;
     stream.set_nodelay(true)?;
     let mut connect = b"\x00\x04MQTT\x04\x02\x00\x00".to_vec();
     put_text(&mut connect, &device);
     stream.write_all(&packet(0x10, &connect))?;
-    let mut answer = [0; 4];
-    stream.read_exact(&mut answer)?;
+    stream.read_exact(&mut [0; 4])?;
+    Ok((stream, format!("devices/{device}/telemetry")))
+}
 
-    let mut window = Vec::new();
-    for id in 1..=WINDOW as u16 {
-        let mut publish = Vec::new();
-        put_text(&mut publish, &topic);
-        publish.extend(id.to_be_bytes());
-        publish.extend(vec![b'x'; PAYLOAD_BYTES]);
-        window.extend(packet(0x32, &publish));
-    }
-    let mut acks = [0; 4 * WINDOW];
-    while !full.load(Ordering::Relaxed) {
-        stream.write_all(&window)?;
-        stream.read_exact(&mut acks)?;
-    }
-    stream.write_all(&packet(0xe0, &[]))
+fn publish_packet(topic: &str, id: u16) -> Vec<u8> {
+    let mut publish = Vec::new();
+    put_text(&mut publish, topic);
+    publish.extend(id.to_be_bytes());
+    publish.extend(vec![b'x'; PAYLOAD_BYTES]);
+    packet(0x32, &publish)
 }
 
 fn put_text(out: &mut Vec<u8>, text: &str) {

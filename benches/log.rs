@@ -20,8 +20,8 @@
 //! rate through that of `raw` in the same round: so it survives a noisy machine. `mean` is the same
 //! over all rounds together: rare, expensive work shows there. A slice ends when every commit of it
 //! is durable and what the contender put off is done, so that nobody works in another's slice.
-//! Written are the pages that the system counts for this process, against event bytes (payload +
-//! topic + key), without the file system's own journal. CPU is that of all threads, in the kernel
+//! Written is what the device counts, against event bytes (payload + topic + key): the file system's
+//! journal is in it, and what others write meanwhile as well. CPU is that of all threads, in the kernel
 //! too.
 //!
 //! With `--model sd`, `raw` and the log run on a model of an SD card (see `sd`), each on one of its
@@ -32,6 +32,7 @@
 //! `cargo bench -p gateway --bench log [-- --quick] [--seconds N] [--rounds N] [--batch N,N]
 //! [--payload N,N] [--only NAME,NAME] [--model sd]`. Figures are reported, never asserted.
 
+mod rounds;
 mod sd;
 mod support;
 mod traffic;
@@ -45,12 +46,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use fjall::{KeyspaceCreateOptions, PersistMode};
 use redb::{Builder, Durability, TableDefinition};
+use rounds::{Rounds, median};
 use rusqlite::{Connection, params};
 use rustix::time::{ClockId, clock_gettime};
 use sd::{Card, CardDisk};
 use storage::disk::{FileDisk, SharedDisk};
 use storage::{AtQuota, Event, JournalMode, Store, StoreOptions};
-use support::{RawFile, Rounds, median, put_record};
+use support::{RawFile, put_record};
 use traffic::{Durable, PARTITIONS, event_bytes, events, now_us, written_bytes};
 
 const WINDOW_BYTES: u64 = 64 << 20;
@@ -377,6 +379,7 @@ fn numbers(list: &str) -> anyhow::Result<Vec<usize>> {
 /// A contender with what it did, slice by slice.
 struct Runner {
     name: &'static str,
+    dir: PathBuf,
     contender: Box<dyn Contender>,
     card: Option<Arc<Card>>,
     slices: Vec<Slice>,
@@ -412,7 +415,7 @@ impl Runner {
         std::fs::create_dir(&dir)?;
         let card = plan.sd.then(|| Arc::new(Card::new()));
         let window_events = WINDOW_BYTES * fill.len() as u64 / event_bytes(fill);
-        let mut contender = open(&Place { dir, card: card.clone(), window_events })?;
+        let mut contender = open(&Place { dir: dir.clone(), card: card.clone(), window_events })?;
         // Half as much again as the window, so that all have begun to trim.
         for _ in 0..(window_events * 3 / 2).div_ceil(fill.len() as u64) {
             contender.append(fill)?;
@@ -422,14 +425,14 @@ impl Runner {
         if let Some(card) = &card {
             card.turn_on();
         }
-        Ok(Self { name, contender, card, slices: Vec::new() })
+        Ok(Self { name, dir, contender, card, slices: Vec::new() })
     }
 
     /// Commits the same batch over and over for a while.
     fn run(&mut self, time: Duration, batch: &[Event]) -> anyhow::Result<()> {
         let card = self.card.as_deref();
         let (card_before, written_before, cpu_before) =
-            (card.map(Card::work), written_bytes()?, cpu_s());
+            (card.map(Card::work), written_bytes(&self.dir)?, cpu_s());
         let (began, mut commits) = (Instant::now(), 0_u64);
         while began.elapsed() < time {
             self.contender.append(batch)?;
@@ -447,7 +450,7 @@ impl Runner {
             commits: commits as f64,
             events: (commits * batch.len() as u64) as f64,
             event_bytes: (commits * event_bytes(batch)) as f64,
-            written_bytes: (written_bytes()? - written_before) as f64,
+            written_bytes: (written_bytes(&self.dir)? - written_before) as f64,
             operations: 0.0,
             flushes: 0.0,
         };

@@ -3,17 +3,18 @@
 //!
 //! Without `--reopen`, one thread commits batches while another reads them as a sink does and moves
 //! its cursor; what was read is trimmed behind a window of 512 MB, and at the quota the writer
-//! waits. Each GB of event bytes (payload + topic + key) gets a line: rate, bytes that the system
-//! wrote for this process against event bytes (without the file system's own journal), bytes of
-//! the log files on the device and the most that they were in that GB, resident memory now and at
-//! most so far, and how far the reader was behind.
+//! waits. Each GB of event bytes (payload + topic + key) gets a line: rate, bytes that the disk counts
+//! as written against event bytes (also what others write meanwhile), bytes of the log files on the
+//! device and the most that they were in that GB, resident memory now and at most so far, and how far
+//! the reader was behind.
 //!
 //! With `--reopen`, a child process fills the log for a sink that takes nothing, and is killed
 //! while it goes on committing. This process opens the log then and says when the first new commit
 //! is durable, and what memory that took.
 //!
 //! `cargo bench -p gateway --bench soak [-- --gigabytes N] [--reopen] [--window MB] [--batch N]
-//! [--payload N]`: 10 GB, or a backlog of 1 GB, in batches of 256 events with 1,024 B of payload.
+//! [--payload N] [--journal auto|on|off]`: 10 GB, or a backlog of 1 GB, in batches of 256 events with
+//! 1,024 B of payload, with a journal if it gains on this disk.
 //! Figures are reported, never asserted.
 
 mod traffic;
@@ -45,7 +46,11 @@ struct Plan {
     batch: usize,
     payload_bytes: usize,
     reopen: bool,
+    journal: JournalMode,
 }
+
+const JOURNALS: [(&str, JournalMode); 3] =
+    [("auto", JournalMode::Auto), ("on", JournalMode::On), ("off", JournalMode::Off)];
 
 impl Plan {
     fn from_args(mut args: impl Iterator<Item = String>) -> anyhow::Result<Self> {
@@ -55,6 +60,7 @@ impl Plan {
             batch: 256,
             payload_bytes: 1024,
             reopen: false,
+            journal: JournalMode::Auto,
         };
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
@@ -64,6 +70,11 @@ impl Plan {
                 "--batch" => plan.batch = value()?.parse()?,
                 "--payload" => plan.payload_bytes = value()?.parse()?,
                 "--reopen" => plan.reopen = true,
+                "--journal" => {
+                    let name = value()?;
+                    let mode = JOURNALS.into_iter().find(|(known, _)| *known == name);
+                    plan.journal = mode.context("--journal is auto, on or off")?.1;
+                }
                 // What cargo passes to every bench.
                 "--bench" => {}
                 other => bail!("unknown argument {other}"),
@@ -72,6 +83,10 @@ impl Plan {
         ensure!(plan.batch > 0 && plan.gigabytes.is_none_or(|n| n > 0.0), "nothing to measure");
         ensure!(plan.window_bytes >= 4 * FILE_BYTES, "the window takes 256 MB at least");
         Ok(plan)
+    }
+
+    fn journal_name(&self) -> &'static str {
+        JOURNALS.into_iter().find(|(_, mode)| *mode == self.journal).map_or("", |(name, _)| name)
     }
 
     /// What is to be appended. Nothing was asked for: 10 GB, or a backlog of 1 GB.
@@ -97,7 +112,7 @@ impl Plan {
             retain_bytes: self.window_bytes - SLACK_BYTES,
             retain_age_us: 0,
             dead_letter_bytes_max: 64 << 20,
-            journal: JournalMode::Auto,
+            journal: self.journal,
             journal_bytes: 32 << 20,
             compression: storage::Compression::None,
             commits_ahead_max: 2,
@@ -134,8 +149,8 @@ struct Sight {
 }
 
 impl Sight {
-    fn now(event_bytes: u64, events: u64) -> anyhow::Result<Self> {
-        Ok(Self { at: Instant::now(), event_bytes, events, written_bytes: written_bytes()? })
+    fn now(dir: &Path, event_bytes: u64, events: u64) -> anyhow::Result<Self> {
+        Ok(Self { at: Instant::now(), event_bytes, events, written_bytes: written_bytes(dir)? })
     }
 
     /// Prints what happened since.
@@ -156,12 +171,13 @@ fn soak(plan: &Plan, dir: &Path) -> anyhow::Result<()> {
     let (store, writer) = Store::open(plan.options(dir), now_us())?;
     let progress = Progress::default();
     println!(
-        "{} B payload, batches of {}, {:.1} GB through a window of {} MB\n\
+        "{} B payload, batches of {}, {:.1} GB through a window of {} MB, journal {}\n\
          {:>6} {:>8} {:>10} {:>8} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9}",
         plan.payload_bytes,
         plan.batch,
         plan.total_bytes() as f64 / 1e9,
         plan.window_bytes >> 20,
+        plan.journal_name(),
         "GB",
         "seconds",
         "events/s",
@@ -175,7 +191,7 @@ fn soak(plan: &Plan, dir: &Path) -> anyhow::Result<()> {
     );
     thread::scope(|scope| {
         let reader = scope.spawn(|| read(&store, &progress));
-        let appended = append(plan, &store, Durable::new(writer), &progress);
+        let appended = append(plan, dir, &store, Durable::new(writer), &progress);
         progress.appended.store(true, Ordering::Release);
         let read = reader.join().expect("the reader does not panic");
         let (events, durable) = appended?;
@@ -192,6 +208,7 @@ fn soak(plan: &Plan, dir: &Path) -> anyhow::Result<()> {
 /// reader.
 fn append(
     plan: &Plan,
+    dir: &Path,
     store: &Store,
     mut durable: Durable,
     progress: &Progress,
@@ -200,8 +217,8 @@ fn append(
     let batch_bytes = event_bytes(&batch);
     let (mut appended_bytes, mut appended, mut unretained_bytes) = (0, 0, 0);
     let (mut moved, mut log_bytes_most, mut log_bytes_ever) = (0, 0, 0);
-    let began = Sight::now(0, 0)?;
-    let mut last = Sight::now(0, 0)?;
+    let began = Sight::now(dir, 0, 0)?;
+    let mut last = Sight::now(dir, 0, 0)?;
     while appended_bytes < plan.total_bytes() {
         let cursor = progress.cursor.load(Ordering::Acquire);
         let controls = control(&mut moved, cursor);
@@ -227,7 +244,7 @@ fn append(
         let gigabytes = appended_bytes / 1_000_000_000;
         if gigabytes > last.event_bytes / 1_000_000_000 || appended_bytes >= plan.total_bytes() {
             durable.wait(committed.commit)?;
-            let now = Sight::now(appended_bytes, appended)?;
+            let now = Sight::now(dir, appended_bytes, appended)?;
             let behind = committed.offsets.end - progress.cursor.load(Ordering::Acquire);
             let stats = store.stats();
             let tail = format!(
@@ -322,6 +339,7 @@ fn reopen(plan: &Plan, dir: &Path) -> anyhow::Result<()> {
             .args(["--gigabytes", &(total_bytes as f64 / 1e9).to_string()])
             .args(["--batch", &plan.batch.to_string()])
             .args(["--payload", &plan.payload_bytes.to_string()])
+            .args(["--journal", plan.journal_name()])
             .stdout(Stdio::piped())
             .spawn()?,
     );
@@ -344,13 +362,14 @@ fn reopen(plan: &Plan, dir: &Path) -> anyhow::Result<()> {
     ensure!(committed.offsets.start >= watermark, "durable events are missing");
     let stats = store.stats();
     println!(
-        "a backlog of {:.1} GB in {} files ({:.0} MB on disk, filled in {filled_s:.0} s), killed \
-         while committing\n\
+        "a backlog of {:.1} GB in {} files ({:.0} MB on disk, filled in {filled_s:.0} s), journal {}, \
+         killed while committing\n\
          opened after {opened_ms:.0} ms, the first commit durable after {durable_ms:.0} ms\n\
          resident: {rss_mb:.1} MB before, {:.1} MB after, {:.1} MB at most",
         total_bytes as f64 / 1e9,
         stats.files,
         stats.log_bytes as f64 / 1e6,
+        plan.journal_name(),
         memory_mb("VmRSS")?,
         memory_mb("VmHWM")?,
     );

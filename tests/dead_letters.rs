@@ -42,6 +42,10 @@ struct Seen {
     requeued: Vec<String>,
     /// After so many requeued events are taken no answer is given any more.
     silent_after: Option<usize>,
+    /// The first event that comes of this device is poison from then on.
+    spoilt_device: Option<String>,
+    /// That event's id.
+    spoilt: Option<String>,
 }
 
 impl Picky {
@@ -64,12 +68,22 @@ async fn receive(State(picky): State<Picky>, body: Bytes) -> (StatusCode, &'stat
     let events: Vec<Value> = serde_json::from_slice(&body).unwrap();
     let silent = {
         let mut seen = picky.seen();
+        let of_spoilt = |event: &&Value| seen.spoilt_device.as_deref() == Some(device(event));
+        if seen.spoilt.is_none()
+            && let Some(first) = events.iter().find(of_spoilt)
+        {
+            seen.spoilt = Some(id(first).to_owned());
+        }
+        let is_spoilt = |event: &Value| seen.spoilt.as_deref() == Some(id(event));
+        if events.iter().any(is_spoilt) {
+            return (StatusCode::UNPROCESSABLE_ENTITY, "spoilt");
+        }
         let every = seen.poison_every;
         if every > 0 && events.iter().any(|event| sequence(event).is_multiple_of(every)) {
             return (StatusCode::UNPROCESSABLE_ENTITY, "no such unit");
         }
         for event in events {
-            let id = event["id"].as_str().unwrap().to_owned();
+            let id = id(&event).to_owned();
             if event["requeued"] == true {
                 seen.requeued.push(id);
             } else {
@@ -82,6 +96,14 @@ async fn receive(State(picky): State<Picky>, body: Bytes) -> (StatusCode, &'stat
         std::future::pending::<()>().await;
     }
     (StatusCode::OK, "")
+}
+
+fn id(event: &Value) -> &str {
+    event["id"].as_str().unwrap()
+}
+
+fn device(event: &Value) -> &str {
+    event["partitionkey"].as_str().unwrap()
 }
 
 fn sequence(event: &Value) -> u64 {
@@ -157,7 +179,7 @@ fn state_of_letters(status: &gateway::admin::status::Status) -> (u64, u64) {
 fn assert_in_order(taken: &[(String, Value)]) {
     let mut last: BTreeMap<&str, u64> = BTreeMap::new();
     for (id, event) in taken {
-        let before = last.insert(event["partitionkey"].as_str().unwrap(), sequence(event));
+        let before = last.insert(device(event), sequence(event));
         assert!(before < Some(sequence(event)), "{id} after {before:?}");
     }
 }
@@ -231,8 +253,13 @@ async fn one_event_in_a_hundred_is_poison_and_makes_its_way_in_the_end() {
     assert!(told.contains(&format!("{} dead letter(s)", poison - 1)), "{told}");
     gateway.until("none is left", |status| state_of_letters(status) == (0, 0)).await;
     let requeued: Vec<String> = std::mem::take(&mut upstream.seen().requeued);
-    let expected: Vec<String> = letters[1..].iter().map(|letter| letter.id.clone()).collect();
-    assert_eq!(requeued, expected);
+    let mut last: BTreeMap<&str, u64> = BTreeMap::new();
+    for (partition, sequence) in requeued.iter().map(|id| id.rsplit_once('/').unwrap()) {
+        let sequence = sequence.parse().unwrap();
+        assert!(last.insert(partition, sequence) < Some(sequence), "{partition}: {requeued:?}");
+    }
+    let requeued: BTreeSet<&String> = requeued.iter().collect();
+    assert_eq!(requeued, letters[1..].iter().map(|letter| &letter.id).collect());
     let status = gateway.status().await;
     assert_eq!(sink(&status, "up").requeued_events_total, poison - 1);
     assert_eq!(done(&["list"], &config).await, "no dead letters\n");
@@ -342,4 +369,72 @@ async fn what_makes_no_sense_is_told() {
             .await;
         }
     }
+}
+
+/// A refused event parks its device: what comes of it later is held back, over a kill too, while all
+/// others go on. Once the refused one is taken, the rest follows by itself, in order, and nothing
+/// overtakes it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_parked_device_waits_behind_its_refused_event_and_then_goes_on_in_order() {
+    const DEVICE: &str = "dev-000003";
+    let bench = Bench::new(74);
+    let mut tasks = JoinSet::new();
+    let upstream = Picky::start(0, &mut tasks).await;
+    upstream.seen().spoilt_device = Some(DEVICE.into());
+    let more = "request_events_max = 50\non_reject = \"park_device\"\n";
+    let (config, gateway, stored) = poisoned(&bench, &upstream, 1_000, more).await;
+
+    let letters = list(&config).await;
+    let held = letters.len() as u64;
+    assert!(held > 10, "{held} letters: the later events of the device are there");
+    assert!(letters.iter().all(|letter| letter.device == DEVICE), "{letters:?}");
+    assert!(letters[0].reason.contains("spoilt") && letters[0].attempts > 0, "{:?}", letters[0]);
+    let behind = format!("behind offset {}", letters[0].offset);
+    for letter in &letters[1..] {
+        assert!(letter.attempts == 0 && letter.reason.contains(&behind), "{letter:?}");
+    }
+    assert!(upstream.seen().taken.iter().all(|(_, event)| device(event) != DEVICE));
+    assert_eq!(upstream.seen().taken.len() as u64, stored - held, "the others went on");
+    assert_eq!(sink(&gateway.status().await, "up").parked_devices, 1);
+
+    // Killed, it is parked as before.
+    gateway.kill().await;
+    let gateway = bench.start().await;
+    let fleet = bench.fleet(20, 2_000.0);
+    eventually("events are acked", async || (fleet.counters().acked >= 500).then_some(())).await;
+    bench.drain(fleet).await;
+    gateway.until_delivered("up").await;
+    assert!(upstream.seen().taken.iter().all(|(_, event)| device(event) != DEVICE));
+    let held = list(&config).await;
+    assert!(held.len() > letters.len());
+
+    // The one event is requeued, while the device goes on sending; the rest follows.
+    let fleet = bench.fleet(20, 2_000.0);
+    upstream.seen().spoilt_device = None;
+    upstream.seen().spoilt = None;
+    done(&["requeue", "--sink", "up", &letters[0].id], &config).await;
+    let freed = |status: &gateway::admin::status::Status| {
+        state_of_letters(status) == (0, 0) && sink(status, "up").parked_devices == 0
+    };
+    gateway.until("the device is free", freed).await;
+    let arrived = |upstream: &Picky| {
+        upstream.seen().taken.iter().filter(|(_, event)| device(event) == DEVICE).count()
+    };
+    eventually("the device is served", async || (arrived(&upstream) > 10).then_some(())).await;
+    bench.drain(fleet).await;
+    let status = gateway.until_delivered("up").await;
+    assert!(freed(&status));
+    let seen = std::mem::take(&mut *upstream.seen());
+    assert_in_order(&seen.taken);
+    let sequence_of = |id: &String| -> u64 { id.rsplit('/').next().unwrap().parse().unwrap() };
+    let requeued: Vec<u64> = seen.requeued.iter().map(sequence_of).collect();
+    assert!(requeued.is_sorted_by(|a, b| a < b), "in order, and each once");
+    assert!(requeued.len() >= held.len());
+    let later = seen.taken.iter().filter(|(_, event)| device(event) == DEVICE);
+    let first = later.map(|(_, event)| sequence(event)).min();
+    assert!(first > requeued.last().copied(), "nothing has overtaken them");
+    let all = seen.taken.len() + seen.requeued.len();
+    assert_eq!(all as u64, status.store.watermark);
+    assert_eq!(gateway.terminate().await, Some(DONE));
+    assert_eq!(balance(&config).await.delivered, status.store.watermark);
 }

@@ -6,6 +6,7 @@ mod harness;
 
 use std::path::{Path, PathBuf};
 
+use gateway::admin::status::Status;
 use gateway::inspection::report::{BalanceReport, SinkSums, StatsReport, VerifyReport};
 use harness::{Bench, Ended, GatewayProcess, eventually, http_sink, run_words};
 use serde_json::Value;
@@ -203,6 +204,42 @@ async fn a_flipped_byte_is_found_with_its_range() {
     let gateway = bench.start().await;
     let _: BalanceReport = json(&["balance"], &config, DONE).await;
     assert_eq!(gateway.terminate().await, Some(DONE));
+}
+
+/// Nobody looked before: the gateway itself finds it, passes over it, and says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_batch_is_quarantined_by_the_gateway_that_meets_it() {
+    let bench = Bench::new(68);
+    let (config, gateway, stored) = filled(&bench).await;
+    assert_eq!(gateway.terminate().await, Some(DONE));
+    flip_a_payload_byte(&bench.path("data"));
+    let verified: VerifyReport = json(&["store", "verify"], &config, UNBALANCED).await;
+    let [finding] = &verified.findings[..] else { panic!("{verified:?}") };
+
+    // The upstream that nobody was there for is there now.
+    let late = bench.collector("late");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let (before, after) = text.split_once("name = \"nobody\"").unwrap();
+    let url = after.split('"').find(|part| part.starts_with("http://")).unwrap();
+    let after = after.replace(url, &format!("http://{}/events", late.addr()));
+    std::fs::write(&config, format!("{before}name = \"nobody\"{after}")).unwrap();
+    let gateway = bench.start().await;
+    let has_all = |status: &Status| harness::sink(status, "nobody").cursor == stored;
+    let status = gateway.until("the rest is delivered", has_all).await;
+    let lost = finding.offsets.count();
+    assert_eq!(status.store.quarantined_events_total, lost);
+    let (_, metrics) = gateway.get("/metrics").await;
+    let line = format!("edge_gateway_store_quarantined_events_total {lost}");
+    assert!(metrics.lines().any(|l| l == line), "no {line:?} in {metrics}");
+    // The cursor is in the log by then.
+    assert_eq!(gateway.terminate().await, Some(DONE));
+    late.finish().await;
+    let balance: BalanceReport = json(&["balance"], &config, DONE).await;
+    let sums = sums(&balance, "nobody");
+    assert_eq!((sums.delivered, sums.dropped.corrupt), (stored - lost, lost), "{balance:?}");
+    let verified: VerifyReport = json(&["store", "verify"], &config, DONE).await;
+    let [recorded] = &verified.findings[..] else { panic!("{verified:?}") };
+    assert_eq!((recorded.damage.as_str(), recorded.offsets), ("recorded", finding.offsets));
 }
 
 /// The state database is not what it was when it was closed: nobody opens it, the remedy is told, and

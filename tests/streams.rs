@@ -138,13 +138,6 @@ async fn sums(gateway: &GatewayProcess, name: &str) -> SinkSums {
     report.sinks.into_iter().find(|sums| sums.sink == name).unwrap()
 }
 
-/// Puts routes in front of the bench's own.
-fn route_first(bench: &Bench, routes: &str) {
-    let path = bench.path("gateway.toml");
-    let text = std::fs::read_to_string(&path).unwrap();
-    std::fs::write(path, text.replacen("[[route]]", &format!("{routes}\n[[route]]"), 1)).unwrap();
-}
-
 /// An outage, then a slow upstream: live events overtake the backlog, both go on after a SIGKILL
 /// where they were, and in the end everything is there, each stream in order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -216,8 +209,7 @@ async fn an_alarm_passes_the_backlog_and_what_is_not_wanted_is_counted() {
     alarms.take_all();
     let filter = "lanes = [\"alarm\"]\ntopics = [\"devices/+/siren\"]\nevent_types = [\"alarm\"]";
     bench.configure(&(sink_to("all", &all, "") + &sink_to("alarms", &alarms, filter)));
-    route_first(
-        &bench,
+    bench.route_first(
         "[[route]]\nfilter = \"devices/{device}/siren\"\nlane = \"alarm\"\nevent_type = \"alarm\"",
     );
     let gateway = bench.start().await;

@@ -18,6 +18,9 @@
 //! | `traceparent` | the publish's user property, if it is one (W3C Trace Context) |
 //! | `lane` | `alarm` or `backfill`, as the route says; absent for live events |
 //! | `stream` | `live` or `backfill`, where a sink has more than one stream, and `replay`; order holds per device, lane and stream |
+//! | `timequality` | where the gateway's clock was not set when the event came: `corrected` if it was later, and the time of receipt is the right one; else `unsynchronised` |
+//! | `bootid` | with `timequality`: which boot of the gateway's machine, in 16 hexadecimal digits |
+//! | `uptimemicros` | with `timequality`: how long the machine was up, in microseconds; what no clock has touched |
 //! | `requeued` | `true` on an event that was a dead letter: it stands outside the order of its device |
 //!
 //! Deliberately absent: where attributes go in binary mode (each sink).
@@ -25,7 +28,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::de::IgnoredAny;
-use storage::{Attribute, DeadLetter, Event, EventId, Lane, StoredEvent};
+use storage::{Attribute, DeadLetter, Event, EventId, Lane, StoredEvent, TimeQuality};
 
 use crate::origin::Origin;
 use crate::sink::Mark;
@@ -143,12 +146,12 @@ impl Envelope {
         out.extend_from_slice(br#","time":""#);
         match context.time {
             Some(time) => out.extend_from_slice(time.as_bytes()),
-            None => write_time(out, event.received_us),
+            None => write_time(out, stored.received_us()),
         }
         out.push(b'"');
         if context.time.is_some() {
             out.extend_from_slice(br#","recordedtime":""#);
-            write_time(out, event.received_us);
+            write_time(out, stored.received_us());
             out.push(b'"');
         }
         if !event.device_key.is_empty() {
@@ -175,6 +178,9 @@ impl Envelope {
         }
         if context.requeued {
             out.extend_from_slice(br#","requeued":true"#);
+        }
+        for (name, value) in clock_extensions(stored).into_iter().flatten() {
+            out.extend_from_slice(format!(",\"{name}\":\"{value}\"").as_bytes());
         }
         out.extend_from_slice(br#","datacontenttype":"#);
         write_string(out, context.content_type);
@@ -205,7 +211,7 @@ impl Envelope {
             String::from_utf8(out).expect("attributes are text")
         }
         let event = &stored.event;
-        let received = text(|out| write_time(out, event.received_us));
+        let received = text(|out| write_time(out, stored.received_us()));
         give("specversion", "1.0");
         give("id", &self.id(stored).to_string());
         give("source", &text(|out| self.write_source(out, event)));
@@ -233,6 +239,9 @@ impl Envelope {
         if context.requeued {
             give("requeued", "true");
         }
+        for (name, value) in clock_extensions(stored).into_iter().flatten() {
+            give(name, &value);
+        }
     }
 
     pub(crate) fn id(&self, stored: &StoredEvent) -> EventId<'_> {
@@ -257,6 +266,22 @@ impl Envelope {
     pub(crate) fn event_type<'a>(&'a self, event: &'a Event) -> &'a str {
         event.attributes.event_type().unwrap_or(&self.event_type)
     }
+}
+
+/// What is to be said of a clock that was not set when the event came. Of one that was, nothing: it
+/// would be the same bytes on every event.
+pub(crate) fn clock_extensions(stored: &StoredEvent) -> Option<[(&'static str, String); 3]> {
+    let stamp = stored.stamp?;
+    let quality = match stamp.quality {
+        TimeQuality::Synchronised => return None,
+        TimeQuality::Unsynchronised => "unsynchronised",
+        TimeQuality::Corrected => "corrected",
+    };
+    Some([
+        ("timequality", quality.to_owned()),
+        ("bootid", format!("{:016x}", stamp.boot)),
+        ("uptimemicros", stamp.uptime_us.to_string()),
+    ])
 }
 
 /// What the publish itself says about its event.
@@ -465,7 +490,7 @@ pub(crate) fn civil_from_days(days: u64) -> (u64, u64, u64) {
 mod tests {
     use proptest::prelude::*;
     use serde_json::Value;
-    use storage::Attributes;
+    use storage::{Attributes, Stamp};
 
     use super::*;
 
@@ -486,6 +511,7 @@ mod tests {
                 attributes: Attributes::encode(attributes.iter().cloned()),
                 payload: payload.to_vec().into(),
             },
+            stamp: None,
         }
     }
 
@@ -565,6 +591,36 @@ mod tests {
         let value = line(&stored("d", "t", &[Attribute::UserProperty("time", "noon")], b"1"));
         assert_eq!(value["time"], "2023-11-14T22:13:20.123456Z");
         assert!(value.get("recordedtime").is_none());
+    }
+
+    #[test]
+    fn a_clock_that_was_not_set_is_told_of() {
+        for (quality, told) in [
+            (TimeQuality::Synchronised, None),
+            (TimeQuality::Unsynchronised, Some("unsynchronised")),
+            (TimeQuality::Corrected, Some("corrected")),
+        ] {
+            let stamp =
+                Stamp { boot: 0xab, uptime_us: 12, received_us: 1_700_000_000_000_001, quality };
+            let event = StoredEvent { stamp: Some(stamp), ..stored("d", "t", &[], b"1") };
+            let value = line(&event);
+            assert_eq!(value["time"], "2023-11-14T22:13:20.000001Z");
+            assert_eq!(value.get("timequality").and_then(Value::as_str), told);
+            let stands = |name| value.get(name).and_then(Value::as_str);
+            assert_eq!(stands("bootid"), told.map(|_| "00000000000000ab"));
+            assert_eq!(stands("uptimemicros"), told.map(|_| "12"));
+            let mut binary = Vec::new();
+            envelope().for_each_attribute(
+                &event,
+                &Context::of(&event.event),
+                None,
+                |name, value| {
+                    binary.push((name, value.to_owned()));
+                },
+            );
+            let said = binary.iter().find(|(name, _)| *name == "timequality");
+            assert_eq!(said.map(|(_, value)| &value[..]), told);
+        }
     }
 
     #[test]

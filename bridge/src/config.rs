@@ -56,6 +56,9 @@ pub struct SinkConfig {
     /// Event bytes in one request at most; a single larger event still goes, alone. What is sent is
     /// larger: the JSON around an event takes 300 to 400 bytes.
     pub request_bytes_max: usize,
+    /// How long a request that is smaller than it may be waits for more events: fewer, larger requests
+    /// for a metered or slow link. Zero: what is there goes, and what comes meanwhile goes together.
+    pub linger_max: Duration,
     /// How long to wait for an answer before the request counts as failed.
     pub request_timeout: Duration,
     /// Bound of the first pause after a failure; doubles from there, with full jitter.
@@ -77,6 +80,19 @@ pub struct SinkConfig {
     pub backlog_share_percent: u8,
     /// When it may send, and how much.
     pub shaping: Shaping,
+    /// What becomes of a device's later events when one is refused for good.
+    pub on_reject: OnReject,
+}
+
+/// What becomes of a device's later events when one is refused for good.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnReject {
+    /// They go on.
+    #[default]
+    GoOn,
+    /// They are held back in the dead letters until the refused one is delivered after all, or
+    /// dropped: for upstreams that must not see a device's later events without that one.
+    ParkDevice,
 }
 
 /// What goes first after an outage.
@@ -105,6 +121,8 @@ impl SinkConfig {
     pub const REQUEST_BYTES_MAX: usize = 512 * 1024;
     /// Range of [`SinkConfig::request_bytes_max`].
     pub const REQUEST_BYTES_RANGE: RangeInclusive<usize> = 1024..=64 * 1024 * 1024;
+    /// Range of [`SinkConfig::linger_max`].
+    pub const LINGER_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_mins(1);
     /// Default of [`SinkConfig::request_timeout`].
     pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
     /// Range of [`SinkConfig::request_timeout`].
@@ -137,6 +155,7 @@ impl SinkConfig {
             event_type: Self::EVENT_TYPE.to_owned(),
             request_events_max: Self::REQUEST_EVENTS_MAX,
             request_bytes_max: Self::REQUEST_BYTES_MAX,
+            linger_max: Duration::ZERO,
             request_timeout: Self::REQUEST_TIMEOUT,
             retry_backoff_min: Self::RETRY_BACKOFF_MIN,
             retry_backoff_max: Self::RETRY_BACKOFF_MAX,
@@ -146,6 +165,7 @@ impl SinkConfig {
             backlog: Backlog::default(),
             backlog_share_percent: Self::BACKLOG_SHARE_PERCENT,
             shaping: Shaping::default(),
+            on_reject: OnReject::default(),
         }
     }
 }

@@ -10,7 +10,8 @@
 //! - Requests begin in offset order. After a failure nothing new begins until everything in flight
 //!   has ended; then the oldest part goes first, alone, until one request has come through. So, with
 //!   the contract of [`Sink`](crate::sink::Sink), no event overtakes an older one of its device.
-//! - What is held is at most the window, two requests' worth read ahead, and one read.
+//! - What is held is at most the window, two requests' worth read ahead, one read, and as many dead
+//!   letters as a window and a request hold.
 //!
 //! A refusal of a whole request is dear: what was good in it is sent again with every halving. So
 //! requests get smaller where refusals are frequent: each refusal halves the next ones, and each
@@ -22,7 +23,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use storage::{DeadLetter, Read, StoredEvent};
 
@@ -55,6 +56,10 @@ pub(crate) struct Limits {
     request_bytes_max: usize,
     /// Over all requests.
     window: Window,
+    /// How long a request waits for more events.
+    linger_max: Duration,
+    /// Nothing begins while dead letters are not durable.
+    letters_first: bool,
 }
 
 impl Limits {
@@ -64,7 +69,17 @@ impl Limits {
             request_events_max: request_events_max.min(window.events_max),
             request_bytes_max: request_bytes_max.min(window.bytes_max),
             window,
+            linger_max: Duration::ZERO,
+            letters_first: false,
         }
+    }
+    /// The same, and a request that is not as large as it may be waits so long for more events.
+    pub(crate) fn lingering(self, linger_max: Duration) -> Self {
+        Self { linger_max, ..self }
+    }
+    /// The same for a sink that keeps a cursor, which must not pass a letter that is not durable.
+    pub(crate) fn letters_first(self, letters_first: bool) -> Self {
+        Self { letters_first, ..self }
     }
     /// The same with another window.
     pub(crate) fn within(self, change: impl FnOnce(Window) -> Window) -> Self {
@@ -142,6 +157,8 @@ struct Part {
     attempts: u32,
     first_us: u64,
     last_us: u64,
+    /// Since when it waits for more events, if it does.
+    lingers_from: Option<Instant>,
 }
 
 impl Part {
@@ -155,6 +172,7 @@ impl Part {
             attempts: 0,
             first_us: 0,
             last_us: 0,
+            lingers_from: None,
         }
     }
 
@@ -255,6 +273,13 @@ impl Delivery {
         self.letters.iter().map(|letter| letter.event.offset).fold(open, u64::min)
     }
 
+    /// Where the cursor is once everything in flight is delivered.
+    pub(crate) fn begun_to(&self) -> u64 {
+        let waiting = self.parts.iter().find(|part| part.in_flight.is_none());
+        let open = waiting.map_or(self.read_to, |part| part.events[0].offset);
+        self.letters.iter().map(|letter| letter.event.offset).fold(open, u64::min)
+    }
+
     /// Sums since the start.
     pub(crate) fn counts(&self) -> Counts {
         self.counts
@@ -297,7 +322,7 @@ impl Delivery {
 
     /// When the oldest event that is held was received, microseconds since the Unix epoch.
     pub(crate) fn oldest_us(&self) -> Option<u64> {
-        Some(self.parts.front()?.events[0].event.received_us)
+        Some(self.parts.front()?.events[0].received_us())
     }
 
     /// Whether nothing else may be in flight beside it: after a failure one request goes first, and
@@ -318,14 +343,37 @@ impl Delivery {
         if self.is_paused(now) && matches!(self.trouble(), Some(Trouble::Store(_))) {
             return false;
         }
+        if self.letters_are_in_the_way() {
+            return false;
+        }
         let waiting = || self.parts.iter().filter(|part| part.in_flight.is_none());
         if backlog {
             let events: usize = waiting().map(|part| part.events.len()).sum();
             let bytes: usize = waiting().map(|part| part.size_bytes).sum();
             events < self.limits.request_events_max && bytes < self.limits.request_bytes_max
         } else {
-            waiting().next().is_none() && self.may_begin(self.parts.len(), 1, 1, now)
+            let lingering = usize::from(self.lingering().is_some());
+            waiting().count() == lingering
+                && self.may_begin(self.parts.len() - lingering, 1, 1, now)
         }
+    }
+
+    /// The last part, if it waits for more events or would have to.
+    fn lingering(&self) -> Option<&Part> {
+        let Limits { request_bytes_max, linger_max, .. } = self.limits;
+        self.parts.back().filter(|part| {
+            !linger_max.is_zero()
+                && part.in_flight.is_none()
+                && part.attempts == 0
+                && !part.suspect
+                && part.events.len() < self.request_events
+                && part.size_bytes < request_bytes_max
+        })
+    }
+
+    /// When the wait for more events ends, if there is one.
+    pub(crate) fn lingers_until(&self) -> Option<Instant> {
+        Some(self.lingering()?.lingers_from? + self.limits.linger_max)
     }
 
     /// Takes what was read at [`Delivery::read_to`].
@@ -335,9 +383,17 @@ impl Delivery {
             self.recover();
         }
         let mut rest = read.events;
+        let mut lingers_from = None;
+        if !rest.is_empty() && self.lingering().is_some() {
+            let Part { events, lingers_from: from, .. } =
+                self.parts.pop_back().expect("it lingers");
+            lingers_from = from;
+            rest.splice(..0, events.iter().cloned());
+        }
         while !rest.is_empty() {
             let after = rest.split_off(self.cut(&rest));
-            self.parts.push_back(Part::new(std::mem::replace(&mut rest, after)));
+            let part = Part::new(std::mem::replace(&mut rest, after));
+            self.parts.push_back(Part { lingers_from: lingers_from.take(), ..part });
         }
         self.read_to = read.next;
     }
@@ -355,6 +411,36 @@ impl Delivery {
         self.parts = parts.into_iter().filter_map(|part| part.from(cursor)).collect();
         self.read_to = self.read_to.max(cursor);
         Some(passed)
+    }
+
+    /// Gives up what waits and is `behind` an event of its device that was refused: it becomes a dead
+    /// letter that was never offered.
+    pub(crate) fn park(&mut self, behind: impl Fn(&StoredEvent) -> Option<u64>) {
+        let parts = std::mem::take(&mut self.parts);
+        for part in parts {
+            if part.in_flight.is_some() || part.events.iter().all(|e| behind(e).is_none()) {
+                self.parts.push_back(part);
+                continue;
+            }
+            let mut rest = Vec::new();
+            for stored in part.events.iter() {
+                let Some(offset) = behind(stored) else {
+                    rest.push(stored.clone());
+                    continue;
+                };
+                self.letters.push(DeadLetter {
+                    sink: self.sink.clone(),
+                    event: stored.clone(),
+                    reason: format!("held back: its device is parked behind offset {offset}"),
+                    attempts: 0,
+                    first_us: stored.event.received_us,
+                    last_us: stored.event.received_us,
+                });
+            }
+            if !rest.is_empty() {
+                self.parts.push_back(part.rest(rest, part.suspect));
+            }
+        }
     }
 
     /// How many of these events the first request takes: at least one.
@@ -379,8 +465,23 @@ impl Delivery {
             return None;
         }
         self.shorten(place);
+        if self.lingers(now) {
+            return None;
+        }
         let part = &self.parts[place];
         self.may_begin(place, part.events.len(), part.size_bytes, now).then_some(place)
+    }
+
+    /// Whether the first part to begin waits for more events.
+    fn lingers(&mut self, now: Moment) -> bool {
+        if self.lingering().is_none()
+            || self.parts.iter().filter(|p| p.in_flight.is_none()).count() > 1
+        {
+            return false;
+        }
+        let linger_max = self.limits.linger_max;
+        let last = self.parts.back_mut().expect("it lingers");
+        now.at < *last.lingers_from.get_or_insert(now.at) + linger_max
     }
 
     /// What the next request to begin now carries, if one may.
@@ -417,8 +518,7 @@ impl Delivery {
 
     /// Whether a request of this size may begin while the parts before `place` are in flight.
     fn may_begin(&self, place: usize, events: usize, bytes: usize, now: Moment) -> bool {
-        // Dead letters first: what cannot be written down must not pile up.
-        if !self.letters.is_empty() || self.is_paused(now) {
+        if self.letters_are_in_the_way() || self.is_paused(now) {
             return false;
         }
         let Window { requests_max, events_max, bytes_max } = self.limits.window;
@@ -430,6 +530,16 @@ impl Delivery {
                 && place < requests_max
                 && ahead().map(|part| part.events.len()).sum::<usize>() + events <= events_max
                 && ahead().map(|part| part.size_bytes).sum::<usize>() + bytes <= bytes_max
+    }
+
+    /// What cannot be written down must not pile up: no more than a request of it.
+    fn letters_are_in_the_way(&self) -> bool {
+        let Limits { request_events_max, request_bytes_max, letters_first, .. } = self.limits;
+        let size_bytes = || self.letters.iter().map(|l| l.event.event.size_bytes()).sum::<usize>();
+        !self.letters.is_empty()
+            && (letters_first
+                || self.letters.len() >= request_events_max
+                || size_bytes() >= request_bytes_max)
     }
 
     /// Whether a failure still asks for patience.

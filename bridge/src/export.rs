@@ -83,6 +83,7 @@ mod tests {
                     attributes: Attributes::default(),
                     payload: offset.to_string().into_bytes().into(),
                 },
+                stamp: None,
             })
             .collect()
     }

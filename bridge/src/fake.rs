@@ -31,7 +31,7 @@ pub(crate) fn event(device: &str, payload: &str) -> Event {
 }
 
 pub(crate) fn stored(offset: u64, device: &str, payload: &str) -> StoredEvent {
-    StoredEvent { offset, seq: offset, event: event(device, payload) }
+    StoredEvent { offset, seq: offset, event: event(device, payload), stamp: None }
 }
 
 /// A POST that arrived, its body decoded.

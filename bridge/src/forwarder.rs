@@ -10,7 +10,7 @@
 mod report;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use storage::{KeptLetter, Loss, Passed, Read, ReadError, SinkProgress, StateError, Store};
 use tokio::sync::{Notify, mpsc, watch};
@@ -22,7 +22,7 @@ use crate::breaker::Circuit;
 use crate::cloudevents::Envelope;
 #[cfg(feature = "kafka")]
 use crate::config::KafkaDelivery;
-use crate::config::{Backlog, SinkConfig, Target};
+use crate::config::{Backlog, OnReject, SinkConfig, Target};
 use crate::delivery::{Limits, Moment, Trouble};
 use crate::file::FileSink;
 use crate::http::HttpSink;
@@ -30,11 +30,17 @@ use crate::http::HttpSink;
 use crate::kafka::{KafkaSink, Place, TransactionalSink};
 use crate::mqtt::MqttSink;
 use crate::origin::Origin;
+use crate::parked::Found;
 use crate::replay::{Order, Replays, Running};
 use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
-use crate::sink::{Answer, RequestId, Sink};
+use crate::sink::{Answer, OUTSIDE_ORDER, RequestId, Sink};
 use crate::streams::{Key, Plan, ReadOrder, Seen, StreamStatus, Streams};
+
+/// Dead letters that are looked at at once.
+const SEARCH_LETTERS: usize = 1_000;
+/// Pause after a look that failed.
+const SEARCH_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 /// What a sink is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +92,8 @@ pub struct SinkStatus {
     pub dead_lettered_events: u64,
     /// Events that its filters kept from it.
     pub filtered_events: u64,
+    /// Devices that wait behind an event of theirs that was refused.
+    pub parked_devices: u64,
     /// Dead letters that were requeued and delivered after all.
     pub requeued_events: u64,
     /// Requests that failed and were tried again.
@@ -103,7 +111,7 @@ pub struct SinkStatus {
 /// it in one commit.
 pub type MoveCursor = Arc<dyn Fn(&str, &SinkProgress) + Send + Sync>;
 
-/// Tells a forwarder that dead letters of its sink were requeued. Does not block.
+/// Tells a forwarder that dead letters of its sink were requeued or dropped. Does not block.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
 /// One sink's task.
@@ -143,7 +151,7 @@ impl Forwarder {
         Self { config, origin, store, watermark, report, requeued, progress, replays, orders }
     }
 
-    /// What to call once dead letters of this sink were requeued in the store. Those that a restart
+    /// What to call once dead letters of this sink were requeued or dropped in the store. Those that a restart
     /// left behind it finds by itself.
     pub fn wake(&self) -> Wake {
         let requeued = Arc::clone(&self.requeued);
@@ -171,14 +179,12 @@ impl Forwarder {
         match self.config.target.clone() {
             Target::Http(config) => {
                 let sink = HttpSink::new(config, envelope, &self.origin, &self.config);
-                // It cuts what it is given into POSTs of the configured size itself.
-                (self.config.request_events_max, self.config.request_bytes_max) = sink.at_once();
+                // Where an event is a POST, a request is many of them.
+                self.config.request_events_max = sink.request_events_max();
                 self.drive(sink, shutdown).await;
             }
             #[cfg(feature = "kafka")]
             Target::Kafka(config) if config.delivery == KafkaDelivery::ExactlyOnce => {
-                // Its cursor in Kafka is one offset: what went ahead before it was set up goes again.
-                self.progress.passed.ahead.clear();
                 let place = Place::new(&self.origin, &self.config.name, &config);
                 let log_end = *self.watermark.borrow();
                 let sink = TransactionalSink::new(config, envelope, place, log_end, timeout);
@@ -199,7 +205,9 @@ impl Forwarder {
     async fn drive<S: Sink>(self, sink: S, shutdown: CancellationToken) {
         let config = self.config;
         let window = sink.window();
-        let limits = Limits::new(config.request_events_max, config.request_bytes_max, window);
+        let limits = Limits::new(config.request_events_max, config.request_bytes_max, window)
+            .lingering(config.linger_max)
+            .letters_first(S::KEEPS_CURSOR);
         let backoff = Backoff::new(config.retry_backoff_min, config.retry_backoff_max);
         let plan = Plan {
             filter: config.filter,
@@ -211,10 +219,13 @@ impl Forwarder {
             },
             backlog_share: f64::from(config.backlog_share_percent) / 100.0,
             shaping: config.shaping,
+            parks: config.on_reject == OnReject::ParkDevice,
         };
         let name = config.name.clone();
         let streams =
             Streams::new(config.name, plan, limits, window, backoff.clone(), &self.progress);
+        // A sink that keeps a cursor finds there where streams were split.
+        let streams = if S::KEEPS_CURSOR { streams } else { streams.restarted() };
         let task = Task {
             sink,
             name: name.clone(),
@@ -229,10 +240,27 @@ impl Forwarder {
             writing: None,
             looking: None,
             settling: None,
+            searching: None,
+            search: Search::default(),
             orders: self.orders,
             running: None,
         };
         task.run(shutdown).await;
+    }
+}
+
+/// When to look through the dead letters for what is parked: at the start, and whenever they may have
+/// changed by other hands.
+#[derive(Debug)]
+struct Search {
+    is_due: bool,
+    /// Not before: the store has failed.
+    not_before: Option<Instant>,
+}
+
+impl Default for Search {
+    fn default() -> Self {
+        Self { is_due: true, not_before: None }
     }
 }
 
@@ -260,6 +288,9 @@ struct Task<S> {
     looking: Option<JoinHandle<Result<Vec<KeptLetter>, StateError>>>,
     /// What came of them being made durable, on the blocking pool.
     settling: Option<JoinHandle<(Settlement, Result<(), StateError>)>>,
+    /// A look through all dead letters for what is parked, on the blocking pool.
+    searching: Option<JoinHandle<Result<Found, StateError>>>,
+    search: Search,
     orders: mpsc::Receiver<Order>,
     /// Who is told of the replay that is under way.
     running: Option<Running>,
@@ -273,6 +304,7 @@ impl<S: Sink> Task<S> {
             let now = Moment::now();
             self.write_letters(now);
             self.settle_requeued(now);
+            self.look_for_parked(now);
             if let Some(cursor) = self.store.cursor(&self.name) {
                 self.report.missing(&self.streams.pass(cursor));
             }
@@ -296,7 +328,8 @@ impl<S: Sink> Task<S> {
             if stopping && self.is_quiet() {
                 break;
             }
-            let resumes = [self.streams.resumes_at(now), self.requeue.resumes_at()];
+            let resumes =
+                [self.streams.resumes_at(now), self.requeue.resumes_at(), self.search.not_before];
             let resumes = resumes.into_iter().flatten().filter(|&at| at > now.at && !stopping);
             let resumes_at = resumes.min();
             debug_assert!(
@@ -317,7 +350,11 @@ impl<S: Sink> Task<S> {
                 (settlement, result) = finished(&mut self.settling) => {
                     self.has_settled(&settlement, result);
                 }
-                () = self.requeued.notified() => self.requeue.wake(),
+                found = finished(&mut self.searching) => self.has_searched(found),
+                () = self.requeued.notified() => {
+                    self.requeue.wake();
+                    self.search.is_due = true;
+                }
                 // Only who has read all: a busy log is not to wake us with every commit.
                 changed = self.watermark.changed(), if watched && waits_for_more => {
                     watched = changed.is_ok();
@@ -345,6 +382,7 @@ impl<S: Sink> Task<S> {
             && self.writing.is_none()
             && self.looking.is_none()
             && self.settling.is_none()
+            && self.searching.is_none()
     }
 
     fn replay(&mut self, order: Order) {
@@ -378,22 +416,37 @@ impl<S: Sink> Task<S> {
             return;
         }
         // An upstream that fails is tried with the events whose order matters.
-        if self.streams.trouble().is_none() && self.requeue.is_waiting(now) {
+        let is_calm = match self.streams.troubled_until() {
+            None => true,
+            // Unless those wait for what was held back.
+            Some(at) => self.streams.waits_for_parked() && now.at >= at,
+        };
+        let may_requeue = is_calm && self.streams.lets_others(now);
+        if may_requeue && self.requeue.is_waiting(now) {
             if self.streams.in_flight() > 0 {
                 return;
             }
             if let Some(request) = self.requeue.next_request(now) {
+                let size_bytes = request.events.iter().map(|e| e.event.size_bytes()).sum();
+                self.streams.others_sent(size_bytes, now);
                 self.sink.begin(request);
                 return;
             }
         }
+        if self.streams.waits_for_parked() {
+            return;
+        }
         while let Some(request) = self.streams.next_request(now) {
-            self.sink.begin(request);
+            if request.id < OUTSIDE_ORDER {
+                self.sink.begin_reaching(request, || self.streams.reach());
+            } else {
+                self.sink.begin(request);
+            }
         }
     }
 
     fn read_on(&mut self, now: Moment) {
-        if self.reading.is_some() {
+        if self.reading.is_some() || self.streams.waits_for_parked() {
             return;
         }
         let Some(order) = self.streams.next_read(now) else { return };
@@ -422,7 +475,11 @@ impl<S: Sink> Task<S> {
         if self.streams.carries(id) {
             self.streams.answer(id, answer, now, random);
         } else {
-            self.requeue.answer(id, answer, !self.streams.is_idle(), now, random);
+            let busy = !self.streams.is_idle() && !self.streams.waits_for_parked();
+            self.requeue.answer(id, answer, busy, now, random);
+        }
+        if let Some(found) = self.sink.found() {
+            self.streams.split_as(found);
         }
     }
 
@@ -444,6 +501,33 @@ impl<S: Sink> Task<S> {
         }
     }
 
+    fn look_for_parked(&mut self, now: Moment) {
+        let Some(parked) = self.streams.parked() else { return };
+        let may = self.search.not_before.is_none_or(|at| now.at >= at);
+        if !self.search.is_due || self.searching.is_some() || !may {
+            return;
+        }
+        parked.looking();
+        self.search = Search { is_due: false, not_before: None };
+        let (store, sink) = (self.store.clone(), self.name.clone());
+        self.searching = Some(tokio::task::spawn_blocking(move || search(&store, &sink, now)));
+    }
+
+    fn has_searched(&mut self, found: Result<Found, StateError>) {
+        match found {
+            Ok(found) => {
+                self.streams.looked(&found);
+                self.requeue.wake();
+            }
+            Err(error) => {
+                let now = Moment::now();
+                self.report.complain(&Trouble::Store(error.to_string()), now);
+                self.search =
+                    Search { is_due: true, not_before: Some(now.at + SEARCH_AGAIN_AFTER) };
+            }
+        }
+    }
+
     fn settle_requeued(&mut self, now: Moment) {
         if self.settling.is_some() {
             return;
@@ -462,6 +546,7 @@ impl<S: Sink> Task<S> {
             Ok(()) => {
                 self.report.settled(settlement, Moment::now());
                 self.requeue.settled(settlement);
+                self.search.is_due = true;
             }
             Err(error) => self.requeue_failed(error.to_string()),
         }
@@ -490,6 +575,8 @@ impl<S: Sink> Task<S> {
             Ok(dropped) => {
                 self.report.dropped_letters(&dropped, Moment::now());
                 self.streams.letters_written(key, count);
+                // What is held back behind nothing any more is to go, too.
+                self.search.is_due |= !dropped.is_empty() || self.streams.waits_for_parked();
             }
             Err(error) => self.store_failed(key, error.to_string()),
         }
@@ -500,6 +587,25 @@ impl<S: Sink> Task<S> {
         self.report.complain(&Trouble::Store(reason.clone()), now);
         self.streams.store_failed(key, reason, now, fastrand::f64());
     }
+}
+
+/// Looks through the dead letters of a sink, and marks what is held back behind nothing any more to be
+/// delivered.
+fn search(store: &Store, sink: &str, now: Moment) -> Result<Found, StateError> {
+    let (mut found, mut from) = (Found::default(), 0);
+    loop {
+        let letters = store.dead_letters(sink, from, SEARCH_LETTERS)?;
+        found.add(&letters);
+        match letters.last() {
+            Some(last) if letters.len() == SEARCH_LETTERS => from = last.letter.event.offset + 1,
+            _ => break,
+        }
+    }
+    let mut from = found.frees_some().then_some(0);
+    while let Some(at) = from {
+        from = store.requeue(sink, at, &|letter| found.frees(letter), now.unix_us)?.next;
+    }
+    Ok(found)
 }
 
 /// Waits for a job on the blocking pool; pends while there is none. Cancel-safe.

@@ -1,11 +1,12 @@
 //! The HTTP sink: POSTs of one or of many events.
 //!
-//! Owns: how a request becomes POSTs and their answers one answer. What a POST carries is in `body`,
-//! what its answer means in `answer`, how events are spread over POSTs in `tracks`, what they are sent
-//! with in `link` and `oauth`.
+//! Owns: sending what `tracks` says is to be sent next. What a POST carries is in `body`, what its
+//! answer means in `answer`, which events it carries and what that means for their requests in
+//! `tracks`, what they are sent with in `link` and `oauth`.
 //!
-//! - Up to `in_flight_max` POSTs at a time, each with whole partitions. One request of `delivery` is
-//!   in the sink at a time; it is as large as that many POSTs, and its answer is theirs together.
+//! - Up to `in_flight_max` POSTs at a time, each with whole partitions. Enough requests of `delivery`
+//!   are in the sink that the next POST is at hand when one is answered; what waits goes together, so
+//!   POSTs grow with the load.
 //! - `Edge-Gateway-Offsets: <gateway>/<epoch>/<first>-<last>` names the range of log offsets of the
 //!   POST, both ends included, the epoch in 16 hexadecimal digits. A hint for logs and receivers: what
 //!   went in another POST, or was refused before, is not in it, so a range may have holes.
@@ -29,25 +30,33 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Response, StatusCode};
-use storage::StoredEvent;
 use tokio::task::JoinSet;
 
 use self::link::Link;
-use self::tracks::{PieceLimits, Track};
+use self::tracks::{Piece, PieceId, PieceLimits, Tracks};
 use crate::cloudevents::Envelope;
-use crate::config::{HttpConfig, SinkConfig};
+use crate::config::{Compression, HttpConfig, OnReject, SinkConfig};
 use crate::origin::Origin;
-use crate::sink::{Answer, Failed, Failure, Request, RequestId, Sink, Window};
+use crate::sink::{Answer, Failure, Request, RequestId, Sink, Window};
 
 const OFFSETS: HeaderName = HeaderName::from_static("edge-gateway-offsets");
 
-/// POSTs of one event that one track sends for a request: bounds how long a request takes.
+/// Events of one request for each POST at a time, where each event is a POST: bounds how long a
+/// request takes.
 const SINGLES_MAX: usize = 32;
+/// Bad events that trials of one request find before it is answered: they are to become dead letters
+/// now and then.
+const FOUND_MAX: usize = 64;
+/// Requests in the sink: what arrives while POSTs are in flight is handed over as it comes, and goes
+/// together.
+const REQUESTS_MAX: usize = 64;
 
 /// Sends requests to an HTTP upstream.
 pub(crate) struct HttpSink {
     upstream: Arc<Upstream>,
-    requests: JoinSet<(RequestId, Answer)>,
+    request: PieceLimits,
+    tracks: Tracks,
+    posts: JoinSet<(PieceId, Answer)>,
 }
 
 impl HttpSink {
@@ -58,56 +67,84 @@ impl HttpSink {
         origin: &Origin,
         sink: &SinkConfig,
     ) -> Self {
-        let is_single = config.format.is_single();
+        let (is_single, in_flight_max) = (config.format.is_single(), config.in_flight_max);
+        let limits = PieceLimits {
+            events_max: if is_single { 1 } else { sink.request_events_max },
+            bytes_max: sink.request_bytes_max,
+        };
+        let singles = PieceLimits { events_max: SINGLES_MAX * in_flight_max, ..limits };
+        let found_max = match sink.on_reject {
+            OnReject::GoOn => FOUND_MAX,
+            // What is behind it in the sink must not go.
+            OnReject::ParkDevice => 1,
+        };
         let upstream = Upstream {
-            limits: PieceLimits {
-                events_max: if is_single { 1 } else { sink.request_events_max },
-                bytes_max: sink.request_bytes_max,
-            },
             config,
             envelope,
             origin: origin.clone(),
             request_timeout: sink.request_timeout,
             link: Mutex::new(None),
         };
-        Self { upstream: Arc::new(upstream), requests: JoinSet::new() }
+        Self {
+            upstream: Arc::new(upstream),
+            request: if is_single { singles } else { limits },
+            tracks: Tracks::new(in_flight_max, limits, found_max),
+            posts: JoinSet::new(),
+        }
     }
 
-    /// Events and event bytes that one request of `delivery` should hold: what fits into
-    /// `in_flight_max` POSTs.
-    pub(crate) fn at_once(&self) -> (usize, usize) {
-        let Upstream { config, limits, .. } = &*self.upstream;
-        let posts = |one: usize| match config.in_flight_max {
-            1 => one,
-            // An eighth less: partitions are not of one size, and what does not fit into the POST of
-            // its track waits for a second one.
-            in_flight_max => one.saturating_mul(in_flight_max).saturating_mul(7).div_ceil(8),
-        };
-        let events_max = if config.format.is_single() {
-            SINGLES_MAX * config.in_flight_max
-        } else {
-            posts(limits.events_max)
-        };
-        (events_max, posts(limits.bytes_max))
+    /// Events that one request of `delivery` should hold.
+    pub(crate) fn request_events_max(&self) -> usize {
+        self.request.events_max
+    }
+
+    fn send_on(&mut self) {
+        while let Some((id, piece)) = self.tracks.next_piece() {
+            let upstream = Arc::clone(&self.upstream);
+            self.posts.spawn(async move {
+                let answer = upstream.post(&piece).await.unwrap_or_else(|refused| refused);
+                (id, answer)
+            });
+        }
     }
 }
 
 impl Sink for HttpSink {
     fn window(&self) -> Window {
-        Window { requests_max: 1, events_max: usize::MAX, bytes_max: usize::MAX }
+        // As much as is in flight, and one more POST.
+        let posts = self.upstream.config.in_flight_max;
+        let single = self.upstream.config.format.is_single();
+        let requests = if single { 2 } else { posts + 1 };
+        Window {
+            requests_max: REQUESTS_MAX,
+            events_max: self.request.events_max.saturating_mul(requests),
+            bytes_max: self.request.bytes_max.saturating_mul(requests),
+        }
     }
 
     fn begin(&mut self, request: Request) {
-        let (id, upstream) = (request.id, Arc::clone(&self.upstream));
-        self.requests.spawn(async move { (id, upstream.deliver(request).await) });
+        self.tracks.begin(request);
+        self.send_on();
+    }
+
+    fn stop(&mut self) {
+        self.tracks.stop();
     }
 
     async fn answer(&mut self) -> (RequestId, Answer) {
-        match self.requests.join_next().await {
-            Some(Ok(answered)) => answered,
-            // A bug of ours: it ends this sink's task and no other.
-            Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
-            None => std::future::pending().await,
+        loop {
+            if let Some(answered) = self.tracks.take_answer() {
+                return answered;
+            }
+            match self.posts.join_next().await {
+                Some(Ok((id, answer))) => {
+                    self.tracks.posted(id, &answer);
+                    self.send_on();
+                }
+                // A bug of ours: it ends this sink's task and no other.
+                Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
+                None => std::future::pending().await,
+            }
         }
     }
 }
@@ -116,7 +153,6 @@ struct Upstream {
     config: HttpConfig,
     envelope: Envelope,
     origin: Origin,
-    limits: PieceLimits,
     request_timeout: Duration,
     /// Carries the secrets; thrown away when they are refused, so that they are read again.
     link: Mutex<Option<Link>>,
@@ -130,44 +166,23 @@ struct Prepared {
 }
 
 impl Upstream {
-    /// Sends a request's events on their tracks.
-    async fn deliver(self: Arc<Self>, request: Request) -> Answer {
-        let mut tracks = JoinSet::new();
-        for track in tracks::split(&request.events, self.config.in_flight_max, self.limits) {
-            tracks.spawn(Arc::clone(&self).send(request.clone(), track));
-        }
-        let mut failed = Vec::new();
-        while let Some(ended) = tracks.join_next().await {
-            match ended {
-                Ok(of_one) => failed.extend(of_one),
-                Err(error) => std::panic::resume_unwind(error.into_panic()),
-            }
-        }
-        tracks::merge(request.events.len(), failed)
-    }
-
-    /// Sends the pieces of a track, one after the other. Gives what was not delivered.
-    async fn send(self: Arc<Self>, request: Request, mut track: Track) -> Vec<Failed> {
-        while let Some(piece) = track.next() {
-            let piece = Arc::new(piece);
-            let answer = self.post(&request, &piece).await.unwrap_or_else(|refused| refused);
-            track.answered(&piece, answer);
-        }
-        track.into_failed()
-    }
-
     /// Both sides are an answer: `Err` is what is known before the upstream was asked.
-    async fn post(
-        self: &Arc<Self>,
-        request: &Request,
-        piece: &Arc<Vec<usize>>,
-    ) -> Result<Answer, Answer> {
-        // Files are read and bodies compressed where blocking harms nobody.
-        let (upstream, request, places) = (Arc::clone(self), request.clone(), Arc::clone(piece));
-        let prepared = tokio::task::spawn_blocking(move || upstream.prepare(&request, &places));
-        let prepared = match prepared.await {
-            Ok(prepared) => prepared?,
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
+    async fn post(self: &Arc<Self>, piece: &Arc<Piece>) -> Result<Answer, Answer> {
+        let link = self.link.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let prepared = match link {
+            Some(link) if self.config.compression == Compression::None => self.prepare(link, piece),
+            _ => {
+                // Files are read and bodies compressed where blocking harms nobody.
+                let (upstream, piece) = (Arc::clone(self), Arc::clone(piece));
+                let prepared = tokio::task::spawn_blocking(move || {
+                    let link = upstream.link()?;
+                    Ok(upstream.prepare(link, &piece))
+                });
+                match prepared.await {
+                    Ok(prepared) => prepared?,
+                    Err(error) => std::panic::resume_unwind(error.into_panic()),
+                }
+            }
         };
         let token = prepared.link.token().await?;
         let mut response = self.ask(&prepared, token.as_ref()).await?;
@@ -208,38 +223,33 @@ impl Upstream {
         })
     }
 
-    fn prepare(&self, request: &Request, piece: &[usize]) -> Result<Prepared, Answer> {
-        let link = {
-            let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
-            match &mut *link {
-                Some(link) => link.clone(),
-                none => {
-                    let built = Link::build(&self.config, self.request_timeout)
-                        .map_err(|reason| Answer::failed(Failure::Hold, reason))?;
-                    none.insert(built).clone()
-                }
-            }
-        };
-        let (own, body) = body::write(
-            self.config.format,
-            self.config.compression,
-            &self.envelope,
-            request,
-            piece,
-        );
+    /// What to send with; built where there is none. Blocks then.
+    fn link(&self) -> Result<Link, Answer> {
+        let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(link) = &*link {
+            return Ok(link.clone());
+        }
+        let built = Link::build(&self.config, self.request_timeout)
+            .map_err(|reason| Answer::failed(Failure::Hold, reason))?;
+        Ok(link.insert(built).clone())
+    }
+
+    fn prepare(&self, link: Link, piece: &Piece) -> Prepared {
+        let HttpConfig { format, compression, .. } = self.config;
+        let (own, body) = body::write(format, compression, &self.envelope, piece);
         let mut headers = link.headers().clone();
         headers.extend(own);
-        headers.insert(OFFSETS, self.offsets(&request.events, piece));
-        Ok(Prepared { link, headers, body: body.into() })
+        headers.insert(OFFSETS, self.offsets(piece));
+        Prepared { link, headers, body: body.into() }
     }
 
     fn forget_link(&self) {
         *self.link.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    fn offsets(&self, events: &[StoredEvent], piece: &[usize]) -> HeaderValue {
-        let offset = |place: Option<&usize>| place.map_or(0, |&place| events[place].offset);
-        let (first, last) = (offset(piece.first()), offset(piece.last()));
+    fn offsets(&self, piece: &Piece) -> HeaderValue {
+        let offsets = || piece.events().map(|stored| stored.offset);
+        let (first, last) = (offsets().min().unwrap_or(0), offsets().max().unwrap_or(0));
         let Origin { gateway, epoch } = &self.origin;
         HeaderValue::try_from(format!("{gateway}/{epoch:016x}/{first}-{last}"))
             .expect("a gateway's id is printable")

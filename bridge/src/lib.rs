@@ -10,7 +10,8 @@
 //! - `sink`: the trait, and how an upstream's answers are sorted.
 //! - `delivery` (pure): what is in flight, acked, to be retried, bisected, dead-lettered.
 //! - `streams` (pure): several of them over one sink, and whose turn it is; [`filter`]: what a sink
-//!   is to have; [`shaper`]: when it may send, and how much.
+//!   is to have; [`shaper`]: when it may send, and how much; `reach` (pure): how far all of them are.
+//! - `parked` (pure): devices that wait behind a refused event, where a sink is told so.
 //! - `requeue` (pure): dead letters on their way to their sink again; [`replay`]: asking a sink to
 //!   send stored events again.
 //! - [`forwarder`]: the shell around them; `retry`: backoff; `breaker`: what shows of it.
@@ -34,6 +35,8 @@ mod http;
 mod kafka;
 mod mqtt;
 mod origin;
+mod parked;
+mod reach;
 pub mod replay;
 mod requeue;
 mod retry;

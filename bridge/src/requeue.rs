@@ -216,7 +216,7 @@ impl Requeue {
 impl Limits {
     /// The same for requests that go alone.
     fn one_at_a_time(self) -> Self {
-        self.within(|window| Window { requests_max: 1, ..window })
+        self.within(|window| Window { requests_max: 1, ..window }).lingering(Duration::ZERO)
     }
 }
 

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use storage::StoredEvent;
 
+use crate::reach::Reach;
+
 /// Number of a request, rising by one within a sink's life.
 pub(crate) type RequestId = u64;
 
@@ -94,9 +96,8 @@ pub(crate) enum Which {
 /// The ways to fail: every answer of every upstream is sorted into one of them, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Failure {
-    /// Nothing wrong with the events and nothing with the upstream: they were taken back because of
-    /// a neighbour that is bad, and may go again as soon as that one is a dead letter.
-    #[cfg_attr(not(feature = "kafka"), allow(dead_code, reason = "only Kafka has transactions"))]
+    /// Nothing wrong with the events and nothing that they say of the upstream: they were taken back
+    /// because of a neighbour that is bad or that failed, and may go again after that one.
     Again,
     /// Nothing wrong with the events: try again later, and not before the upstream asks for it.
     Retry {
@@ -133,19 +134,37 @@ impl Answer {
 /// were begun, and once one of them was not delivered, no later one that was in flight beside it
 /// delivers an event of the same device.
 ///
-/// For a sink that keeps its cursor upstream, beside the data (Kafka, exactly once), three things
-/// more hold:
-/// - When a request begins, everything below its first event is delivered, or a durable dead letter,
-///   filtered, or gone from the log: so the end of a request is a cursor, and may be kept as one.
+/// For a sink that keeps its cursor upstream, beside the data (Kafka, exactly once), and says so by
+/// [`Sink::KEEPS_CURSOR`], three things more hold:
+/// - With a request that is part of the order comes how far the sink is once that request, and all
+///   that were begun before it, are done ([`Sink::begin_reaching`]): what else is in there is
+///   delivered, a durable dead letter, filtered, or gone from the log.
 /// - Answers may come together, once what was begun is delivered as one; [`Sink::close`] says when it
 ///   is no use to wait for more.
 /// - A request may be answered as delivered without being sent: the upstream knows that it has it.
 pub(crate) trait Sink: Send + 'static {
+    /// It keeps its cursor upstream.
+    const KEEPS_CURSOR: bool = false;
+
     /// What may be in flight; constant through the sink's life.
     fn window(&self) -> Window;
 
     /// Hands a request over. Does not wait for the upstream.
     fn begin(&mut self, request: Request);
+
+    /// As [`Sink::begin`], for a request below [`OUTSIDE_ORDER`]: `reach` is how far the sink is once
+    /// this request and all that were begun before it are done.
+    fn begin_reaching(&mut self, request: Request, reach: impl FnOnce() -> Reach) {
+        drop(reach);
+        self.begin(request);
+    }
+
+    /// How far the upstream turned out to be, once, where an earlier process has split streams
+    /// ([`Streams::split_as`](crate::streams::Streams::split_as)): what was begun before is answered
+    /// as taken back. Asked for after each answer.
+    fn found(&mut self) -> Option<Reach> {
+        None
+    }
 
     /// Nothing more is at hand: what was begun is to be answered without waiting for what may come.
     fn close(&mut self) {}

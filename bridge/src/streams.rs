@@ -12,6 +12,10 @@
 //! A replay is a stream beside all others, with a range and a rate of its own: nothing of it counts
 //! for the cursor, the balance or the dead letters.
 //!
+//! A sink that keeps its cursor upstream is told with each request how far all streams are then
+//! ([`Streams::reach`]); what it finds there when it starts tells where an earlier process has split
+//! ([`Streams::split_as`]).
+//!
 //! Invariants:
 //! - Every event belongs to exactly one stream, from the sink's cursor on; none but the one that it
 //!   belongs to passes it.
@@ -36,6 +40,8 @@ use storage::{Ahead, DeadLetter, Lane, Lanes, Passed, Read, SinkProgress, Spent,
 
 use crate::delivery::{Counts, Delivery, Limits, Load, Moment, Trouble};
 use crate::filter::Filter;
+use crate::parked::{Found, Parked};
+use crate::reach::Reach;
 use crate::retry::Backoff;
 use crate::shaper::{Shaper, Shaping};
 use crate::sink::{Answer, Mark, OUTSIDE_ORDER, Request, RequestId, Window};
@@ -64,6 +70,8 @@ pub(crate) struct Plan {
     pub(crate) backlog_share: f64,
     /// When it may send, and how much.
     pub(crate) shaping: Shaping,
+    /// An event that is refused for good parks its device.
+    pub(crate) parks: bool,
 }
 
 impl Plan {
@@ -329,6 +337,8 @@ pub(crate) struct Streams {
     all: Vec<Stream>,
     turns: Turns,
     shaper: Shaper,
+    /// The devices that wait behind a refused event, where the plan parks them.
+    parked: Option<Parked>,
     /// Its stream is the last one.
     replay: Option<Replay>,
     /// What the last one came to, until somebody has asked.
@@ -339,6 +349,8 @@ pub(crate) struct Streams {
     next_replay_id: RequestId,
     /// Events were taken back: nothing begins until everything in flight has ended.
     taken_back: bool,
+    /// Where an earlier process has split: to be done before anything else begins.
+    found: Option<Reach>,
     next_key: u32,
     /// Whose read was ordered last.
     last_read: Option<Key>,
@@ -347,6 +359,8 @@ pub(crate) struct Streams {
     /// Of streams that have ended.
     ended: Counts,
     watermark: u64,
+    /// Nothing was looked at since the process began, and later events may go ahead of what it finds.
+    restarted: bool,
 }
 
 impl Streams {
@@ -359,11 +373,11 @@ impl Streams {
         backoff: Backoff,
         progress: &SinkProgress,
     ) -> Self {
-        let groups = plan.groups();
         let mut streams = Self {
             sink,
             marked: plan.live_first.is_some(),
             shaper: Shaper::new(plan.shaping.clone(), progress.passed.spent),
+            parked: plan.parks.then(Parked::default),
             replay: None,
             replay_end: None,
             plan,
@@ -375,14 +389,29 @@ impl Streams {
             next_id: 0,
             next_replay_id: REPLAY_IDS,
             taken_back: false,
+            found: None,
             next_key: 0,
             last_read: None,
             filtered_before: progress.passed.filtered,
             ended: Counts::default(),
             watermark: progress.cursor,
+            restarted: false,
         };
-        for (class, lanes) in groups {
+        streams.lay_out(progress, &Reach::default());
+        streams
+    }
+
+    /// Makes the streams anew, from where a sink has stopped; `found` may split them further.
+    fn lay_out(&mut self, progress: &SinkProgress, found: &Reach) {
+        for (class, lanes) in self.plan.groups() {
             let mut gaps = progress.passed.gaps(lanes, progress.cursor);
+            for split in found.splits(lanes) {
+                let inside = |gap: &Range<u64>| gap.start < split && split < gap.end;
+                if let Some(place) = gaps.iter().position(inside) {
+                    gaps.insert(place + 1, split..gaps[place].end);
+                    gaps[place].end = split;
+                }
+            }
             // Nobody splits so often; and what is between two of them may well go twice.
             while gaps.len() > BACKLOGS_MAX + 1 {
                 gaps[1].start = gaps[0].start;
@@ -391,15 +420,43 @@ impl Streams {
             let mut start = progress.cursor;
             for gap in gaps {
                 let split = gap.end < u64::MAX;
-                streams.marked |= split;
+                self.marked |= split;
                 let class = if split && class == Class::Live { Class::Backlog } else { class };
                 // What lies between it and the gap before is its own, and done.
-                let stream = streams.stream(class, lanes, start..gap.end, gap.start);
+                let stream = self.stream(class, lanes, start..gap.end, gap.start);
                 start = gap.end;
-                streams.all.push(stream);
+                self.all.push(stream);
             }
         }
-        streams
+    }
+
+    /// An earlier process has split where `found` says: so do these, before anything else begins, for
+    /// an event must not change streams. Where they go on does not change: the sink knows what not to
+    /// send again.
+    pub(crate) fn split_as(&mut self, found: Reach) {
+        self.found = Some(found);
+    }
+
+    /// Splits as was found, once nothing is in flight or has to be written down.
+    fn split_found(&mut self) {
+        let is_quiet = |stream: &Stream| {
+            stream.delivery.in_flight() == 0 && stream.delivery.letters().is_empty()
+        };
+        if let Some(found) = self.found.take_if(|_| self.all.iter().all(is_quiet)) {
+            let (progress, counts) = (self.progress(), self.counts());
+            let replay = self.all.split_off(self.owed_count());
+            self.all.clear();
+            self.ended = counts;
+            self.lay_out(&progress, &found);
+            self.all.extend(replay);
+        }
+    }
+
+    /// The same after a start of the process: where later events may go ahead, what is stored by then is
+    /// backlog at once. A split that was not durable yet when the process was killed may have let them
+    /// go ahead before, and what is behind them must not come as live events after them.
+    pub(crate) fn restarted(self) -> Self {
+        Self { restarted: self.plan.live_first.is_some(), ..self }
     }
 
     fn stream(&mut self, class: Class, lanes: Lanes, offsets: Range<u64>, cursor: u64) -> Stream {
@@ -433,19 +490,31 @@ impl Streams {
 
     /// How far the sink is, for the store.
     pub(crate) fn progress(&self) -> SinkProgress {
-        let cursor = self.cursor();
+        let Reach { cursor, ahead } = self.reach_with(Delivery::cursor);
+        let filtered = self.filtered_before + self.counts().filtered_events;
+        SinkProgress { cursor, passed: Passed { filtered, ahead, spent: self.shaper.spent() } }
+    }
+
+    /// How far the sink is once everything in flight is delivered.
+    pub(crate) fn reach(&self) -> Reach {
+        self.reach_with(Delivery::begun_to)
+    }
+
+    /// The streams taken together, each of them as far as `reached` says.
+    fn reach_with(&self, reached: impl Fn(&Delivery) -> u64) -> Reach {
+        let cursors = self.owed().iter().map(|stream| reached(&stream.delivery));
+        let cursor = cursors.min().expect("never empty");
         let mut ahead = Vec::new();
         for (place, stream) in self.owed().iter().enumerate() {
             let first = place == 0 || self.all[place - 1].lanes != stream.lanes;
             // What is before the first stream of its lanes is done.
             let start = if first { cursor } else { stream.offsets.start };
-            let offsets = start..stream.delivery.cursor();
+            let offsets = start..reached(&stream.delivery);
             if !offsets.is_empty() {
                 ahead.push(Ahead { lanes: stream.lanes, offsets });
             }
         }
-        let filtered = self.filtered_before + self.counts().filtered_events;
-        SinkProgress { cursor, passed: Passed { filtered, ahead, spent: self.shaper.spent() } }
+        Reach { cursor, ahead }
     }
 
     /// Sums since the start of the process.
@@ -507,6 +576,7 @@ impl Streams {
     pub(crate) fn look(&mut self, watermark: u64, now: Moment) -> Seen {
         self.watermark = watermark;
         self.retire();
+        self.split_found();
         self.split(now);
         let read = |stream: &Stream| stream.is_read(watermark);
         let goes_on = |stream: &&Stream| stream.offsets.end == u64::MAX;
@@ -547,7 +617,8 @@ impl Streams {
         let place = self.all.iter().position(|s| s.class == Class::Live).expect("never ends");
         let live = &self.all[place];
         let waited = live.delivery.oldest_us().map(|us| now.unix_us.saturating_sub(us));
-        let too_long = waited.is_some_and(|us| u128::from(us) > after.as_micros());
+        let too_long = waited.is_some_and(|us| u128::from(us) > after.as_micros())
+            || std::mem::take(&mut self.restarted);
         if !too_long || live.is_read(watermark) || self.trouble().is_some() {
             return;
         }
@@ -621,7 +692,42 @@ impl Streams {
         }
         let device = self.replay.as_ref().and_then(|replay| replay.device.as_deref());
         stream.take(read, &self.plan, device, self.watermark);
+        self.hold_back();
         true
+    }
+
+    /// What waits of parked devices goes to the dead letters.
+    fn hold_back(&mut self) {
+        let owed = self.owed_count();
+        let Some(parked) = &mut self.parked else { return };
+        for stream in &mut self.all[..owed] {
+            let known = stream.delivery.letters().len();
+            stream.delivery.park(|stored| parked.behind(stored));
+            stream.delivery.letters()[known..].iter().for_each(|l| parked.park(&l.event));
+        }
+    }
+
+    /// The devices that wait behind a refused event, where the plan parks them.
+    pub(crate) fn parked(&mut self) -> Option<&mut Parked> {
+        self.parked.as_mut()
+    }
+
+    /// How many devices wait behind a refused event.
+    pub(crate) fn parked_devices(&self) -> usize {
+        self.parked.as_ref().map_or(0, Parked::len)
+    }
+
+    /// The dead letters were looked through. See [`Parked::looked`].
+    pub(crate) fn looked(&mut self, found: &Found) {
+        let unwritten = self.all.iter().flat_map(|stream| stream.delivery.letters());
+        if let Some(parked) = &mut self.parked {
+            parked.looked(found, unwritten);
+        }
+    }
+
+    /// Whether nothing may begin because of parked devices.
+    pub(crate) fn waits_for_parked(&self) -> bool {
+        self.parked.as_ref().is_some_and(|parked| !parked.lets_begin())
     }
 
     /// The sink is no longer to have what is below `cursor`. See [`Delivery::pass`].
@@ -643,6 +749,9 @@ impl Streams {
             return None;
         }
         self.taken_back = false;
+        if self.found.is_some() {
+            return None;
+        }
         let alone = self.all.iter().any(|stream| stream.delivery.wants_alone());
         if alone && flight.requests > 0 && self.all.len() > 1 {
             return None;
@@ -709,6 +818,16 @@ impl Streams {
         Some(Request { stream: marked.then_some(mark), ..request })
     }
 
+    /// Whether requests outside of every stream may go now; what they take counts as any other.
+    pub(crate) fn lets_others(&self, now: Moment) -> bool {
+        self.shaper.gate(now).lets(false)
+    }
+
+    /// A request outside of every stream was begun.
+    pub(crate) fn others_sent(&mut self, size_bytes: usize, now: Moment) {
+        self.shaper.sent(size_bytes, now);
+    }
+
     /// What may be in flight of what can wait.
     fn late_window(&self) -> Window {
         let share = |bound: usize| (bound as f64 * self.plan.backlog_share) as usize;
@@ -726,7 +845,9 @@ impl Streams {
 
     /// When the next pause ends, if there is one.
     pub(crate) fn resumes_at(&self, now: Moment) -> Option<Instant> {
-        let pauses = self.all.iter().filter_map(|stream| stream.delivery.resumes_at());
+        let deliveries = || self.all.iter().map(|stream| &stream.delivery);
+        let pauses = deliveries().filter_map(Delivery::resumes_at);
+        let pauses = pauses.chain(deliveries().filter_map(Delivery::lingers_until));
         let closed = self.shaper.gate(now).closed().map(|closed| closed.until);
         pauses.chain(closed).chain(self.paced(now)).filter(|&at| at > now.at).min()
     }
@@ -743,6 +864,7 @@ impl Streams {
             .iter_mut()
             .find(|stream| stream.delivery.carries(id))
             .expect("an answer belongs to a request in flight");
+        let known = stream.delivery.letters().len();
         stream.delivery.answer(id, answer, now, random);
         stream.settle();
         self.taken_back |= answer.was_taken_back();
@@ -750,6 +872,9 @@ impl Streams {
             // It was delivered once, or stands in the dead letters already.
             let refused = stream.delivery.letters().len();
             stream.delivery.letters_written(refused);
+        } else if let Some(parked) = &mut self.parked {
+            stream.delivery.letters()[known..].iter().for_each(|l| parked.park(&l.event));
+            self.hold_back();
         }
     }
 
@@ -829,6 +954,9 @@ impl Streams {
     pub(crate) fn letters_written(&mut self, key: Key, count: usize) {
         let stream = self.all.iter_mut().find(|stream| stream.key == key);
         let stream = stream.expect("a stream with dead letters is not done");
+        if let Some(parked) = &mut self.parked {
+            stream.delivery.letters()[..count].iter().for_each(|l| parked.park(&l.event));
+        }
         stream.delivery.letters_written(count);
         stream.settle();
     }

@@ -17,8 +17,10 @@ use crate::access::{Access, AccessError};
 use crate::addresses::Addresses;
 use crate::admin;
 use crate::config::{Bind, Config, ListenerConfig};
+use crate::ingest::clock::MachineClock;
+use crate::ingest::dedup::Dedup;
 use crate::ingest::device_key::RouteFilterError;
-use crate::ingest::{CommitterError, CommitterHandle, Ingest, Routes, clock};
+use crate::ingest::{CommitterError, CommitterHandle, Ingest, Known, Routes, clock};
 use crate::mqtt::{self, Downlink, Front, Tls, TlsError};
 use crate::packing;
 
@@ -138,10 +140,7 @@ impl Gateway {
             .map_err(|source| bind_error("admin.bind", &config.admin.bind, source))?;
         let access = Access::load(&config.auth, &config.acl)?;
         let (store, writer) = open_store(&config).await?;
-        let (ingest, committer) = {
-            let (watermark, storage) = (store.mark().watermark, &config.storage);
-            Ingest::start(writer, watermark, &config.ingest, storage.at_quota, storage.failing_max)?
-        };
+        let (ingest, committer) = start_ingest(&config, &routes, &store, writer).await?;
         let links_max = config.listeners.iter().map(|l| l.connections_max).sum();
         let downlink = Downlink::new(ingest.watermark(), links_max);
         let rows = store.clone();
@@ -387,6 +386,32 @@ async fn load(front: &Arc<mqtt::Shared>, store: &Store) -> Result<(), StartError
         front.sessions.load(&store, Instant::now(), clock::now_us())
     });
     Ok(loaded.await.map_err(std::io::Error::other)??)
+}
+
+async fn start_ingest(
+    config: &Config,
+    routes: &Routes,
+    store: &Store,
+    writer: storage::Writer,
+) -> Result<(Ingest, CommitterHandle), StartError> {
+    let known = known(config, routes, store).await?;
+    let (watermark, storage) = (store.mark().watermark, &config.storage);
+    let (at_quota, failing_max) = (storage.at_quota, storage.failing_max);
+    Ok(Ingest::start_with(writer, watermark, &config.ingest, at_quota, failing_max, known)?)
+}
+
+/// What ingest has to know. Reading the ids of the last events reads the disk, too.
+async fn known(config: &Config, routes: &Routes, store: &Store) -> Result<Known, StartError> {
+    let clock = MachineClock::new(config.time.synchronised_file.clone());
+    if !routes.knows_ids() {
+        return Ok(Known { clock, dedup: None });
+    }
+    let (config, routes, store) = (config.dedup.clone(), routes.clone(), store.clone());
+    let loaded = tokio::task::spawn_blocking(move || {
+        Dedup::load(&config, &store, |event| routes.event_id(&event.topic))
+    });
+    let dedup = loaded.await.map_err(std::io::Error::other)??;
+    Ok(Known { clock, dedup: Some(dedup) })
 }
 
 /// Opening reads the disk, and repairs after a kill: off the async workers.

@@ -1,9 +1,10 @@
 //! The batch: the packed, checksummed unit of append, one row of the log. Pure.
 //!
 //! ```text
-//! head  = fixed header, then one group per partition that occurs: its base sequence number, count
+//! head  = fixed header, then the stamps if there are any, then one group per partition that occurs:
+//!         its base sequence number, count
 //! body  = records in offset order, then control records
-//! record = receive time since the record before · device key · topic · attributes · payload
+//! record = time since the record before · device key · topic · attributes · payload
 //! ```
 //!
 //! Numbers in the body are LEB128 variable-length integers. A device key, a topic or a run of
@@ -13,7 +14,9 @@
 //!
 //! Invariants:
 //! - offset order = slice order, and a partition's sequence numbers rise with it;
-//! - receive times never go backwards, within a batch or from one to the next;
+//! - receive times never go backwards, within a batch or from one to the next; the times of a stamped
+//!   batch are those of one clock, which says in the stamps where it stood, and where those before are
+//!   later its receive times are raised to them;
 //! - the head has a checksum of its own, so that a damaged body still says exactly which offsets
 //!   and sequence numbers it held; every byte is under one of the two checksums;
 //! - decoding never panics, whatever the bytes.
@@ -33,6 +36,7 @@ use hashbrown::HashTable;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::clock::{Clock, Stamp, TimeQuality};
 use crate::codec::Compression;
 use crate::control::Control;
 use crate::event::{Attributes, Event, StoredEvent};
@@ -41,7 +45,10 @@ use crate::row::{Corrupt, Reader, put_bytes, put_number};
 
 /// First bytes of every batch.
 pub(crate) const MAGIC: [u8; 4] = *b"EGba";
-const VERSION: u8 = 1;
+/// A batch without stamps, which is all that the first format knew.
+const PLAIN: u8 = 1;
+/// A batch with stamps.
+const STAMPED: u8 = 2;
 
 const PAGE_BYTES: usize = 4096;
 /// What redb adds to a row that has its pages for itself: page header, key, length of the value.
@@ -86,10 +93,23 @@ struct Group {
     base_seq: U64,
 }
 
+/// Where the clock stood that gave the times.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct Stamps {
+    boot: U64,
+    /// Uptime at the first event.
+    uptime_us: U64,
+    /// Time of the first event. Its receive time is in the header, and may be later.
+    time_us: U64,
+    synchronised: u8,
+}
+
 const HEADER_BYTES: usize = size_of::<Header>();
+const STAMPS_BYTES: usize = size_of::<Stamps>();
 const GROUP_BYTES: usize = size_of::<Group>();
 /// The longest head, with every partition that a store can have.
-pub(crate) const HEAD_BYTES_MAX: usize = HEADER_BYTES + 1024 * GROUP_BYTES;
+pub(crate) const HEAD_BYTES_MAX: usize = HEADER_BYTES + STAMPS_BYTES + 1024 * GROUP_BYTES;
 
 /// Packs events and control records into batches. Keeps its buffers from one batch to the next.
 pub(crate) struct Encoder {
@@ -104,13 +124,26 @@ pub(crate) struct Encoder {
     attributes: Interned,
     /// Body length and number of groups after each record: where the batch could be cut.
     marks: Vec<(usize, usize)>,
-    /// Bytes of the batch at work before it is compressed, if it will be.
-    plain_bytes_max: Option<usize>,
+    /// Bytes of the last plain batch, and of the events in it.
+    before: (usize, usize),
+    /// What gave the times of the events.
+    clock: Option<Clock>,
+    /// Bytes of the head of the batch at work before its groups.
+    fixed_bytes: usize,
     /// What filled the last compressed batch.
     learnt_bytes_max: usize,
 }
 
 const NO_GROUP: u16 = u16::MAX;
+
+/// Where to cut a batch that would take a row of so many bytes and leave a quarter of its pages empty.
+fn cut_bytes(row_bytes: usize) -> Option<usize> {
+    let pages_bytes = row_bytes.next_power_of_two();
+    let cut = row_bytes <= BATCH_BYTES_MAX
+        && row_bytes > CUT_BYTES_MIN
+        && row_bytes <= pages_bytes / 4 * 3;
+    cut.then(|| pages_bytes / 2 - ROW_OVERHEAD_BYTES)
+}
 
 /// One batch, ready to be stored: head, then body.
 pub(crate) struct Packed<'a> {
@@ -134,60 +167,16 @@ impl Encoder {
             topics: Interned::default(),
             attributes: Interned::default(),
             marks: Vec::new(),
-            plain_bytes_max: None,
+            before: (0, 0),
+            clock: None,
+            fixed_bytes: HEADER_BYTES,
             learnt_bytes_max: BATCH_BYTES_MAX,
         }
     }
 
-    /// As [`Encoder::pack`], compressed where that makes it smaller.
-    pub(crate) fn pack_compressed(
-        &mut self,
-        events: &[Event],
-        compression: Compression,
-        tail: &mut Tail,
-    ) -> Packed<'_> {
-        let mut plain_bytes_max = self.learnt_bytes_max;
-        let (position, taken) = loop {
-            self.plain_bytes_max = (compression != Compression::None).then_some(plain_bytes_max);
-            let mut moved = tail.clone();
-            let Packed { position, events: taken, .. } = self.pack(events, &[], &mut moved);
-            let plain_bytes = self.body.len();
-            let packed = compression.pack(&self.body).filter(|packed| packed.len() < plain_bytes);
-            let stored_bytes = self.head.len() + packed.as_ref().map_or(plain_bytes, Vec::len);
-            if stored_bytes > BATCH_BYTES_MAX && taken > 1 {
-                plain_bytes_max = plain_bytes.min(plain_bytes_max) / 8 * 7;
-                continue;
-            }
-            if let Some(packed) = packed {
-                // The next one is much like this one; a little less, so that it seldom takes two tries.
-                let fills = plain_bytes * (BATCH_BYTES_MAX - self.head.len()) / packed.len().max(1);
-                plain_bytes_max = (fills / 32 * 31).clamp(BATCH_BYTES_MAX, PLAIN_BYTES_MAX);
-                self.body.clear();
-                self.body.extend_from_slice(&packed);
-                self.seal(compression);
-            }
-            self.plain_bytes_max = None;
-            *tail = moved;
-            break (position, taken);
-        };
-        // Kept for the next one of the same run; plain batches do not look at it.
-        self.learnt_bytes_max = plain_bytes_max;
-        Packed { position, head: &self.head, body: &self.body, events: taken, controls: 0 }
-    }
-
-    /// Puts the checksum of the head into it, once everything else is there.
-    fn sign_head(&mut self) {
-        let head_crc = crc32c::crc32c(&self.head[HEAD_CRC_END..]);
-        self.head[4..HEAD_CRC_END].copy_from_slice(&head_crc.to_le_bytes());
-    }
-
-    /// Says in the head how the body is stored.
-    fn seal(&mut self, compression: Compression) {
-        let (header, _) = Header::mut_from_prefix(&mut self.head).expect("a head was written");
-        header.codec = compression.number();
-        header.body_bytes = (self.body.len() as u32).into();
-        header.body_crc = crc32c::crc32c(&self.body).into();
-        self.sign_head();
+    /// What gives the times of the events from here on.
+    pub(crate) fn set_clock(&mut self, clock: Option<Clock>) {
+        self.clock = clock;
     }
 
     /// Packs the next batch from the front of `events` and, once those are used up, of `controls`,
@@ -201,11 +190,110 @@ impl Encoder {
         controls: &[Control],
         tail: &mut Tail,
     ) -> Packed<'_> {
+        let bytes_max = self.foreseen_bytes_max(events);
+        let (position, events, controls) = self.gather(events, controls, bytes_max, true, tail);
+        self.seal(Compression::None);
+        Packed { position, head: &self.head, body: &self.body, events, controls }
+    }
+
+    /// As [`Encoder::pack`], compressed where that makes it smaller.
+    pub(crate) fn pack_compressed(
+        &mut self,
+        events: &[Event],
+        compression: Compression,
+        tail: &mut Tail,
+    ) -> Packed<'_> {
+        if compression == Compression::None {
+            return self.pack(events, &[], tail);
+        }
+        let mut plain_bytes_max = self.learnt_bytes_max;
+        loop {
+            let mut moved = tail.clone();
+            let (position, taken, _) = self.gather(events, &[], plain_bytes_max, false, &mut moved);
+            let plain_bytes = self.body.len();
+            let packed = compression.pack(&self.body).filter(|packed| packed.len() < plain_bytes);
+            let stored_bytes = self.head.len() + packed.as_ref().map_or(plain_bytes, Vec::len);
+            if stored_bytes > BATCH_BYTES_MAX && taken > 1 {
+                plain_bytes_max = plain_bytes.min(plain_bytes_max) / 8 * 7;
+                continue;
+            }
+            match packed {
+                Some(packed) => {
+                    // The next one is much like this one; a little less, so that it seldom takes two
+                    // tries.
+                    let fills =
+                        plain_bytes * (BATCH_BYTES_MAX - self.head.len()) / packed.len().max(1);
+                    plain_bytes_max = (fills / 32 * 31).clamp(BATCH_BYTES_MAX, PLAIN_BYTES_MAX);
+                    self.body.clear();
+                    self.body.extend_from_slice(&packed);
+                    self.seal(compression);
+                }
+                None => self.seal(Compression::None),
+            }
+            *tail = moved;
+            self.learnt_bytes_max = plain_bytes_max;
+            return Packed {
+                position,
+                head: &self.head,
+                body: &self.body,
+                events: taken,
+                controls: 0,
+            };
+        }
+    }
+
+    /// Says in the head how the body is stored, and signs it.
+    fn seal(&mut self, compression: Compression) {
+        let (header, _) = Header::mut_from_prefix(&mut self.head).expect("a head was written");
+        header.codec = compression.number();
+        header.body_bytes = (self.body.len() as u32).into();
+        header.body_crc = crc32c::crc32c(&self.body).into();
+        let head_crc = crc32c::crc32c(&self.head[HEAD_CRC_END..]);
+        self.head[4..HEAD_CRC_END].copy_from_slice(&head_crc.to_le_bytes());
+    }
+
+    /// The most that a plain batch of these events may take. If they are like those before, they are
+    /// cut where [`Encoder::cut`] would cut them, before the rest is encoded for nothing.
+    fn foreseen_bytes_max(&self, events: &[Event]) -> usize {
+        let (row_bytes, event_bytes) = self.before;
+        if event_bytes == 0 {
+            return BATCH_BYTES_MAX;
+        }
+        let mut left_bytes = BATCH_BYTES_MAX * event_bytes / row_bytes;
+        for event in events {
+            match left_bytes.checked_sub(event.size_bytes()) {
+                Some(left) => left_bytes = left,
+                // It will be full.
+                None => return BATCH_BYTES_MAX,
+            }
+        }
+        let foreseen = BATCH_BYTES_MAX - left_bytes * row_bytes / event_bytes;
+        cut_bytes(foreseen + ROW_OVERHEAD_BYTES).unwrap_or(BATCH_BYTES_MAX)
+    }
+
+    /// Encodes the next batch into `body`, and all but the checksums into `head`. Gives its position
+    /// and how many events and control records it took.
+    fn gather(
+        &mut self,
+        events: &[Event],
+        controls: &[Control],
+        bytes_max: usize,
+        plain: bool,
+        tail: &mut Tail,
+    ) -> (Position, usize, usize) {
         assert!(!events.is_empty() || !controls.is_empty(), "an empty batch");
         self.clear();
-        let received_min_us = events.first().map_or(0, |e| e.received_us.max(tail.received_us));
-        let mut received_us = received_min_us;
-        let bytes_max = self.plain_bytes_max.unwrap_or(BATCH_BYTES_MAX);
+        let first_us = events.first().map_or(0, |e| e.received_us);
+        let received_min_us = if events.is_empty() { 0 } else { first_us.max(tail.received_us) };
+        let stamps = self.clock.filter(|_| !events.is_empty()).map(|clock| Stamps {
+            boot: clock.boot.into(),
+            uptime_us: clock.uptime_us(first_us).into(),
+            time_us: first_us.into(),
+            synchronised: clock.synchronised.into(),
+        });
+        self.fixed_bytes = HEADER_BYTES + if stamps.is_some() { STAMPS_BYTES } else { 0 };
+        // The time of the clock, or the receive time where there is none.
+        let mut received_us = if stamps.is_some() { first_us } else { received_min_us };
         for event in events {
             received_us = self.record(event, received_us);
             let size_bytes = self.size_bytes();
@@ -214,7 +302,7 @@ impl Encoder {
             }
             self.marks.push((self.body.len(), self.groups.len()));
         }
-        let taken = self.cut(events.len());
+        let taken = self.cut(plain && self.marks.len() == events.len());
         let taken_events = &events[..taken];
         let (mut event_bytes, mut received_max_us) = (0, received_min_us);
         let mut counts = vec![0_u32; self.groups.len()];
@@ -224,13 +312,16 @@ impl Encoder {
             counts[usize::from(self.group_of[usize::from(event.partition)])] += 1;
         }
         let records_bytes = self.body.len();
+        if plain && taken > 0 {
+            self.before = (self.size_bytes(), event_bytes as usize);
+        }
         let controls_taken = if taken == events.len() { self.controls(controls) } else { 0 };
 
         let position = tail.position;
         let header = Header {
             magic: u32::from_le_bytes(MAGIC).into(),
             head_crc: 0.into(),
-            version: VERSION,
+            version: if stamps.is_some() { STAMPED } else { PLAIN },
             codec: Compression::None.number(),
             groups: (self.groups.len() as u16).into(),
             count: (taken as u32).into(),
@@ -242,10 +333,13 @@ impl Encoder {
             event_bytes: event_bytes.into(),
             controls: (controls_taken as u32).into(),
             records_bytes: (records_bytes as u32).into(),
-            body_bytes: (self.body.len() as u32).into(),
-            body_crc: crc32c::crc32c(&self.body).into(),
+            body_bytes: 0.into(),
+            body_crc: 0.into(),
         };
         self.head.extend_from_slice(header.as_bytes());
+        if let Some(stamps) = &stamps {
+            self.head.extend_from_slice(stamps.as_bytes());
+        }
         for (&partition, &count) in self.groups.iter().zip(&counts) {
             let next_seq = &mut tail.next_seq[usize::from(partition)];
             let group = Group {
@@ -256,20 +350,13 @@ impl Encoder {
             *next_seq += u64::from(count);
             self.head.extend_from_slice(group.as_bytes());
         }
-        self.sign_head();
 
         tail.position = position.after(taken as u32);
         tail.event_bytes += event_bytes;
         if taken > 0 {
             tail.received_us = received_max_us;
         }
-        Packed {
-            position,
-            head: &self.head,
-            body: &self.body,
-            events: taken,
-            controls: controls_taken,
-        }
+        (position, taken, controls_taken)
     }
 
     fn clear(&mut self) {
@@ -285,10 +372,10 @@ impl Encoder {
     }
 
     fn size_bytes(&self) -> usize {
-        HEADER_BYTES + self.groups.len() * GROUP_BYTES + self.body.len()
+        self.fixed_bytes + self.groups.len() * GROUP_BYTES + self.body.len()
     }
 
-    /// Appends one record; returns its receive time, which is not below that of the one before.
+    /// Appends one record; returns its time, which is not below that of the one before.
     fn record(&mut self, event: &Event, before_us: u64) -> u64 {
         let received_us = event.received_us.max(before_us);
         put_number(&mut self.body, received_us - before_us);
@@ -310,23 +397,17 @@ impl Encoder {
         *group
     }
 
-    /// Drops what does not belong into this batch and returns how many records stay.
-    fn cut(&mut self, events: usize) -> usize {
+    /// Drops what does not belong into this batch, and its end where two batches fill their pages
+    /// better. Returns how many records stay.
+    fn cut(&mut self, in_two: bool) -> usize {
         let Some(&(body_bytes, groups)) = self.marks.last() else {
             return 0;
         };
         let mut keep = self.marks.len();
-        let row_bytes = HEADER_BYTES + groups * GROUP_BYTES + body_bytes + ROW_OVERHEAD_BYTES;
-        let pages_bytes = row_bytes.next_power_of_two();
-        if self.plain_bytes_max.is_none()
-            && keep == events
-            && row_bytes <= BATCH_BYTES_MAX
-            && row_bytes > CUT_BYTES_MIN
-            && row_bytes <= pages_bytes / 4 * 3
-        {
-            let half = pages_bytes / 2 - ROW_OVERHEAD_BYTES;
+        let row_bytes = self.fixed_bytes + groups * GROUP_BYTES + body_bytes + ROW_OVERHEAD_BYTES;
+        if in_two && let Some(half) = cut_bytes(row_bytes) {
             keep = self.marks.partition_point(|&(body_bytes, groups)| {
-                HEADER_BYTES + groups * GROUP_BYTES + body_bytes <= half
+                self.fixed_bytes + groups * GROUP_BYTES + body_bytes <= half
             });
             keep = if keep == 0 { self.marks.len() } else { keep };
         }
@@ -445,6 +526,7 @@ fn put_control(out: &mut Vec<u8>, control: &Control) {
 #[derive(Clone, Copy)]
 pub(crate) struct BatchHead<'a> {
     header: &'a Header,
+    stamps: Option<&'a Stamps>,
     groups: &'a [Group],
 }
 
@@ -456,14 +538,28 @@ impl<'a> BatchHead<'a> {
             return Err(Corrupt);
         }
         let groups = usize::from(header.groups.get());
-        let head_end = HEADER_BYTES + groups * GROUP_BYTES;
-        let head = batch.get(HEAD_CRC_END..head_end).ok_or(Corrupt)?;
-        if header.head_crc.get() != crc32c::crc32c(head) || header.version != VERSION {
-            return Err(Corrupt);
-        }
+        let (stamps, rest) = match header.version {
+            PLAIN => (None, rest),
+            STAMPED => {
+                let (stamps, rest) = Stamps::ref_from_prefix(rest).map_err(|_| Corrupt)?;
+                (Some(stamps), rest)
+            }
+            _ => return Err(Corrupt),
+        };
         let (groups, _) =
             <[Group]>::ref_from_prefix_with_elems(rest, groups).map_err(|_| Corrupt)?;
-        Ok(Self { header, groups })
+        let decoded = Self { header, stamps, groups };
+        let head = &batch[HEAD_CRC_END..decoded.head_bytes()];
+        if header.head_crc.get() != crc32c::crc32c(head) {
+            return Err(Corrupt);
+        }
+        Ok(decoded)
+    }
+
+    /// Bytes of the head: where the body begins.
+    fn head_bytes(&self) -> usize {
+        let stamps_bytes = if self.stamps.is_some() { STAMPS_BYTES } else { 0 };
+        HEADER_BYTES + stamps_bytes + self.groups.len() * GROUP_BYTES
     }
 
     /// Where it stands.
@@ -483,7 +579,7 @@ impl<'a> BatchHead<'a> {
 
     /// Bytes of the whole batch, head and body.
     pub(crate) fn row_bytes(&self) -> usize {
-        HEADER_BYTES + self.groups.len() * GROUP_BYTES + self.header.body_bytes.get() as usize
+        self.head_bytes() + self.header.body_bytes.get() as usize
     }
 
     /// Checksum of the head, which covers that of the body.
@@ -543,7 +639,7 @@ impl Batch {
     /// Checks a stored batch. Everything decoded from it shares `bytes`.
     pub(crate) fn decode(bytes: Bytes) -> Result<Self, Corrupt> {
         let head = BatchHead::decode(&bytes)?;
-        let body_start = HEADER_BYTES + head.groups.len() * GROUP_BYTES;
+        let body_start = head.head_bytes();
         let body = &bytes[body_start..];
         let header = head.header;
         if body.len() != header.body_bytes.get() as usize
@@ -568,12 +664,28 @@ impl Batch {
 
     /// Its head.
     pub(crate) fn head(&self) -> BatchHead<'_> {
-        let (header, rest) =
-            Header::ref_from_prefix(&self.bytes).expect("the head was checked when it was decoded");
-        let (groups, _) =
-            <[Group]>::ref_from_prefix_with_elems(rest, usize::from(header.groups.get()))
-                .expect("the head was checked when it was decoded");
-        BatchHead { header, groups }
+        const CHECKED: &str = "the head was checked when it was decoded";
+        let (header, rest) = Header::ref_from_prefix(&self.bytes).expect(CHECKED);
+        let (stamps, rest) = if header.version == STAMPED {
+            let (stamps, rest) = Stamps::ref_from_prefix(rest).expect(CHECKED);
+            (Some(stamps), rest)
+        } else {
+            (None, rest)
+        };
+        let groups = usize::from(header.groups.get());
+        let (groups, _) = <[Group]>::ref_from_prefix_with_elems(rest, groups).expect(CHECKED);
+        BatchHead { header, stamps, groups }
+    }
+
+    /// What gave the times of its events.
+    pub(crate) fn clock(&self) -> Option<Clock> {
+        let stamps = self.head().stamps?;
+        let (time_us, uptime_us) = (stamps.time_us.get(), stamps.uptime_us.get());
+        Some(Clock {
+            boot: stamps.boot.get(),
+            offset_us: time_us.cast_signed().wrapping_sub(uptime_us.cast_signed()),
+            synchronised: stamps.synchronised != 0,
+        })
     }
 
     /// Its events at or after the offset `from`, in offset order. Ends early with an error if the
@@ -586,7 +698,11 @@ impl Batch {
             from,
             offset: head.position().offset,
             left: head.count(),
-            received_us: head.header.received_min_us.get(),
+            received_min_us: head.header.received_min_us.get(),
+            time_us: head
+                .stamps
+                .map_or(head.header.received_min_us.get(), |stamps| stamps.time_us.get()),
+            stamps: head.stamps.copied(),
             partitions: head
                 .groups
                 .iter()
@@ -607,13 +723,34 @@ impl Batch {
     }
 }
 
+impl Stamps {
+    /// Of an event at this time of the clock.
+    fn stamp(&self, time_us: u64) -> Stamp {
+        let since_us = time_us.saturating_sub(self.time_us.get());
+        let quality = match self.synchronised {
+            0 => TimeQuality::Unsynchronised,
+            _ => TimeQuality::Synchronised,
+        };
+        Stamp {
+            boot: self.boot.get(),
+            uptime_us: self.uptime_us.get().saturating_add(since_us),
+            received_us: time_us,
+            quality,
+        }
+    }
+}
+
 /// The events of a batch.
 pub(crate) struct Events {
     reader: Reader,
     from: u64,
     offset: u64,
     left: u32,
-    received_us: u64,
+    /// Receive time that none is below.
+    received_min_us: u64,
+    /// Time of the last record.
+    time_us: u64,
+    stamps: Option<Stamps>,
     /// Partition and next sequence number of each group.
     partitions: Vec<(u16, u64)>,
     /// Device keys seen, each with its group.
@@ -645,7 +782,7 @@ impl Events {
     /// The next record, or nothing if it lies before `from`.
     fn record(&mut self) -> Result<Option<StoredEvent>, Corrupt> {
         let reader = &mut self.reader;
-        self.received_us = self.received_us.checked_add(reader.number()?).ok_or(Corrupt)?;
+        self.time_us = self.time_us.checked_add(reader.number()?).ok_or(Corrupt)?;
         let key = match reader.number()? {
             DEFINE => {
                 let group = usize::try_from(reader.number()?).map_err(|_| Corrupt)?;
@@ -684,7 +821,7 @@ impl Events {
             seq,
             event: Event {
                 partition: *partition,
-                received_us: self.received_us,
+                received_us: self.received_min_us.max(self.time_us),
                 device_key: device_key.clone(),
                 topic: self.topics.get(topic).ok_or(Corrupt)?.clone(),
                 attributes: Attributes::from_bytes(
@@ -692,6 +829,7 @@ impl Events {
                 ),
                 payload: reader.slice(payload),
             },
+            stamp: self.stamps.map(|stamps| stamps.stamp(self.time_us)),
         }))
     }
 }
@@ -733,9 +871,28 @@ mod tests {
         }
     }
 
+    /// Up for ten seconds, of which it makes 1.7 billion.
+    fn clock(synchronised: bool) -> Clock {
+        Clock { boot: 77, offset_us: START_US.cast_signed() - 10_000_000, synchronised }
+    }
+
+    fn clocks() -> impl Strategy<Value = Option<Clock>> {
+        proptest::option::of(any::<bool>().prop_map(clock))
+    }
+
     /// Everything as batches, each head and body in one.
-    fn pack_all(mut events: &[Event], mut controls: &[Control], tail: &mut Tail) -> Vec<Bytes> {
+    fn pack_all(events: &[Event], controls: &[Control], tail: &mut Tail) -> Vec<Bytes> {
+        pack_stamped(None, events, controls, tail)
+    }
+
+    fn pack_stamped(
+        clock: Option<Clock>,
+        mut events: &[Event],
+        mut controls: &[Control],
+        tail: &mut Tail,
+    ) -> Vec<Bytes> {
         let mut encoder = Encoder::new(PARTITIONS);
+        encoder.set_clock(clock);
         let mut batches = Vec::new();
         while !events.is_empty() || !controls.is_empty() {
             let packed = encoder.pack(events, controls, tail);
@@ -781,6 +938,12 @@ mod tests {
 
     /// What must come out: dense offsets, dense sequence numbers, receive times raised.
     fn expected(events: &[Event], tail: &Tail) -> Vec<StoredEvent> {
+        expected_of(None, events, tail)
+    }
+
+    /// As [`expected`]; the times of the clock may be below those before the batch.
+    fn expected_of(clock: Option<Clock>, events: &[Event], tail: &Tail) -> Vec<StoredEvent> {
+        let mut time_us = 0;
         let (mut next_seq, mut received_us) = (tail.next_seq.clone(), tail.received_us);
         (tail.position.offset..)
             .zip(events)
@@ -788,8 +951,15 @@ mod tests {
                 received_us = received_us.max(event.received_us);
                 let seq = &mut next_seq[usize::from(event.partition)];
                 *seq += 1;
+                time_us = time_us.max(event.received_us);
+                let stamp = clock.map(|clock| Stamp {
+                    boot: 77,
+                    uptime_us: 10_000_000 + time_us - START_US,
+                    received_us: time_us,
+                    quality: TimeQuality::ALL[usize::from(!clock.synchronised)],
+                });
                 let event = Event { received_us, ..event.clone() };
-                StoredEvent { offset, seq: *seq - 1, event }
+                StoredEvent { offset, seq: *seq - 1, event, stamp }
             })
             .collect()
     }
@@ -806,11 +976,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_packed_comes_back(events in events(300, 600), controls in controls(40, 4000)) {
+        fn what_is_packed_comes_back(
+            clock in clocks(),
+            mut events in events(300, 600),
+            controls in controls(40, 4000),
+        ) {
+            if clock.is_some() {
+                // A clock does not go back; the times of several may.
+                events.sort_by_key(|event| event.received_us);
+            }
             let (before, mut tail) = (start(), start());
-            let batches = pack_all(&events, &controls, &mut tail);
+            let batches = pack_stamped(clock, &events, &controls, &mut tail);
             let (got_events, got_controls) = decode_all(&batches);
-            prop_assert_eq!(got_events, expected(&events, &before));
+            prop_assert_eq!(got_events, expected_of(clock, &events, &before));
             prop_assert_eq!(got_controls, controls);
 
             // Heads alone lead to the same tail, and each batch knows where it stands.
@@ -843,12 +1021,13 @@ mod tests {
         /// The checksums are made to match, so that the bytes get as far as the fields.
         #[test]
         fn forged_bytes_never_panic(
+            clock in clocks(),
             events in events(20, 30),
             controls in controls(5, 20),
             forged in vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
             cut in any::<prop::sample::Index>(),
         ) {
-            for batch in pack_all(&events, &controls, &mut start()) {
+            for batch in pack_stamped(clock, &events, &controls, &mut start()) {
                 let mut bytes = batch.to_vec();
                 for (at, byte) in &forged {
                     let at = at.index(bytes.len());
@@ -880,7 +1059,8 @@ mod tests {
             return;
         };
         let groups = usize::from(header.groups.get());
-        let body_start = HEADER_BYTES + groups * GROUP_BYTES;
+        let stamps_bytes = if header.version == STAMPED { STAMPS_BYTES } else { 0 };
+        let body_start = HEADER_BYTES + stamps_bytes + groups * GROUP_BYTES;
         let Some(body) = bytes.get(body_start..) else {
             return;
         };
@@ -889,7 +1069,9 @@ mod tests {
             return;
         };
         header.magic = u32::from_le_bytes(MAGIC).into();
-        header.version = VERSION;
+        if stamps_bytes == 0 {
+            header.version = PLAIN;
+        }
         header.codec = Compression::None.number();
         header.body_bytes = body_bytes.into();
         header.body_crc = body_crc.into();
@@ -912,9 +1094,15 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_is_found_and_leaves_the_other_half_readable() {
-        let control = Control::Cursor { sink: "cloud".into(), offset: 1 };
-        let batches = pack_all(&telemetry(3, 20), &[control], &mut start());
-        let [batch] = &batches[..] else { panic!("{} batches", batches.len()) };
+        for clock in [None, Some(clock(true))] {
+            let control = Control::Cursor { sink: "cloud".into(), offset: 1 };
+            let batches = pack_stamped(clock, &telemetry(3, 20), &[control], &mut start());
+            let [batch] = &batches[..] else { panic!("{} batches", batches.len()) };
+            every_flipped_bit_is_found(batch);
+        }
+    }
+
+    fn every_flipped_bit_is_found(batch: &Bytes) {
         let head_bytes = Batch::decode(batch.clone()).unwrap().body_start;
         for bit in 0..batch.len() * 8 {
             let mut bad = batch.to_vec();
@@ -927,10 +1115,29 @@ mod tests {
 
     #[test]
     fn every_cut_is_found() {
-        let [batch] = &pack_all(&telemetry(3, 20), &[], &mut start())[..] else { panic!() };
-        for len in 0..batch.len() {
-            assert!(Batch::decode(batch.slice(..len)).is_err(), "length {len}");
+        for clock in [None, Some(clock(true))] {
+            let batches = pack_stamped(clock, &telemetry(3, 20), &[], &mut start());
+            let [batch] = &batches[..] else { panic!() };
+            for len in 0..batch.len() {
+                assert!(Batch::decode(batch.slice(..len)).is_err(), "length {len}");
+            }
         }
+    }
+
+    /// What the boot, the uptime and the word on the clock cost: of a batch, not of an event.
+    #[test]
+    fn stamps_cost_nothing_an_event() {
+        let events = telemetry(100, 100);
+        let bytes = |clock| -> usize {
+            let batches = pack_stamped(clock, &events, &[], &mut start());
+            batches.iter().map(|batch| batch.len() - head_stamps_bytes(batch)).sum()
+        };
+        assert_eq!(STAMPS_BYTES, 25);
+        assert_eq!(bytes(Some(clock(false))), bytes(None));
+    }
+
+    fn head_stamps_bytes(batch: &[u8]) -> usize {
+        BatchHead::decode(batch).unwrap().stamps.map_or(0, |_| STAMPS_BYTES)
     }
 
     /// What redb writes for a row, and what a commit of these events could do with at the least.

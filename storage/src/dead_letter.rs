@@ -6,6 +6,7 @@
 
 use bytes::Bytes;
 
+use crate::clock::{Stamp, TimeQuality};
 use crate::event::{Attributes, Event, StoredEvent};
 use crate::row::{Corrupt, Reader, Row};
 
@@ -58,13 +59,16 @@ pub struct Picked {
 impl DeadLetter {
     /// The stored row; sink and offset are its key.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let StoredEvent { offset: _, seq, event } = &self.event;
+        let StoredEvent { offset: _, seq, event, stamp } = &self.event;
         let mut row = Row::new();
         row.number(u64::from(self.attempts)).number(self.first_us).number(self.last_us);
         row.number(*seq).number(u64::from(event.partition)).number(event.received_us);
         row.bytes(self.reason.as_bytes());
         row.bytes(event.device_key.as_bytes()).bytes(event.topic.as_bytes());
         row.bytes(event.attributes.as_bytes()).bytes(&event.payload);
+        if let Some(Stamp { boot, uptime_us, received_us, quality }) = *stamp {
+            row.number(boot).number(uptime_us).number(received_us).number(quality as u64);
+        }
         row.finish()
     }
 
@@ -84,9 +88,23 @@ impl DeadLetter {
             attributes: Attributes::from_bytes(row.bytes()?),
             payload: row.bytes()?,
         };
-        let event = StoredEvent { offset, seq, event };
+        // A letter of an event without one ends here, as all did before there were stamps.
+        let stamp = if row.is_empty() { None } else { Some(stamp(&mut row)?) };
+        let event = StoredEvent { offset, seq, event, stamp };
         Ok(Self { sink: sink.to_owned(), event, reason, attempts, first_us, last_us })
     }
+}
+
+fn stamp(row: &mut Reader) -> Result<Stamp, Corrupt> {
+    Ok(Stamp {
+        boot: row.number()?,
+        uptime_us: row.number()?,
+        received_us: row.number()?,
+        quality: usize::try_from(row.number()?)
+            .ok()
+            .and_then(|number| TimeQuality::ALL.get(number).copied())
+            .ok_or(Corrupt)?,
+    })
 }
 
 #[cfg(test)]
@@ -108,6 +126,12 @@ mod tests {
                     attributes: Attributes::default(),
                     payload: Bytes::from_static(b"\0payload"),
                 },
+                stamp: Some(Stamp {
+                    boot: u64::MAX,
+                    uptime_us: 9,
+                    received_us: 1_700_000_000_000_001,
+                    quality: TimeQuality::Corrected,
+                }),
             },
             reason: "413: too large".into(),
             attempts: 2,
@@ -115,7 +139,10 @@ mod tests {
             last_us: 6,
         };
         let row = letter.encode();
-        assert_eq!(DeadLetter::decode("cloud", 7, row.clone().into()), Ok(letter));
+        assert_eq!(DeadLetter::decode("cloud", 7, row.clone().into()), Ok(letter.clone()));
+        let unstamped =
+            DeadLetter { event: StoredEvent { stamp: None, ..letter.event.clone() }, ..letter };
+        assert_eq!(DeadLetter::decode("cloud", 7, unstamped.encode().into()), Ok(unstamped));
         for len in 0..row.len() {
             let cut = Bytes::copy_from_slice(&row[..len]);
             assert_eq!(DeadLetter::decode("cloud", 7, cut), Err(Corrupt));

@@ -287,6 +287,9 @@ impl OpenFile {
         caught(|| {
             let transaction = self.database().begin_write()?;
             let result = change(&transaction)?;
+            // Held over the commit, so that redb frees what this one gave up in the next one. Else it
+            // changes its tables of freed pages a second time, in pages that the next one has to write.
+            let _before = self.database().begin_read()?;
             transaction.commit()?;
             Ok(result)
         })

@@ -9,13 +9,16 @@ use std::fmt;
 use bytes::{BufMut, Bytes, BytesMut};
 use bytestring::ByteString;
 
+use crate::clock::Stamp;
+
 /// One accepted publish, before it has an offset and a sequence number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
     /// Hash bucket of the device key, below the store's number of partitions.
     pub partition: u16,
     /// When the gateway received it, in microseconds since the Unix epoch. The store raises it
-    /// where needed, so that stored receive times never go backwards.
+    /// where needed, so that stored receive times never go backwards; the time itself, where it is
+    /// another one, is in [`StoredEvent::stamp`].
     pub received_us: u64,
     /// The identity within which order holds.
     pub device_key: ByteString,
@@ -44,6 +47,15 @@ pub struct StoredEvent {
     pub seq: u64,
     /// The event itself.
     pub event: Event,
+    /// When it came; nothing if nobody told the store of a clock.
+    pub stamp: Option<Stamp>,
+}
+
+impl StoredEvent {
+    /// When the gateway received it, as well as that is known, in microseconds since the Unix epoch.
+    pub fn received_us(&self) -> u64 {
+        self.stamp.map_or(self.event.received_us, |stamp| stamp.received_us)
+    }
 }
 
 /// The name of an event for ever: gateway, epoch, partition and sequence number.

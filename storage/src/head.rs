@@ -12,8 +12,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// Format of everything in the data folder. A store with a higher number is refused; one with a lower
 /// number is taken over: its files are read as they are, and its checkpoint is written anew at once.
 ///
-/// 2: batches may be compressed. 1: the first.
-pub(crate) const FORMAT: u32 = 2;
+/// 3: batches may carry stamps. 2: batches may be compressed. 1: the first.
+pub(crate) const FORMAT: u32 = 3;
 
 /// First bytes of every head row.
 pub(crate) const MAGIC: [u8; 4] = *b"EGhd";

@@ -38,9 +38,10 @@
 //!
 //! # Bounds
 //!
-//! The ring has a fixed size. At most [`Options::ahead_max`] commits are not durable when a commit
-//! returns. Memory: the records that are not home yet, which are those, what one sync has taken, and
-//! 256 KB that wait to be written home.
+//! The ring has a fixed size. At most [`Options::ahead_max`] commits are queued when a commit returns,
+//! behind those that a sync has taken, which are one more at most: so a commit is durable with the
+//! sync after the one under way. Memory: the records that are not home yet, which are all those and
+//! 256 KB that wait to be written home, and 2 MB of room for the next ones.
 //! A transaction that would fill a quarter of the ring goes home by itself, as it would without a
 //! journal.
 //!
@@ -73,6 +74,10 @@ const RING_BYTES_MIN: u64 = 128 << 10;
 /// save little, and the next sync waits for it.
 const HOMEWARD_BYTES_MAX: u64 = 256 << 10;
 
+/// So much room of records that are done is kept for the next ones: memory that is given back and taken
+/// again costs more than what is written to it.
+const SPARE_BYTES_MAX: usize = 2 << 20;
+
 /// When nothing is queued for so long, it does not wait for more.
 const HOMEWARD_IDLE: Duration = Duration::from_millis(2);
 
@@ -88,7 +93,7 @@ const WORTH_SYNC: Duration = Duration::from_micros(20);
 pub(crate) struct Options {
     /// Bytes of the ring.
     pub(crate) ring_bytes: u64,
-    /// Commits that may be waiting for their sync when a commit returns.
+    /// Commits that may be queued when a commit returns, behind those that are being synced.
     pub(crate) ahead_max: usize,
     /// Who does the work.
     pub(crate) pump: Pump,
@@ -141,7 +146,7 @@ struct Ring {
     done: Condvar,
 }
 
-/// Places in the stream of records rise: `tail <= marked <= homed <= durable <= queued`.
+/// Places in the stream of records rise: `tail <= marked <= homed <= durable <= taken <= queued`.
 struct State {
     /// What is before has no room in the ring any more.
     tail: u64,
@@ -151,6 +156,8 @@ struct State {
     homed: u64,
     /// What is before is in the ring and synced.
     durable: u64,
+    /// What is before is in the ring, or is being written there.
+    taken: u64,
     queued: u64,
     /// From `homed` to `queued`.
     records: VecDeque<Arc<Record>>,
@@ -166,6 +173,11 @@ struct State {
     /// Somebody waits for everything to be home and synced.
     checkpoint_wanted: bool,
     stopping: bool,
+    /// The thread that flushes has nothing to do: it has to be woken. Waking nobody costs a call of the
+    /// system all the same.
+    flusher_waits: bool,
+    /// Who waits for something to be done.
+    waiting: usize,
     failed: Option<Failure>,
     /// Room of records that are done, to be used again.
     spare: Vec<Vec<u8>>,
@@ -202,9 +214,9 @@ impl State {
         self.records.partition_point(|record| record.place < self.durable)
     }
 
-    /// Records that are not durable.
+    /// Records that no sync has taken.
     fn ahead(&self) -> usize {
-        self.records.len() - self.homeward()
+        self.records.len() - self.records.partition_point(|record| record.place < self.taken)
     }
 
     /// What the next flush can take: the records that are not durable and fit into the ring.
@@ -258,6 +270,7 @@ impl Journal {
             marked: place,
             homed: place,
             durable: place,
+            taken: place,
             queued: place,
             records: VecDeque::new(),
             files: BTreeMap::new(),
@@ -267,6 +280,8 @@ impl Journal {
             home_wanted: false,
             checkpoint_wanted: false,
             stopping: false,
+            flusher_waits: false,
+            waiting: 0,
             failed: None,
             spare: Vec::new(),
         };
@@ -422,6 +437,15 @@ impl Ring {
         self.done.notify_all();
     }
 
+    /// Something has become durable, home or free.
+    fn done(&self, state: MutexGuard<'_, State>) {
+        let somebody_waits = state.waiting > 0;
+        drop(state);
+        if somebody_waits {
+            self.done.notify_all();
+        }
+    }
+
     fn spawn(self: &Arc<Self>, name: &str, run: fn(&Self)) -> io::Result<JoinHandle<()>> {
         let ring = self.clone();
         thread::Builder::new().name(name.to_owned()).spawn(move || {
@@ -443,8 +467,11 @@ impl Ring {
         joined.end = record.end();
         state.queued = record.end();
         state.records.push_back(Arc::new(record));
+        let flusher_waits = std::mem::take(&mut state.flusher_waits);
         drop(state);
-        self.queued.notify_one();
+        if flusher_waits {
+            self.queued.notify_one();
+        }
         Ok(())
     }
 
@@ -454,7 +481,7 @@ impl Ring {
         (self.on_progress)(Progress::Durable(place));
     }
 
-    /// Waits until no more than the permitted number of commits wait for their sync.
+    /// Waits until no more than the permitted number of commits wait for a sync to take them.
     fn wait_for_room(&self) -> io::Result<()> {
         self.until(|state| state.ahead() <= self.ahead_max)
     }
@@ -490,7 +517,9 @@ impl Ring {
                     if state.checkpoint_due(self.capacity) {
                         self.due.notify_one();
                     }
+                    state.waiting += 1;
                     state = wait(&self.done, state);
+                    state.waiting -= 1;
                 }
                 #[cfg(test)]
                 Pump::ByHand => {
@@ -508,7 +537,7 @@ impl Ring {
     fn flush_on(&self) {
         let mut idle = false;
         loop {
-            let state = self.lock();
+            let mut state = self.lock();
             let homeward = state.durable > state.homed;
             let done = if state.failed.is_some() {
                 return;
@@ -525,10 +554,12 @@ impl Ring {
             } else if state.stopping && state.records.is_empty() {
                 return;
             } else if homeward {
+                state.flusher_waits = true;
                 let waited = self.queued.wait_timeout(state, HOMEWARD_IDLE);
                 idle = waited.unwrap_or_else(PoisonError::into_inner).1.timed_out();
                 continue;
             } else {
+                state.flusher_waits = true;
                 drop(wait(&self.queued, state));
                 continue;
             };
@@ -565,7 +596,13 @@ impl Ring {
             state.check()?;
             let records: Vec<_> =
                 state.records.range(state.to_flush(self.capacity)).cloned().collect();
-            (records, state.mark.take(), state.ring_len)
+            let (mark, ring_len) = (state.mark.take(), state.ring_len);
+            if let Some(last) = records.last() {
+                state.taken = last.end();
+                // There is room for the next ones.
+                self.done(state);
+            }
+            (records, mark, ring_len)
         };
         if records.is_empty() && mark.is_none() {
             return Ok(false);
@@ -582,8 +619,8 @@ impl Ring {
             if let Some(last) = records.last() {
                 state.durable = last.end();
             }
+            self.done(state);
         }
-        self.done.notify_all();
         if let Some(last) = records.last() {
             (self.on_progress)(Progress::Durable(last.end()));
         }
@@ -613,15 +650,14 @@ impl Ring {
         let mut spare_bytes: usize = state.spare.iter().map(Vec::capacity).sum();
         for bytes in records.into_iter().filter_map(Arc::into_inner).map(Record::into_bytes) {
             spare_bytes += bytes.capacity();
-            if spare_bytes as u64 > HOMEWARD_BYTES_MAX && !state.spare.is_empty() {
+            if spare_bytes > SPARE_BYTES_MAX && !state.spare.is_empty() {
                 break;
             }
             state.spare.push(bytes);
         }
         // At the end the other thread waits for the last record.
         let due = state.checkpoint_due(self.capacity) || state.stopping;
-        drop(state);
-        self.done.notify_all();
+        self.done(state);
         if due {
             self.due.notify_one();
         }

@@ -8,7 +8,8 @@
 //!
 //! # Code map
 //! - [`event`]: what is stored ([`Event`], [`StoredEvent`]) and what it is called ([`EventId`]);
-//!   [`control`]: changes of state that ride beside events.
+//!   [`control`]: changes of state that ride beside events; [`clock`]: when an event came, and how
+//!   well that is known.
 //! - `batch`: the packed, checksummed unit of append; `codec`: how its body is compressed; `head`: what a file takes over from the one
 //!   before; `row`: the plain encoding under both. Pure codecs.
 //! - `journal`: what lets commits run ahead of their sync, under redb.
@@ -25,6 +26,7 @@
 
 mod ballast;
 mod batch;
+pub mod clock;
 mod codec;
 pub mod control;
 mod cursor;
@@ -46,6 +48,7 @@ mod sim;
 mod state;
 pub mod store;
 
+pub use clock::{Clock, Stamp, TimeQuality};
 pub use codec::Compression;
 pub use control::Control;
 pub use dead_letter::{DeadLetter, DeadLetterStats, KeptLetter, Picked};

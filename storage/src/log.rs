@@ -55,6 +55,10 @@ const PACKED: TableDefinition<'_, (), u8> = TableDefinition::new("packed");
 /// What a file is called until its head row is durable.
 const UNFINISHED: &str = "log/new";
 
+/// The file system is asked for the size of the active file after so many appended bytes, or after an
+/// eighth of it.
+const ASK_BYTES_MAX: u64 = 256 << 10;
+
 /// Handles kept for reading files that are not appended to.
 const HANDLES_MAX: usize = 3;
 
@@ -193,8 +197,10 @@ pub(crate) struct Appended {
 
 struct LogFile {
     first: u64,
-    /// Bytes that it takes on the device.
+    /// Bytes that it takes on the device: as it was last asked, and what was appended since.
     size_bytes: AtomicU64,
+    /// Bytes that were appended since it was asked.
+    unasked_bytes: AtomicU64,
 }
 
 impl LogFile {
@@ -204,6 +210,19 @@ impl LogFile {
 
     fn size_bytes(&self) -> u64 {
         self.size_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Counts what was appended, and asks the file system only now and then: whoever asks for a
+    /// file's status between two writes has it write the inode with every sync.
+    fn grow(&self, appended_bytes: u64, disk: &SharedDisk) {
+        // A commit takes whole pages.
+        let appended_bytes = appended_bytes.next_multiple_of(4096);
+        let size_bytes = self.size_bytes() + appended_bytes;
+        let unasked_bytes = self.unasked_bytes.load(Ordering::Relaxed) + appended_bytes;
+        let ask = unasked_bytes >= ASK_BYTES_MAX.min(size_bytes / 8);
+        let size_bytes = if ask { disk.used_bytes(&self.name()) } else { size_bytes };
+        self.size_bytes.store(size_bytes, Ordering::Relaxed);
+        self.unasked_bytes.store(if ask { 0 } else { unasked_bytes }, Ordering::Relaxed);
     }
 }
 
@@ -328,7 +347,8 @@ impl Log {
     }
 
     fn log_file(&self, first: u64) -> LogFile {
-        LogFile { first, size_bytes: self.disk.used_bytes(&name(first)).into() }
+        let size_bytes = self.disk.used_bytes(&name(first)).into();
+        LogFile { first, size_bytes, unasked_bytes: 0.into() }
     }
 
     /// Moves the tail over every batch at or after it.
@@ -533,7 +553,7 @@ impl Log {
             Ok(size_bytes)
         });
         let size_bytes = appended.map_err(|error| self.error(file.first, error))?;
-        file.size_bytes.store(self.disk.used_bytes(&file.name()), Ordering::Relaxed);
+        file.grow(size_bytes, &self.disk);
         *tail = moved;
         let durable_at = files.journal.as_ref().map(|journal| journal.queued());
         Ok(Appended { size_bytes, durable_at })
@@ -648,12 +668,6 @@ impl Log {
                     "cannot remove a log file that is no longer needed; the next start tries again");
             }
         }
-    }
-
-    /// Receive time of the last event before the file that starts at `first`.
-    pub(crate) fn received_before(&self, first: u64) -> Option<u64> {
-        let head = self.with_file(first, |source, _| head_row(source)).ok()?;
-        head.ok().map(|head| head.tail.received_us)
     }
 
     /// Events from `from` on, below the watermark: at least one if there is any, else at most

@@ -40,6 +40,27 @@ struct Sim {
     renamings: Vec<Renaming>,
     files: Vec<SimFile>,
     faults: Faults,
+    cut: Option<Cut>,
+    failed_syncs: u64,
+}
+
+/// What the power has failed: the first operation that did not happen for want of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Cut {
+    pub(crate) operation: Operation,
+    /// Of the file, at that moment; of a renamed one, what it was called before.
+    pub(crate) name: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    Create,
+    Write,
+    SetLen,
+    Sync,
+    Rename,
+    Remove,
+    Reserve,
 }
 
 type Names = BTreeMap<String, usize>;
@@ -86,8 +107,8 @@ pub(crate) struct Faults {
 
 #[derive(Clone, Debug, Default)]
 struct SimFile {
-    /// Pages that room was taken for, from the start of the file.
-    reserved: usize,
+    /// Pages that room was taken for, and that were not written yet.
+    reserved: BTreeSet<u64>,
     len: u64,
     pages: BTreeMap<u64, Page>,
     durable_len: u64,
@@ -112,6 +133,8 @@ impl SimDisk {
             renamings: Vec::new(),
             files: Vec::new(),
             faults: Faults::default(),
+            cut: None,
+            failed_syncs: 0,
         })))
     }
 
@@ -121,6 +144,16 @@ impl SimDisk {
 
     pub(crate) fn set_faults(&self, change: impl FnOnce(&mut Faults)) {
         change(&mut self.sim().faults);
+    }
+
+    /// What the power failed, if it is gone.
+    pub(crate) fn cut(&self) -> Option<Cut> {
+        self.sim().cut.clone()
+    }
+
+    /// How many syncs have failed since the last crash.
+    pub(crate) fn failed_syncs(&self) -> u64 {
+        self.sim().failed_syncs
     }
 
     /// Pages in use.
@@ -133,6 +166,7 @@ impl SimDisk {
     pub(crate) fn after_kill(&self) -> Self {
         let mut sim = self.sim().clone();
         sim.faults = Faults { sync_lies: sim.faults.sync_lies, ..Faults::default() };
+        (sim.cut, sim.failed_syncs) = (None, 0);
         Self(Arc::new(Mutex::new(sim)))
     }
 
@@ -195,15 +229,26 @@ impl Sim {
     }
 
     /// Counts a writing operation; fails it if the power is off.
-    fn operate(&mut self) -> io::Result<()> {
+    fn operate(&mut self, operation: Operation, name: &str) -> io::Result<()> {
         match &mut self.faults.power_left {
             None => Ok(()),
-            Some(0) => Err(io::Error::other("the power is off")),
+            Some(0) => {
+                self.cut.get_or_insert_with(|| Cut { operation, name: name.to_owned() });
+                Err(io::Error::other("the power is off"))
+            }
             Some(left) => {
                 *left -= 1;
                 Ok(())
             }
         }
+    }
+
+    /// As [`Sim::operate`], on a file that is open.
+    fn operate_on(&mut self, operation: Operation, file: usize) -> io::Result<()> {
+        let named = self.names.iter().find(|(_, named)| **named == file);
+        let name =
+            named.map_or_else(|| "a file without a name".to_owned(), |(name, _)| name.clone());
+        self.operate(operation, &name)
     }
 
     /// Whether the next sync works, and whether it does anything.
@@ -214,6 +259,7 @@ impl Sim {
         match &mut self.faults.fail_sync_after {
             Some(0) => {
                 self.faults.fail_sync_after = None;
+                self.failed_syncs += 1;
                 return Err(io::Error::other("the sync failed"));
             }
             Some(after) => *after -= 1,
@@ -224,11 +270,14 @@ impl Sim {
 
     /// Changes a folder, and syncs it.
     fn rename(&mut self, renaming: Renaming) -> io::Result<()> {
-        self.operate()?;
+        let operation = if renaming.to.is_some() { Operation::Rename } else { Operation::Remove };
+        let name = renaming.from.clone().unwrap_or_default();
+        self.operate(operation, &name)?;
         renaming.apply(&mut self.names);
         let folder = renaming.folder().to_owned();
         self.renamings.push(renaming);
-        self.operate()?;
+        // The sync of the folder.
+        self.operate(operation, &name)?;
         if self.sync_works()? {
             for renaming in self.renamings.extract_if(.., |r| r.folder() == folder) {
                 renaming.apply(&mut self.durable_names);
@@ -240,7 +289,7 @@ impl Sim {
 
 impl SimFile {
     fn used_pages(&self) -> usize {
-        self.pages.len().max(self.reserved)
+        self.pages.len() + self.reserved.len()
     }
 
     fn cut(&mut self, rng: &mut fastrand::Rng) {
@@ -341,14 +390,14 @@ impl StorageBackend for SimBackend {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut sim = self.disk.sim();
-        sim.operate()?;
+        sim.operate_on(Operation::SetLen, self.file)?;
         sim.files[self.file].set_len(len);
         Ok(())
     }
 
     fn sync_data(&self) -> io::Result<()> {
         let mut sim = self.disk.sim();
-        sim.operate()?;
+        sim.operate_on(Operation::Sync, self.file)?;
         let works = sim.sync_works();
         let file = &mut sim.files[self.file];
         match works {
@@ -362,7 +411,7 @@ impl StorageBackend for SimBackend {
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut sim = self.disk.sim();
-        sim.operate()?;
+        sim.operate_on(Operation::Write, self.file)?;
         let used = sim.pages();
         let pages_max = sim.faults.pages_max.unwrap_or(usize::MAX);
         let file = &mut sim.files[self.file];
@@ -370,7 +419,7 @@ impl StorageBackend for SimBackend {
         let mut at = offset;
         for chunk in pieces(offset, data.len()) {
             let page_at = at / PAGE_BYTES as u64;
-            if !file.pages.contains_key(&page_at) && page_at >= file.reserved as u64 {
+            if !file.reserved.remove(&page_at) && !file.pages.contains_key(&page_at) {
                 new += 1;
                 if used + new > pages_max {
                     return Err(io::ErrorKind::StorageFull.into());
@@ -408,7 +457,7 @@ impl Disk for SimDisk {
 
     fn create(&self, name: &str) -> io::Result<Box<dyn StorageBackend>> {
         let mut sim = self.sim();
-        sim.operate()?;
+        sim.operate(Operation::Create, name)?;
         let file = sim.files.len();
         sim.files.push(SimFile::default());
         let created = Renaming { from: None, to: Some((name.to_owned(), file)) };
@@ -440,15 +489,16 @@ impl Disk for SimDisk {
 
     fn reserve(&self, name: &str, range: Range<u64>) -> io::Result<()> {
         let mut sim = self.sim();
-        sim.operate()?;
+        sim.operate(Operation::Reserve, name)?;
         let file = *sim.names.get(name).ok_or(io::ErrorKind::NotFound)?;
-        let pages = range.end.div_ceil(PAGE_BYTES as u64) as usize;
-        let before = sim.files[file].used_pages();
-        let more = pages.max(before) - before;
-        if sim.pages() + more > sim.faults.pages_max.unwrap_or(usize::MAX) {
+        let pages = range.start / PAGE_BYTES as u64..range.end.div_ceil(PAGE_BYTES as u64);
+        let new: Vec<u64> =
+            pages.filter(|page| !sim.files[file].pages.contains_key(page)).collect();
+        let taken = new.iter().filter(|page| sim.files[file].reserved.contains(page)).count();
+        if sim.pages() + new.len() - taken > sim.faults.pages_max.unwrap_or(usize::MAX) {
             return Err(io::ErrorKind::StorageFull.into());
         }
-        sim.files[file].reserved = sim.files[file].reserved.max(pages);
+        sim.files[file].reserved.extend(new);
         Ok(())
     }
 

@@ -26,6 +26,7 @@ pub(crate) use rebuild::rebuild;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -88,6 +89,8 @@ impl From<redb::Error> for StateOpenError {
 pub(crate) struct State {
     disk: SharedDisk,
     open: Mutex<Open>,
+    /// Bytes that the file takes: whoever commits asks for it each time.
+    size_bytes: AtomicU64,
     /// What the dead letters of each sink come to, once it was asked for.
     dead_letters: Mutex<Option<Counts>>,
 }
@@ -128,6 +131,7 @@ impl State {
         let checkpoint = read_checkpoint(&database)?;
         Ok((
             Self {
+                size_bytes: disk.used_bytes(NAME).into(),
                 disk,
                 open: Mutex::new(Open::Yes(Arc::new(database))),
                 dead_letters: Mutex::new(None),
@@ -204,7 +208,7 @@ impl State {
 
     /// Bytes that the file takes.
     pub(crate) fn used_bytes(&self) -> u64 {
-        self.disk.used_bytes(NAME)
+        self.size_bytes.load(Ordering::Relaxed)
     }
 
     /// Closes the file cleanly. Later calls fail.
@@ -233,7 +237,9 @@ impl State {
                 Open::Closed => return Err(closed()),
             }
         };
-        file.write(change).map_err(|error| self.suspect(&file, &error))
+        let written = file.write(change).map_err(|error| self.suspect(&file, &error));
+        self.size_bytes.store(self.disk.used_bytes(NAME), Ordering::Relaxed);
+        written
     }
 
     fn read<T>(

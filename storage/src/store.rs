@@ -14,19 +14,19 @@ pub mod repair;
 pub mod seek;
 pub mod verify;
 
-use std::collections::HashSet;
 use std::fs::{File, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
 use self::progress::{Ahead, Progress};
 use crate::ballast::Ballast;
 use crate::batch::{Batch, BatchHead, Encoder};
+use crate::clock::{self, Clock};
 use crate::cursor::Cursors;
 use crate::disk::{FileDisk, SharedDisk, is_full};
 use crate::head::{BadHead, FORMAT, Head, Tail};
@@ -128,7 +128,8 @@ pub struct StoreOptions {
     pub journal_bytes: u64,
     /// How sealed files that have to stay are written, see [`packer`].
     pub compression: Compression,
-    /// With a journal, commits that may be waiting for their sync when [`Writer::commit`] returns.
+    /// With a journal, commits that may be queued when [`Writer::commit`] returns, behind those that
+    /// are being synced, which are one more at most.
     pub commits_ahead_max: usize,
 }
 
@@ -205,6 +206,9 @@ pub struct StoreStats {
     pub dead_letters: Vec<(String, DeadLetterStats)>,
     /// Rows in the loss ledger.
     pub losses: u64,
+    /// Events that were found unreadable since the store was opened: their batches are damaged, and
+    /// their exact ranges are in the loss ledger.
+    pub quarantined_events: u64,
 }
 
 /// Shared handle: reads, dead letters, loss ledger, statistics. Cheap to clone, safe to use from
@@ -231,8 +235,8 @@ struct Shared {
     log: Log,
     state: State,
     progress: Arc<Progress>,
-    /// First offsets of the corrupt ranges that are in the loss ledger.
-    reported: Mutex<HashSet<u64>>,
+    /// What turned out to be damaged in this life of the process, once the loss ledger has it.
+    quarantined: Mutex<Ranges>,
     /// The last time that anyone told.
     now_us: AtomicU64,
     /// Offset of the checkpoint.
@@ -274,6 +278,23 @@ impl Shared {
             disk_full: false,
             reason: format!("the record of what sink {sink:?} has passed is damaged"),
         })
+    }
+
+    fn quarantined(&self) -> MutexGuard<'_, Ranges> {
+        self.quarantined.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first event at or after an offset, its time corrected where it is known by now.
+    fn event_at(&self, from: u64) -> Result<Option<StoredEvent>, LogError> {
+        let watermark = self.progress.mark().watermark;
+        let from = from.max(self.progress.projection().start);
+        let batch = self.log.batch_at(from, watermark)?;
+        let batch = batch.and_then(|batch| Batch::decode(batch).ok());
+        let mut event = batch.and_then(|batch| batch.events(from).next()?.ok());
+        if let Some(event) = &mut event {
+            self.progress.projection().boots.correct(event);
+        }
+        Ok(event)
     }
 
     /// Event bytes in a range of offsets, 0 where they cannot be told.
@@ -334,6 +355,13 @@ impl Store {
         let progress = Arc::new(Progress::default());
         let mut projection = progress.projection_mut();
         projection.cursors = Cursors::new(checkpoint.cursors);
+        let boots = state.scan(clock::NAMESPACE).map_err(|error| OpenError::Database {
+            path: State::path(&disk),
+            reason: error.reason,
+        })?;
+        for (boot, row) in &boots {
+            projection.boots.apply(boot, Some(row));
+        }
         let log = Log::open(
             disk.clone(),
             options.cache_bytes,
@@ -373,7 +401,7 @@ impl Store {
             log,
             state,
             progress,
-            reported: Mutex::new(HashSet::new()),
+            quarantined: Mutex::default(),
             now_us: now_us.into(),
             covered: checkpoint_offset.into(),
             lock: Mutex::new(lock),
@@ -383,6 +411,8 @@ impl Store {
         let options = &shared.options;
         let mut writer = Writer {
             ballast,
+            clock: None,
+            kept_from: u64::MAX,
             encoder: Encoder::new(options.partitions),
             // At least four files within the quota, so that trimming one makes room.
             file_bytes_max: options.file_bytes_max.min(options.quota_bytes / 4).max(1),
@@ -464,7 +494,11 @@ impl Store {
         let shared = &*self.shared;
         let watermark = self.mark().watermark;
         let start = shared.progress.projection().start.max(from);
-        let found = shared.log.read(start, watermark, events_max, size_bytes_max)?;
+        let mut found = shared.log.read(start, watermark, events_max, size_bytes_max)?;
+        {
+            let projection = shared.progress.projection();
+            found.events.iter_mut().for_each(|event| projection.boots.correct(event));
+        }
         let next = found.next.max(from);
         // What was trimmed while this was reading is not damage.
         let start = shared.progress.projection().start;
@@ -479,8 +513,8 @@ impl Store {
     /// Writes the loss of a range that cannot be read, once.
     fn report(&self, offsets: &Range<u64>) -> Result<(), ReadError> {
         let shared = &*self.shared;
-        let mut reported = shared.reported.lock().unwrap_or_else(PoisonError::into_inner);
-        if reported.contains(&offsets.start) {
+        let mut quarantined = shared.quarantined();
+        if quarantined.within(offsets).count() == offsets.end - offsets.start {
             return Ok(());
         }
         tracing::error!(?offsets, "events cannot be read: their batch is damaged");
@@ -504,7 +538,7 @@ impl Store {
             path: State::path(&shared.disk),
             reason: error.reason,
         })?;
-        reported.insert(offsets.start);
+        quarantined.insert(offsets.clone());
         Ok(())
     }
 
@@ -522,13 +556,9 @@ impl Store {
         }
     }
 
-    /// Receive time of the first event at or after `from`, if there is one.
+    /// Receive time of the first event at or after `from`, if there is one, as well as it is known.
     pub fn received_us(&self, from: u64) -> Option<u64> {
-        let watermark = self.mark().watermark;
-        let from = from.max(self.shared.progress.projection().start);
-        let batch = self.shared.log.batch_at(from, watermark).ok()??;
-        let first = Batch::decode(batch).ok()?.events(from).next()?.ok()?;
-        Some(first.event.received_us)
+        Some(self.shared.event_at(from).ok()??.received_us())
     }
 
     /// Rows of the loss ledger, oldest first.
@@ -591,6 +621,7 @@ impl Store {
             origins: sinks.iter().map(|(sink, c)| (sink.clone(), c.origin)).collect(),
             dead_letters: shared.state.count_dead_letters().unwrap_or_default(),
             losses: shared.state.count_losses().unwrap_or_default(),
+            quarantined_events: shared.quarantined().count(),
         }
     }
 }
@@ -697,6 +728,10 @@ pub struct Writer {
     ballast: Ballast,
     shared: Arc<Shared>,
     encoder: Encoder,
+    /// What gives the times of the events.
+    clock: Option<Clock>,
+    /// See [`Writer::keep_from`].
+    kept_from: u64,
     file_bytes_max: u64,
     /// Where the next batch goes; what came before is committed.
     tail: Tail,
@@ -729,9 +764,28 @@ impl Writer {
         assert!(first, "failures go to one listener");
     }
 
+    /// What gives the times of the events and of the calls from here on; until it is told, the times
+    /// stand for themselves, and events get no [`Stamp`](crate::Stamp). Returns what is to be committed
+    /// at the caller's next opportunity, with which the times of earlier events of this boot are known:
+    /// nothing but when the clock of a boot is synchronised for the first time.
+    #[must_use]
+    pub fn set_clock(&mut self, clock: Clock) -> Vec<Control> {
+        self.clock = Some(clock);
+        self.encoder.set_clock(self.clock);
+        self.shared.progress.projection().boots.learn(&clock)
+    }
+
+    /// Nothing from this offset on is trimmed until a later one is told, whatever sinks, wishes and the
+    /// quota say: the caller reads it again when it is started anew. `u64::MAX`, which is how it begins:
+    /// the caller needs nothing.
+    pub fn keep_from(&mut self, offset: u64) {
+        self.kept_from = offset;
+    }
+
     /// Numbers the events in slice order and commits them with the control records in one
-    /// transaction. They are durable when a [`Mark`] says so: with a journal perhaps later, but at
-    /// most [`StoreOptions::commits_ahead_max`] commits run ahead; without one before it returns.
+    /// transaction. They are durable when a [`Mark`] says so: without a journal before it returns; with
+    /// one perhaps later, see [`StoreOptions::commits_ahead_max`], but at the latest with the sync that
+    /// follows the one under way.
     ///
     /// # Errors
     /// See [`CommitError`]. After one, nothing of this commit may be acked, and nothing of it was
@@ -1009,15 +1063,20 @@ impl Writer {
             (rules.retain_bytes, rules.retain_age_us) = (0, 0);
         }
         let watermark = self.tail.position.offset;
-        let floor = floor.unwrap_or(watermark);
+        let floor = floor.unwrap_or(watermark).min(self.kept_from);
         let mut spans = self.shared.log.spans(watermark);
         let age_us = |span: &Span| {
-            let last_us = if span.offsets.end == watermark {
-                Some(self.tail.received_us)
-            } else {
-                self.shared.log.received_before(span.offsets.end)
-            };
-            now_us.saturating_sub(last_us.unwrap_or(now_us))
+            let end = span.offsets.end;
+            // What is not durable yet has only just come.
+            if end > self.shared.progress.mark().watermark {
+                return 0;
+            }
+            // For a last event that is damaged the one after it speaks, which is not older.
+            let event = [end.saturating_sub(1), end]
+                .into_iter()
+                .find_map(|offset| self.shared.event_at(offset).ok().flatten());
+            let boots = &self.shared.progress.projection().boots;
+            event.map_or(0, |event| boots.age_us(&event, self.clock.as_ref(), now_us))
         };
         let mut count = retention::expendable(&spans, floor, rules, RETAIN_FILES_MAX, age_us);
         if let Some(active) = spans.last()
@@ -1059,6 +1118,9 @@ impl Writer {
             spans = self.shared.log.spans(watermark);
         }
         let end = spans[0].offsets.end;
+        if end > self.kept_from {
+            return Ok(false);
+        }
         let (start, cursors): (u64, Vec<(String, u64)>) = {
             let projection = self.shared.progress.projection();
             let configured = projection.cursors.configured();

@@ -70,6 +70,14 @@ level = "info"
         path
     }
 
+    /// Puts routes in front of the bench's own, in the configuration that was written last.
+    pub(crate) fn route_first(&self, routes: &str) {
+        let path = self.path("gateway.toml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(path, text.replacen("[[route]]", &format!("{routes}\n[[route]]"), 1))
+            .unwrap();
+    }
+
     /// Starts the gateway with the configuration that was written last.
     pub(crate) async fn start(&self) -> GatewayProcess {
         GatewayProcess::start(&self.path("gateway.toml"), &self.path("gateway.log")).await
@@ -97,14 +105,22 @@ level = "info"
 
     /// As [`Bench::fleet`], to another address.
     pub(crate) fn fleet_at(&self, broker: SocketAddr, devices: u32, rate: f64) -> Fleet {
-        let config = FleetConfig {
-            devices,
-            rate,
+        let config = FleetConfig { devices, rate, ..self.fleet_config() };
+        self.fleet_with(broker, config)
+    }
+
+    /// How this bench's fleets are, but for their number and rate.
+    pub(crate) fn fleet_config(&self) -> FleetConfig {
+        FleetConfig {
             seed: self.seed,
             v5_share: 0.5,
             backoff_ms_max: 200,
             ..FleetConfig::default()
-        };
+        }
+    }
+
+    /// As [`Bench::fleet_at`], of any kind.
+    pub(crate) fn fleet_with(&self, broker: SocketAddr, config: FleetConfig) -> Fleet {
         let (_, broker) = watch::channel(broker.to_string());
         Fleet::start(config, broker, &self.sent(), &CancellationToken::new()).unwrap()
     }

@@ -139,14 +139,26 @@ pub(crate) enum Isolation {
     Uncommitted,
 }
 
+/// A record as its headers name it.
+#[derive(Clone, Debug)]
+pub(crate) struct Arrived {
+    /// By the number that the gateway gave.
+    pub(crate) place: Place,
+    pub(crate) device: String,
+    /// `ce_lane`, if it has one.
+    pub(crate) lane: Option<String>,
+    /// `ce_stream`, if it has one.
+    pub(crate) stream: Option<String>,
+}
+
 /// Reads all that a topic holds now into a received ledger, each partition in its order, whatever
-/// transactions have left between its records.
+/// transactions have left between its records. Gives the same as the headers have it.
 pub(crate) async fn read_records(
     brokers: String,
     topic: &'static str,
     isolation: Isolation,
     ledger: PathBuf,
-) {
+) -> Vec<Arrived> {
     let read = move || {
         let level = match isolation {
             Isolation::Committed => "read_committed",
@@ -168,12 +180,18 @@ pub(crate) async fn read_records(
         }
         consumer.assign(&list).unwrap();
         let mut text = format!("{RECEIVED_HEADER}\n").into_bytes();
-        let mut arrival = 0;
+        let mut arrived = Vec::new();
         while unread > 0 {
             match consumer.poll(PATIENCE) {
                 Some(Ok(message)) => {
-                    received_row(arrival, &message).write_to(&mut text);
-                    arrival += 1;
+                    let row = received_row(arrived.len() as u64, &message);
+                    row.write_to(&mut text);
+                    arrived.push(Arrived {
+                        place: row.place.expect("numbered"),
+                        device: row.device.into_owned(),
+                        lane: header(&message, "ce_lane"),
+                        stream: header(&message, "ce_stream"),
+                    });
                 }
                 Some(Err(KafkaError::PartitionEOF(_))) => unread -= 1,
                 Some(Err(error)) => panic!("{error}"),
@@ -182,14 +200,19 @@ pub(crate) async fn read_records(
             }
         }
         std::fs::write(ledger, text).unwrap();
+        arrived
     };
-    tokio::task::spawn_blocking(read).await.unwrap();
+    tokio::task::spawn_blocking(read).await.unwrap()
+}
+
+fn header(message: &BorrowedMessage<'_>, name: &str) -> Option<String> {
+    let header = message.headers()?.iter().find(|header| header.key == name)?;
+    Some(String::from_utf8(header.value?.to_vec()).expect("text"))
 }
 
 fn received_row(arrival: u64, message: &BorrowedMessage<'_>) -> ReceivedRow<'static> {
     let (device, origin) = identify(message.payload().unwrap()).expect("a fleet's event");
-    let id = message.headers().unwrap().iter().find(|header| header.key == "ce_id");
-    let id = String::from_utf8(id.unwrap().value.unwrap().to_vec()).unwrap();
+    let id = header(message, "ce_id").expect("an id");
     let mut parts = id.rsplit('/');
     let seq = parts.next().unwrap().parse().unwrap();
     let partition = parts.next().unwrap().parse().unwrap();

@@ -24,6 +24,7 @@ fn stored(offset: u64, device: u8, payload_bytes: usize) -> StoredEvent {
             attributes: Attributes::default(),
             payload: vec![0; payload_bytes].into(),
         },
+        stamp: None,
     }
 }
 
@@ -80,7 +81,6 @@ fn a_rejected_request_is_bisected_until_the_poison_is_alone_and_the_rest_goes_on
         delivery.answer(request.id, &answer, now, 0.5);
         if alone {
             assert_eq!(delivery.cursor(), 6, "not past a dead letter that is not durable");
-            assert!(delivery.next_request(now).is_none());
             let letter = &delivery.letters()[0];
             assert_eq!((letter.event.offset, letter.attempts), (6, 5));
             assert_eq!(letter.reason, "bad request");
@@ -125,6 +125,64 @@ fn where_refusals_are_frequent_requests_get_smaller_and_grow_again_after_them() 
     assert!(requests < 16 * letters, "{requests} requests");
     assert!(sent < 3 * 40_000, "{sent} events were sent for 40,000");
     assert_eq!(largest, 1_000, "clean again, they are as large as they may be");
+}
+
+/// What is refused costs the rest no wait for the disk; but where a sink keeps a cursor, or too much
+/// has come together, letters go first.
+#[test]
+fn requests_go_on_while_a_few_dead_letters_are_written() {
+    let now = start();
+    let reject = |count: usize| {
+        let which = Which::These((0..count).collect());
+        let failed = vec![Failed { which, failure: Failure::Reject, reason: "bad".into() }];
+        Answer { failed }
+    };
+    for (count, letters_first, goes_on) in [(3, false, true), (10, false, false), (1, true, false)]
+    {
+        let limits = Limits::new(10, 100_000, window(1)).letters_first(letters_first);
+        let mut delivery = Delivery::new("s".into(), limits, Backoff::new(MIN, MAX), 0);
+        delivery.push(read_of(20));
+        let request = delivery.next_request(now).expect("nothing in the way");
+        delivery.answer(request.id, &reject(count), now, 0.5);
+        assert_eq!(delivery.cursor(), 0, "not past a letter that is not durable");
+        assert_eq!(delivery.next_load(now).is_some(), goes_on, "{count} {letters_first}");
+        delivery.letters_written(count);
+        assert_eq!(delivery.cursor(), 10);
+        assert!(delivery.next_request(now).is_some());
+    }
+}
+
+#[test]
+fn a_small_request_waits_for_more_events_but_not_for_long() {
+    const LINGER: Duration = Duration::from_millis(50);
+    let mut now = start();
+    let limits = Limits::new(10, 100_000, window(2)).lingering(LINGER);
+    let mut delivery = Delivery::new("s".into(), limits, Backoff::new(MIN, MAX), 0);
+    let read = |from: u64, to: u64| {
+        let events = (from..to).map(|offset| stored(offset, 0, 10)).collect();
+        Read { events, next: to, missing: Vec::new() }
+    };
+    delivery.push(read(0, 3));
+    assert!(delivery.next_request(now).is_none());
+    assert_eq!(delivery.lingers_until(), Some(now.at + LINGER));
+    now = later(now, LINGER / 2);
+    assert!(delivery.wants_events(false, now), "it waits for more");
+    delivery.push(read(3, 5));
+    assert!(delivery.next_request(now).is_none());
+    assert_eq!(delivery.lingers_until(), Some(now.at + LINGER / 2), "from its first event on");
+    now = later(now, LINGER / 2);
+    let small = delivery.next_request(now).expect("it has waited");
+    assert_eq!((offsets(&small), delivery.lingers_until()), ((0..5).collect(), None));
+    // What fills a request does not wait, the rest does.
+    delivery.push(read(5, 18));
+    let full = delivery.next_request(now).expect("it is full");
+    assert_eq!(offsets(&full), (5..15).collect::<Vec<_>>());
+    delivery.answer(small.id, &Answer::delivered(), now, 0.5);
+    assert!(delivery.next_request(now).is_none());
+    // One that is tried again waits for nothing but its pause.
+    delivery.answer(full.id, &retry(), now, 0.5);
+    now = later(now, MAX);
+    assert_eq!(offsets(&delivery.next_request(now).expect("again")), (5..15).collect::<Vec<_>>());
 }
 
 #[test]

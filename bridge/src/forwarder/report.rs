@@ -54,6 +54,7 @@ impl Report {
             delivered_bytes: 0,
             dead_lettered_events: 0,
             filtered_events: 0,
+            parked_devices: 0,
             requeued_events: 0,
             retries: 0,
             circuit: Circuit::default(),
@@ -138,6 +139,7 @@ impl Report {
             status.delivered_bytes = counts.delivered_bytes;
             status.dead_lettered_events = counts.dead_lettered_events;
             status.filtered_events = counts.filtered_events;
+            status.parked_devices = streams.parked_devices() as u64;
             status.requeued_events = requeue.delivered_events();
             status.retries = counts.retries;
             status.circuit = self.breaker.circuit();

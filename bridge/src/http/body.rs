@@ -10,9 +10,9 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use reqwest::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use storage::StoredEvent;
 
+use super::tracks::Piece;
 use crate::cloudevents::{Context, Envelope, Framing};
 use crate::config::{Compression, HttpFormat};
-use crate::sink::Request;
 
 /// Names the event of a raw request: its id, `gateway/epoch/partition/seq`.
 pub(super) const EVENT: HeaderName = HeaderName::from_static("edge-gateway-event");
@@ -20,26 +20,25 @@ pub(super) const EVENT: HeaderName = HeaderName::from_static("edge-gateway-event
 /// zstd's fastest ordinary level: an event costs CPU on a small board.
 const ZSTD_LEVEL: i32 = 1;
 
-/// Writes the events at these places of a request: body, and headers that describe it.
+/// Writes a piece: body, and headers that describe it.
 pub(super) fn write(
     format: HttpFormat,
     compression: Compression,
     envelope: &Envelope,
-    request: &Request,
-    piece: &[usize],
+    piece: &Piece,
 ) -> (HeaderMap, Vec<u8>) {
-    let Request { stream, events, .. } = request;
-    let all = piece.iter().map(|&place| &events[place]);
-    let first = &events[piece[0]];
+    let stream = piece.stream();
+    let all = piece.events();
+    let first = piece.first();
     let mut headers = HeaderMap::new();
     let mut body = Vec::new();
     let content_type = match format {
         HttpFormat::CloudEventsBatch => {
-            envelope.write_all(&mut body, all, *stream, Framing::Array);
+            envelope.write_all(&mut body, all, stream, Framing::Array);
             HeaderValue::from_static("application/cloudevents-batch+json")
         }
         HttpFormat::NdJson => {
-            envelope.write_all(&mut body, all, *stream, Framing::Lines);
+            envelope.write_all(&mut body, all, stream, Framing::Lines);
             HeaderValue::from_static("application/x-ndjson")
         }
         HttpFormat::JsonArray => {
@@ -47,12 +46,12 @@ pub(super) fn write(
             HeaderValue::from_static("application/json")
         }
         HttpFormat::CloudEvent => {
-            envelope.write(&mut body, first, *stream, Framing::Array);
+            envelope.write(&mut body, first, stream, Framing::Array);
             HeaderValue::from_static("application/cloudevents+json")
         }
         HttpFormat::CloudEventBinary => {
             let context = Context::of(&first.event);
-            envelope.for_each_attribute(first, &context, *stream, |name, value| {
+            envelope.for_each_attribute(first, &context, stream, |name, value| {
                 let name =
                     HeaderName::try_from(format!("ce-{name}")).expect("attributes are names");
                 headers.insert(name, percent_encoded(value));

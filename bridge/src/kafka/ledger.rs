@@ -362,9 +362,13 @@ pub(super) fn describe(code: RDKafkaErrorCode) -> String {
             "allow this user to write to the topic"
         }
         Code::TransactionalIdAuthorizationFailed => {
-            "allow this user to write with the transactional id gw-<gateway>-<sink>"
+            "allow this user to write with the transactional id gw-<gateway>-<sink>, with ~ for each \
+             hyphen in the sink's name"
         }
-        Code::GroupAuthorizationFailed => "allow this user to read the group gw-<gateway>-<sink>",
+        Code::GroupAuthorizationFailed => {
+            "allow this user to read the group gw-<gateway>-<sink>, with ~ for each hyphen in the \
+             sink's name"
+        }
         Code::InvalidTransactionTimeout => {
             "raise transaction.max.timeout.ms of the brokers, or lower request_timeout"
         }

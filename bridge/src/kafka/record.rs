@@ -16,7 +16,7 @@ use storage::{Lane, StoredEvent};
 
 use super::client::{Producer, code};
 use super::ledger::Ticket;
-use crate::cloudevents::{Context, Envelope, write_time};
+use crate::cloudevents::{Context, Envelope, clock_extensions, write_time};
 use crate::config::{KafkaConfig, KafkaHeaders, KafkaTopic};
 use crate::sink::Mark;
 
@@ -123,7 +123,7 @@ fn headers(
     let source_end = scratch.len();
     match context.time {
         Some(time) => scratch.extend_from_slice(time.as_bytes()),
-        None => write_time(scratch, event.received_us),
+        None => write_time(scratch, stored.received_us()),
     }
     let (rest, time) = scratch.split_at(source_end);
     let (id, source) = rest.split_at(id_end);
@@ -150,6 +150,9 @@ fn headers(
     }
     if context.requeued {
         headers = headers.insert(Header { key: "ce_requeued", value: Some("true") });
+    }
+    for (name, value) in clock_extensions(stored).into_iter().flatten() {
+        headers = headers.insert(Header { key: &format!("ce_{name}"), value: Some(&value) });
     }
     headers
 }

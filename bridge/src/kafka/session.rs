@@ -3,14 +3,23 @@
 //! Owns: every call into librdkafka that blocks. All of it is for the blocking pool, is cut into
 //! slices, and gives up as soon as the ledger is broken (a wrong password), the gateway stops, or the
 //! request timeout has passed.
-//! Invariant: the cursor is asked for after `init_transactions` came back: by then the old instance
-//! is fenced, and what it left open is committed or aborted for good.
+//! Invariants:
+//! - The cursor is asked for after `init_transactions` came back: by then the old instance is fenced,
+//!   and what it left open is committed or aborted for good.
+//! - It is looked at before that, too: who may not go on from it leaves the name to whoever has it.
+//!   This look takes what is committed, whatever is pending: waiting for the end of a transaction whose
+//!   gateway was killed would be to wait for its timeout.
+//! - Who has taken the name says so in the mark before it sends anything: so that whoever had it, and
+//!   finds itself fenced, sees that it was not for nothing.
+//!
 //! Deliberately absent: mending. After any error the session is dropped, and the next one asks Kafka
 //! how the last transaction ended.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rdkafka::ClientContext;
+use rdkafka::config::{ClientConfig, FromClientConfigAndContext};
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerGroupMetadata};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::Producer as _;
@@ -24,6 +33,7 @@ use super::client::{
 use super::cursor::{Mark, Place};
 use super::ledger::{FENCED, describe, is_fenced, sort};
 use crate::config::KafkaConfig;
+use crate::reach::Reach;
 use crate::sink::{Failure, Window};
 
 /// How long one call may block before it is looked whether anybody still waits for it.
@@ -76,15 +86,35 @@ pub(super) struct Start {
     pub(super) place: Arc<Place>,
     pub(super) patience: Patience,
     pub(super) claim: Claim,
+    /// Where the log ended when this process started.
+    pub(super) log_end: u64,
+}
+
+/// What a session begins with.
+pub(super) struct Started {
+    pub(super) session: Session,
+    /// The mark that stands in Kafka: its own.
+    pub(super) mark: Mark,
+    /// What it says that Kafka has of this store.
+    pub(super) reach: Option<Reach>,
 }
 
 /// Whether the name is ours to take.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Claim {
     /// As when a gateway starts: whoever had it before is gone, or to be fenced.
     Ours,
     /// We were fenced, and know this mark. A writer that has set another one since is left alone.
     FencedAfter(Option<Mark>),
+}
+
+/// What a look at the mark does about an offset that a transaction has set and not committed.
+#[derive(Clone, Copy, Debug)]
+enum Pending {
+    /// Waits until that has ended.
+    Awaited,
+    /// Takes the one before.
+    Passed,
 }
 
 /// How long to go on.
@@ -102,36 +132,81 @@ pub(super) struct Session {
 
 impl Start {
     /// Connects, fences whoever wrote under this name before, and reads the mark. Blocks.
-    pub(super) fn run(self) -> Result<(Session, Option<Mark>), Setback> {
-        let (producer, consumer) = self.clients().map_err(Setback::hold)?;
-        if let Claim::FencedAfter(known) = self.claim {
-            let found = self.read_mark(&consumer)?;
-            let is_known = |mark: Mark| known.is_some_and(|known| mark.has_the_writer_of(&known));
-            if found.is_some_and(|mark| !is_known(mark)) {
+    pub(super) fn run(self) -> Result<Started, Setback> {
+        let name = &self.place.name;
+        let producer = self.producer(name)?;
+        let before = self.read_mark(&self.consumer(name, Pending::Passed)?)?;
+        self.resume(before.as_ref())?;
+        if let Claim::FencedAfter(known) = &self.claim {
+            let is_known =
+                |mark: &Mark| known.as_ref().is_some_and(|known| mark.has_the_writer_of(known));
+            if before.as_ref().is_some_and(|mark| !is_known(mark)) {
                 return Err(Setback { fenced: true, ..Setback::hold(FENCED.to_owned()) });
             }
         }
+        let inherited = match &self.place.former_name {
+            Some(former_name) if before.is_none() => self.inherit(former_name)?,
+            _ => None,
+        };
         self.patience.wait(|slice| producer.init_transactions(slice))?;
-        let mark = self.read_mark(&consumer)?;
+        let consumer = self.consumer(name, Pending::Awaited)?;
+        let mark = self.read_mark(&consumer)?.or(inherited);
+        let reach = self.resume(mark.as_ref())?;
         let group = consumer.group_metadata().expect("the consumer has a group");
-        Ok((Session { producer, group }, mark))
+        let session = Session { producer, group };
+        let claim = self.place.mark(reach.clone().unwrap_or_default());
+        if !mark.is_some_and(|mark| mark.has_the_writer_of(&claim)) {
+            session.begin()?;
+            session.commit(&self.place, &claim, &self.patience)?;
+        }
+        Ok(Started { session, mark: claim, reach })
     }
 
-    fn clients(&self) -> Result<(Producer, BaseConsumer<Quiet>), String> {
-        let Start { config, place, patience, window, .. } = self;
-        let mut producer = producer_config(config, window.events_max, window.bytes_max)?;
+    fn resume(&self, mark: Option<&Mark>) -> Result<Option<Reach>, Setback> {
+        self.place.resume(mark, self.log_end).map_err(Setback::hold)
+    }
+
+    /// The mark that a former version left under another name, if it is of this store: what that left
+    /// open is ended first.
+    fn inherit(&self, former_name: &str) -> Result<Option<Mark>, Setback> {
+        let look = self.consumer(former_name, Pending::Passed)?;
+        let mark = match self.read_mark(&look) {
+            Ok(mark) => mark,
+            // A gateway that never used that name need not be allowed to.
+            Err(setback) if setback.failure == Failure::Hold => return Ok(None),
+            Err(setback) => return Err(setback),
+        };
+        if self.resume(mark.as_ref())?.is_none() {
+            return Ok(None);
+        }
+        let producer = self.producer(former_name)?;
+        self.patience.wait(|slice| producer.init_transactions(slice))?;
+        self.read_mark(&self.consumer(former_name, Pending::Awaited)?)
+    }
+
+    fn producer(&self, name: &str) -> Result<Producer, Setback> {
+        let Start { config, patience, window, .. } = self;
+        let mut client =
+            producer_config(config, window.events_max, window.bytes_max).map_err(Setback::hold)?;
         let timeout =
             (2 * patience.timeout).clamp(TRANSACTION_TIMEOUT_MIN, TRANSACTION_TIMEOUT_MAX);
-        producer
-            .set("transactional.id", &place.name)
+        client
+            .set("transactional.id", name)
             .set("transaction.timeout.ms", timeout.as_millis().to_string());
-        let mut consumer = client_config(config)?;
-        consumer.set("group.id", &place.name).set("enable.auto.commit", "false");
-        let tokens = Tokens::of(config);
-        let reports = Reports::to(&patience.shared, tokens.clone());
-        let producer = producer.create_with_context(reports).map_err(|e| cannot_start(&e))?;
-        let consumer = consumer.create_with_context(Quiet(tokens)).map_err(|e| cannot_start(&e))?;
-        Ok((producer, consumer))
+        made(&client, Reports::to(&patience.shared, Tokens::of(config)))
+    }
+
+    fn consumer(&self, name: &str, pending: Pending) -> Result<BaseConsumer<Quiet>, Setback> {
+        let mut client = client_config(&self.config).map_err(Setback::hold)?;
+        let isolation = match pending {
+            Pending::Awaited => "read_committed",
+            Pending::Passed => "read_uncommitted",
+        };
+        client
+            .set("group.id", name)
+            .set("isolation.level", isolation)
+            .set("enable.auto.commit", "false");
+        made(&client, Quiet(Tokens::of(&self.config)))
     }
 
     fn read_mark(&self, consumer: &BaseConsumer<Quiet>) -> Result<Option<Mark>, Setback> {
@@ -148,6 +223,14 @@ impl Start {
         })?;
         Ok(found.and_then(|(offset, metadata)| Mark::read(offset, &metadata)))
     }
+}
+
+fn made<C, T>(client: &ClientConfig, context: C) -> Result<T, Setback>
+where
+    C: ClientContext,
+    T: FromClientConfigAndContext<C>,
+{
+    client.create_with_context(context).map_err(|error| Setback::hold(cannot_start(&error)))
 }
 
 fn raw(element: &TopicPartitionListElem<'_>) -> Option<i64> {
@@ -167,13 +250,12 @@ impl Session {
     pub(super) fn commit(
         &self,
         place: &Place,
-        mark: Mark,
+        mark: &Mark,
         patience: &Patience,
     ) -> Result<(), Setback> {
         let mut list = TopicPartitionList::new();
         let mut element = list.add_partition(&place.topic, CURSOR_PARTITION);
-        let offset = i64::try_from(mark.offset).expect("a log has fewer than 2^63 events");
-        element.set_offset(Offset::Offset(offset)).expect("a plain offset");
+        element.set_offset(Offset::Offset(mark.offset())).expect("a plain offset");
         element.set_metadata(mark.metadata());
         patience
             .wait(|slice| self.producer.send_offsets_to_transaction(&list, &self.group, slice))?;

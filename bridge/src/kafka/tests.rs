@@ -52,7 +52,7 @@ pub(super) fn request(id: RequestId, events: Vec<StoredEvent>) -> Request {
 pub(super) struct Record {
     key: String,
     payload: Vec<u8>,
-    seq: u64,
+    pub(super) seq: u64,
     headers: Vec<(String, String)>,
 }
 
@@ -127,7 +127,7 @@ pub(super) async fn deliver<S: Sink>(
         let written = delivery.letters().len();
         delivery.letters_written(written);
         while let Some(request) = delivery.next_request(now) {
-            sink.begin(request);
+            sink.begin_reaching(request, || delivery.begun_to().into());
         }
         if delivery.in_flight() > 0 {
             sink.close();

@@ -1,6 +1,8 @@
 //! The Kafka sink that delivers exactly once: events and cursor in one transaction.
 //!
-//! Owns: which requests the open transaction carries, and when it closes.
+//! Owns: which requests the open transaction carries, and when it closes. It carries them in the order
+//! in which they were begun, whichever stream they come in, so the reach of its last one is the cursor
+//! of each stream.
 //!
 //! One transactional producer per gateway and sink. A session starts by fencing whoever wrote under
 //! this name before and by asking Kafka for the cursor; what lies below it is answered as delivered
@@ -31,12 +33,11 @@ use super::client::Shared;
 use super::cursor::{Mark, Place};
 use super::ledger::FENCED;
 use super::record::{Recorder, TOO_LARGE};
-use super::session::{Claim, Patience, Session, Setback, Start};
+use super::session::{Claim, Patience, Session, Setback, Start, Started};
 use crate::cloudevents::Envelope;
 use crate::config::KafkaConfig;
-use crate::sink::{
-    Answer, Failed, Failure, OUTSIDE_ORDER, Request, RequestId, Sink, Which, Window,
-};
+use crate::reach::Reach;
+use crate::sink::{Answer, Failed, Failure, Request, RequestId, Sink, Which, Window};
 
 const REQUESTS_MAX: usize = 512;
 const EVENTS_MAX: usize = 65_536;
@@ -53,7 +54,7 @@ pub(crate) struct TransactionalSink {
     shared: Arc<Shared>,
     state: State,
     /// Begun, and not yet in a transaction.
-    waiting: VecDeque<Request>,
+    waiting: VecDeque<Begun>,
     open: Option<Transaction>,
     answers: VecDeque<(RequestId, Answer)>,
     /// Those among them that take something back: until they are out, whatever begins is taken back
@@ -61,9 +62,13 @@ pub(crate) struct TransactionalSink {
     taken_back: usize,
     /// Nothing more is at hand.
     dry: bool,
-    /// Kafka has everything below.
-    done_to: u64,
-    /// The log reaches at least so far.
+    /// What Kafka has.
+    done: Reach,
+    /// A session has begun: from then on Kafka has what this process brought there.
+    resumed: bool,
+    /// What Kafka had before, if streams were split: for the forwarder to know.
+    found: Option<Reach>,
+    /// Where the log ended when this process started.
     log_end: u64,
     /// The mark that stands in Kafka, as far as we know.
     mark: Option<Mark>,
@@ -75,17 +80,24 @@ pub(crate) struct TransactionalSink {
 enum State {
     /// No producer.
     Down,
-    Starting(JoinHandle<Result<(Session, Option<Mark>), Setback>>),
+    Starting(JoinHandle<Result<Started, Setback>>),
     Ready(Session),
     Committing(JoinHandle<(Session, Result<(), Setback>)>),
     /// A producer on its way out: its threads take a moment to end.
     Closing(JoinHandle<()>),
 }
 
+struct Begun {
+    request: Request,
+    /// How far all streams are with it; `None` outside the order: it is sent although it may be done
+    /// already, and moves nothing.
+    reach: Option<Reach>,
+}
+
 struct Transaction {
     since: Instant,
-    /// Of the last event in it.
-    end: u64,
+    /// What Kafka has with it.
+    reach: Reach,
     size_bytes: usize,
 }
 
@@ -96,7 +108,8 @@ enum Next {
 }
 
 impl TransactionalSink {
-    /// `log_end` is where the log ends now: no cursor in Kafka can be beyond it.
+    /// `log_end` is where the log ends now: no cursor that an earlier process left in Kafka can be
+    /// beyond it.
     pub(crate) fn new(
         config: KafkaConfig,
         envelope: Envelope,
@@ -116,7 +129,9 @@ impl TransactionalSink {
             answers: VecDeque::new(),
             taken_back: 0,
             dry: false,
-            done_to: 0,
+            done: Reach::default(),
+            resumed: false,
+            found: None,
             log_end,
             mark: None,
             fenced: false,
@@ -153,13 +168,14 @@ impl TransactionalSink {
             window: self.window(),
             place: Arc::clone(&self.place),
             patience: self.patience(),
-            claim: if self.fenced { Claim::FencedAfter(self.mark) } else { Claim::Ours },
+            claim: if self.fenced { Claim::FencedAfter(self.mark.clone()) } else { Claim::Ours },
+            log_end: self.log_end,
         };
         self.state = State::Starting(spawn_blocking(move || start.run()));
     }
 
-    fn started(&mut self, outcome: Result<(Session, Option<Mark>), Setback>) {
-        let (session, mark) = match outcome {
+    fn started(&mut self, outcome: Result<Started, Setback>) {
+        let Started { session, mark, reach } = match outcome {
             Ok(started) => started,
             Err(setback) => {
                 self.state = State::Down;
@@ -168,10 +184,13 @@ impl TransactionalSink {
         };
         self.state = State::Ready(session);
         self.fenced = false;
-        self.mark = mark;
-        match self.place.resume(mark, self.log_end) {
-            Ok(offset) => self.done_to = self.done_to.max(offset.unwrap_or(0)),
-            Err(reason) => self.set_back(Setback::hold(reason)),
+        self.mark = Some(mark);
+        let first = !std::mem::replace(&mut self.resumed, true);
+        let Some(reach) = reach else { return };
+        self.done.join(reach.clone());
+        if first && !reach.ahead.is_empty() {
+            self.take_back_waiting();
+            self.found = Some(reach);
         }
     }
 
@@ -199,7 +218,7 @@ impl TransactionalSink {
                 self.open = None;
                 let mut ledger = self.shared.ledger();
                 ledger.void();
-                for request in self.waiting.drain(..) {
+                for Begun { request, .. } in self.waiting.drain(..) {
                     ledger.admit(request.id, request.events.len());
                 }
                 ledger.settle();
@@ -233,20 +252,16 @@ impl TransactionalSink {
 
     fn hand_over(&mut self, now: Instant) {
         while self.takes_more(now) && self.shared.ledger().pending() < PENDING_MAX {
-            let Some(request) = self.waiting.pop_front() else { return };
-            // One outside the order is sent although it stands below the cursor, and moves nothing.
-            let in_order = request.id < OUTSIDE_ORDER;
-            let end = request.events.last().expect("never empty").offset + 1;
-            let end = if in_order { end } else { self.done_to };
-            if in_order && end <= self.done_to {
-                self.answers.push_back((request.id, Answer::delivered()));
+            let Some(begun) = self.waiting.pop_front() else { return };
+            let events = &begun.request.events;
+            if begun.reach.is_some() && events.iter().all(|stored| self.done.has(stored)) {
+                self.answers.push_back((begun.request.id, Answer::delivered()));
                 continue;
             }
-            let too_large = |event| self.recorder.is_too_large(event);
-            if request.events.iter().any(too_large) {
-                return self.refuse(&request);
+            if events.iter().any(|stored| self.recorder.is_too_large(stored)) {
+                return self.refuse(&begun.request);
             }
-            self.send(&request, end, now);
+            self.send(begun, now);
             if self.shared.ledger().is_broken() {
                 return;
             }
@@ -254,22 +269,26 @@ impl TransactionalSink {
     }
 
     /// Takes a request into the transaction.
-    fn send(&mut self, request: &Request, end: u64, now: Instant) {
+    fn send(&mut self, begun: Begun, now: Instant) {
         let State::Ready(session) = &self.state else { unreachable!("only a session sends") };
         if self.open.is_none() {
             if let Err(setback) = session.begin() {
-                self.waiting.push_front(request.clone());
+                self.waiting.push_front(begun);
                 return self.set_back(setback);
             }
-            self.open = Some(Transaction { since: now, end, size_bytes: 0 });
+            self.open = Some(Transaction { since: now, reach: self.done.clone(), size_bytes: 0 });
             self.alive = (now, self.shared.ledger().moves());
         }
         let open = self.open.as_mut().expect("just begun");
-        open.end = open.end.max(end);
+        let Begun { request, reach } = begun;
+        let in_order = reach.is_some();
+        if let Some(reach) = reach {
+            open.reach.join(reach);
+        }
         let first = self.shared.ledger().admit(request.id, request.events.len());
         for (stored, place) in request.events.iter().zip(0..) {
             let ticket = first.wrapping_add(place);
-            if request.id < OUTSIDE_ORDER && stored.offset < self.done_to {
+            if in_order && self.done.has(stored) {
                 self.shared.ledger().report(ticket, Ok(()));
                 continue;
             }
@@ -300,8 +319,12 @@ impl TransactionalSink {
             }
         }
         self.answer_later(request.id, Answer { failed });
-        while let Some(behind) = self.waiting.pop_front() {
-            self.answer_later(behind.id, Answer::failed(Failure::Again, TAKEN_BACK));
+        self.take_back_waiting();
+    }
+
+    fn take_back_waiting(&mut self) {
+        while let Some(Begun { request, .. }) = self.waiting.pop_front() {
+            self.answer_later(request.id, Answer::failed(Failure::Again, TAKEN_BACK));
         }
     }
 
@@ -314,10 +337,10 @@ impl TransactionalSink {
         let State::Ready(session) = std::mem::replace(&mut self.state, State::Down) else {
             unreachable!("only a session commits")
         };
-        let end = self.open.as_ref().expect("complete, so open").end;
+        let reach = self.open.as_ref().expect("complete, so open").reach.clone();
         let (place, patience) = (Arc::clone(&self.place), self.patience());
         self.state = State::Committing(spawn_blocking(move || {
-            let outcome = session.commit(&place, place.mark(end), &patience);
+            let outcome = session.commit(&place, &place.mark(reach), &patience);
             (session, outcome)
         }));
     }
@@ -327,8 +350,8 @@ impl TransactionalSink {
         let open = self.open.take().expect("what was committed was open");
         match outcome {
             Ok(()) => {
-                self.done_to = open.end;
-                self.mark = Some(self.place.mark(open.end));
+                self.mark = Some(self.place.mark(open.reach.clone()));
+                self.done = open.reach;
                 let mut ledger = self.shared.ledger();
                 self.answers.extend(std::iter::from_fn(|| ledger.take_answer()));
             }
@@ -370,13 +393,15 @@ impl TransactionalSink {
     }
 }
 
-const TAKEN_BACK: &str = "a neighbour is refused first";
+const TAKEN_BACK: &str = "taken back before it was sent";
 
 fn joined<T>(outcome: Result<T, tokio::task::JoinError>) -> T {
     outcome.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 
 impl Sink for TransactionalSink {
+    const KEEPS_CURSOR: bool = true;
+
     fn window(&self) -> Window {
         // One transaction is committed while the next one gathers.
         let bytes_max = 2 * self.config.transaction_bytes_max;
@@ -384,14 +409,15 @@ impl Sink for TransactionalSink {
     }
 
     fn begin(&mut self, request: Request) {
-        let end = request.events.last().expect("never empty").offset + 1;
-        self.log_end = self.log_end.max(end);
-        self.dry = false;
-        if self.taken_back > 0 {
-            return self.answer_later(request.id, Answer::failed(Failure::Again, TAKEN_BACK));
-        }
-        self.waiting.push_back(request);
-        self.advance(Instant::now());
+        self.admit(Begun { request, reach: None });
+    }
+
+    fn begin_reaching(&mut self, request: Request, reach: impl FnOnce() -> Reach) {
+        self.admit(Begun { request, reach: Some(reach()) });
+    }
+
+    fn found(&mut self) -> Option<Reach> {
+        self.found.take()
     }
 
     fn close(&mut self) {
@@ -429,6 +455,16 @@ impl Sink for TransactionalSink {
 }
 
 impl TransactionalSink {
+    fn admit(&mut self, begun: Begun) {
+        self.dry = false;
+        if self.taken_back > 0 {
+            let answer = Answer::failed(Failure::Again, TAKEN_BACK);
+            return self.answer_later(begun.request.id, answer);
+        }
+        self.waiting.push_back(begun);
+        self.advance(Instant::now());
+    }
+
     /// Whether nothing was reported for a request timeout.
     fn is_silent(&self) -> bool {
         let ledger = self.shared.ledger();

@@ -1,5 +1,7 @@
 //! Streams against a log that grows, an upstream that fails, and restarts.
 
+mod kept_upstream;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
@@ -30,6 +32,7 @@ fn plan() -> Plan {
         live_first: Some(AFTER),
         backlog_share: 0.5,
         shaping: Shaping::default(),
+        parks: false,
     }
 }
 
@@ -60,7 +63,7 @@ impl Log {
     }
 
     fn put(&mut self, event: Event) {
-        let stored = StoredEvent { offset: self.end, seq: self.end, event };
+        let stored = StoredEvent { offset: self.end, seq: self.end, event, stamp: None };
         self.events.insert(self.end, stored);
         self.end += 1;
     }
@@ -564,7 +567,7 @@ proptest! {
                     }
                     upstream.flight.clear();
                     reading = None;
-                    streams = begin(&durable);
+                    streams = begin(&durable).restarted();
                 }
                 _ => now = later(now, Duration::from_millis(rng.u64(..3_000))),
             }

@@ -6,7 +6,8 @@
 //! every topic that its filter matches is granted and not every one of them is kept back: of a wider
 //! one the topics that are kept back are not delivered.
 //! Invariant: a placeholder stands for one level's text and never for more: a client id or a user
-//! name with `/`, `+` or `#` in it is granted nothing by a rule that names it.
+//! name with `/`, `+` or `#` in it is granted nothing by a rule that names it, and one that begins
+//! with `$` nothing by a rule that begins with it: topics of that kind are the gateway's own.
 
 use crate::config::AclConfig;
 use crate::mqtt::topic;
@@ -82,7 +83,11 @@ fn expand(pattern: &str, client_id: &str, user: Option<&str>) -> Option<String> 
     let mut expanded = pattern.to_owned();
     for (placeholder, name) in [("%c", Some(client_id)), ("%u", user)] {
         if pattern.contains(placeholder) {
-            let fits = |name: &&str| !name.is_empty() && !name.contains(['/', '+', '#', '%', '\0']);
+            let begins = pattern.starts_with(placeholder);
+            let fits = |name: &&str| {
+                let is_level = !name.is_empty() && !name.contains(['/', '+', '#', '%', '\0']);
+                is_level && (!begins || !name.starts_with('$'))
+            };
             expanded = expanded.replace(placeholder, name.filter(fits)?);
         }
     }
@@ -178,6 +183,10 @@ mod tests {
             assert_eq!(permissions.publish, Some(vec![]), "{name:?}");
             assert_eq!(permissions.subscribe, Some(vec![]), "{name:?}");
         }
+        let first = Acl::new(vec![rule(&[], &["%c/#", "x/%c"], &["%u/#"])]);
+        let first = first.permissions("$SYS", Some("$SYS"));
+        assert!(!first.may_publish("$SYS/a") && !first.may_subscribe("$SYS/#"));
+        assert!(first.may_publish("x/$SYS"));
         let prefixed = Acl::new(vec![rule(&[], &["dev-%c/%u"], &[])]).permissions("7", Some("u"));
         assert!(prefixed.may_publish("dev-7/u"));
     }

@@ -2,14 +2,15 @@
 //!
 //! Owns: users, tokens and rules ([`Access`]), replaced as a whole when the configuration is read
 //! again, and what one connection was granted ([`Grant`]).
-//! Invariant: a password is checked on a blocking thread, [`Access::checks_max`] at once at most, and
-//! is never kept or logged. What was granted holds only as long as the same log-in would still give
+//! Invariant: a password is checked on a thread of low priority, [`Access::checks_max`] at once at
+//! most, and is never kept or logged. What was granted holds only as long as the same log-in would still give
 //! it: [`Grant::is_upheld`].
 //! Deliberately absent: MQTT. Reason codes are `mqtt::auth`'s business.
 //!
 //! # Code map
 //! - [`users`]: the users file and argon2id. [`jwt`]: tokens. [`acl`]: topics (pure).
 //! - `recent`: passwords checked of late (pure). `penalty`: who waits after failures (pure).
+//! - [`gatehouse`]: the threads for whoever is not let in yet.
 //!
 //! # How a log-in goes
 //! A certificate that the listener has checked decides, and what else CONNECT says is not looked at.
@@ -20,6 +21,7 @@
 //! Past [`WAITING_MAX`] of one address they are told to come again.
 
 pub mod acl;
+pub mod gatehouse;
 pub mod jwt;
 mod penalty;
 mod recent;
@@ -36,7 +38,9 @@ use bytestring::ByteString;
 use tokio::sync::{Semaphore, watch};
 
 use self::acl::{Acl, Permissions};
+use self::gatehouse::Gatehouse;
 use self::jwt::{KeyPrint, TokenError, Verifier};
+pub(crate) use self::penalty::network_of;
 use self::penalty::{Networks, Penalties};
 use self::recent::{Digest, Digester, Recent};
 use self::users::{NAME_BYTES_MAX, PASSWORD_BYTES_MAX, Users};
@@ -53,8 +57,9 @@ pub const NEXT_MAX: usize = 4;
 /// Addresses share so many queues of their own by chance.
 const QUEUES: usize = 256;
 
-/// Passwords that are remembered as right.
-const RIGHT_MAX: usize = 8192;
+/// Passwords that are remembered as right: more than a listener has connections by default. A fleet
+/// that is larger than this memory and comes back in turn would find none of its own in it.
+const RIGHT_MAX: usize = 16_384;
 
 /// Passwords that are remembered as wrong, and for how long: a device with a wrong one asks again
 /// and again.
@@ -70,13 +75,12 @@ pub enum AccessError {
     /// The keys of tokens.
     #[error(transparent)]
     Keys(#[from] jwt::KeyError),
-    /// The system has no randomness.
+    /// The system has no randomness, or gives no threads.
     #[error("cannot set up log-ins: {0}")]
     System(#[from] std::io::Error),
 }
 
-/// Who wants in.
-#[derive(Debug)]
+/// Who wants in. Holds a secret, and so has no text.
 pub struct Request<'a> {
     /// Where from; `None` over a Unix socket.
     pub address: Option<IpAddr>,
@@ -117,6 +121,7 @@ pub struct Access {
     policy: watch::Sender<Arc<Policy>>,
     digester: Digester,
     memory: Mutex<Memory>,
+    gatehouse: Gatehouse,
     checks: Arc<Semaphore>,
     networks: Networks,
     /// The last one is for Unix sockets.
@@ -212,6 +217,7 @@ impl Access {
             policy: watch::Sender::new(Arc::new(Policy::load(auth, acl)?)),
             digester: Digester::new()?,
             memory: Mutex::new(Memory::new(auth.credential_cache)),
+            gatehouse: Gatehouse::start(Self::checks_max())?,
             checks: Arc::new(Semaphore::new(Self::checks_max())),
             networks: Networks::default(),
             queues: std::iter::repeat_with(Queue::new).take(QUEUES + 1).collect(),
@@ -238,6 +244,11 @@ impl Access {
     /// so that the other half goes on with what devices send.
     pub fn checks_max() -> usize {
         thread::available_parallelism().map_or(1, |n| (n.get() / 2).clamp(1, 4))
+    }
+
+    /// Where work is done for clients that are not let in yet.
+    pub fn gatehouse(&self) -> &Gatehouse {
+        &self.gatehouse
     }
 
     /// Log-ins that have failed.
@@ -293,21 +304,34 @@ impl Access {
     ) -> Result<(Option<ByteString>, Standing, Option<Instant>), Refusal> {
         let user = request.user.unwrap_or_default();
         let Some(password) = request.password else { return Err(Refusal::Credentials) };
+        let mut waited = false;
         if let Some(tokens) = &policy.tokens
             && policy.hash_of(user).is_none()
             && Verifier::is_token(password)
         {
             self.wait(request.address).await;
+            waited = true;
             let now = clock::now_us() / 1_000_000;
-            let token = tokens.check(password, now)?;
+            let token = match tokens.check(password, now) {
+                // Where some users have passwords, neither the answer nor its time may tell who they
+                // are to somebody who has no token of ours: as for them, it is a wrong password.
+                Err(TokenError::Malformed | TokenError::Signature)
+                    if policy.users.is_some() && !user.is_empty() =>
+                {
+                    None
+                }
+                token => Some(token?),
+            };
             let is_for = |id: &String| id == request.client_id;
-            if !(user.is_empty() || user == token.user)
-                || !token.client_id.as_ref().is_none_or(is_for)
-            {
-                return Err(Refusal::OtherClient);
+            if let Some(token) = token {
+                if !(user.is_empty() || user == token.user)
+                    || !token.client_id.as_ref().is_none_or(is_for)
+                {
+                    return Err(Refusal::OtherClient);
+                }
+                let until = Instant::now().checked_add(jwt::left(token.until, now));
+                return Ok((Some(token.user.into()), Standing::Token(token.key), until));
             }
-            let until = Instant::now().checked_add(jwt::left(token.until, now));
-            return Ok((Some(token.user.into()), Standing::Token(token.key), until));
         }
         if user.len() > NAME_BYTES_MAX || password.len() > PASSWORD_BYTES_MAX {
             return Err(Refusal::Credentials);
@@ -316,7 +340,9 @@ impl Access {
         let right = match self.recall(&digest) {
             Some(true) => true,
             known => {
-                self.wait(request.address).await;
+                if !waited {
+                    self.wait(request.address).await;
+                }
                 match known {
                     Some(right) => right,
                     None => self.verify(request.address, user, password, digest, policy).await?,
@@ -370,7 +396,7 @@ impl Access {
             let _turn = turn;
             users::is_password(hash.as_deref(), &password)
         };
-        let right = tokio::task::spawn_blocking(check).await.unwrap_or(false);
+        let right = self.gatehouse.check(check).await.unwrap_or(false);
         // What was found under a policy is not for the next one to know.
         let mut memory = self.lock();
         if Arc::ptr_eq(policy, &self.policy.borrow()) {

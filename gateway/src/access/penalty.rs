@@ -27,11 +27,15 @@ impl Networks {
     /// The slot of an address among so many. A network's worth of IPv6 addresses counts as one:
     /// whoever has one has them all.
     pub(super) fn slot_of(&self, address: IpAddr, slots: usize) -> usize {
-        let network = match address.to_canonical() {
-            IpAddr::V4(address) => u64::from(address.to_bits()),
-            IpAddr::V6(address) => (address.to_bits() >> 64) as u64,
-        };
-        (self.0.hash_one(network) % slots as u64) as usize
+        (self.0.hash_one(network_of(address)) % slots as u64) as usize
+    }
+}
+
+/// What an address is counted as: itself, or all of an IPv6 network.
+pub(crate) fn network_of(address: IpAddr) -> u64 {
+    match address.to_canonical() {
+        IpAddr::V4(address) => u64::from(address.to_bits()),
+        IpAddr::V6(address) => (address.to_bits() >> 64) as u64,
     }
 }
 

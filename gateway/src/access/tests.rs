@@ -218,6 +218,15 @@ async fn a_token_is_bound_to_its_user_its_client_and_its_end() {
     assert_eq!(log_in(&access, "", &token("d")).await.err(), other);
     // A user of the file has a password, whatever it looks like.
     assert_eq!(log_in(&access, "alice", &token("c")).await.err(), Some(Refusal::Credentials));
+    // And who has no token of ours does not learn who is one: it takes a check of a password too.
+    for forged in ["eyJ.a.b", &token("c")[..token("c").len() - 1]] {
+        for user in ["alice", "nobody"] {
+            let refused = log_in(&access, user, forged).await.err();
+            assert_eq!(refused, Some(Refusal::Credentials), "{user}");
+            let digest = access.digester.digest(user, forged.as_bytes());
+            assert_eq!(access.recall(&digest), Some(false), "{user}");
+        }
+    }
 
     std::fs::write(&key_file, [8; 32]).unwrap();
     access.reload(&auth, &[]).unwrap();

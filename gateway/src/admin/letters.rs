@@ -101,8 +101,17 @@ async fn drop_letters(
     State(letters): State<Letters>,
     Json(selection): Json<Selection>,
 ) -> Response {
+    // What was held back behind them goes now. A sink that is not configured any more has no one to
+    // tell.
+    let wake = letters.wakes.get(&selection.sink).cloned();
     letters
-        .change(selection, |store, selected| Ok(letters::drop(store, selected, clock::now_us())?))
+        .change(selection, move |store, selected| {
+            let changed = letters::drop(store, selected, clock::now_us());
+            if let Some(wake) = wake {
+                wake();
+            }
+            changed.map_err(InspectError::from)
+        })
         .await
 }
 

@@ -77,6 +77,8 @@ fn front(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     counter(out, "mqtt_logins_failed", help, mqtt.logins_failed_total)?;
     let help = "Publishes, wills, subscriptions and waiting messages that the rules did not allow";
     counter(out, "mqtt_denied", help, mqtt.denied_total)?;
+    let help = "Publishes without the id that their route looks for";
+    counter(out, "mqtt_publishes_without_id", help, mqtt.publishes_without_id_total)?;
     let help = "Times that a client was not read for a while: it was over its rate";
     counter(out, "mqtt_paced", help, mqtt.paced_total)?;
     let help = "Connections closed for a breach of the protocol";
@@ -102,6 +104,8 @@ fn ingest(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     counter(out, "ingest_commits", "Commits", ingest.commits_total)?;
     let help = "Commits that failed: nothing of them was acked";
     counter(out, "ingest_commit_failures", help, ingest.commit_failures_total)?;
+    let help = "Resends recognised by their ids: acked and not stored again";
+    counter(out, "ingest_duplicates", help, ingest.duplicates_total)?;
     let mut health = family(out, "ingest_health", "1 for the state of commits", MetricType::Gauge)?;
     for state in HEALTH_STATES {
         let value = u64::from(ingest.health == state);
@@ -132,6 +136,8 @@ fn store(out: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     gauge(out, "store_state_bytes", "Bytes of the state database", store.state_bytes)?;
     gauge(out, "store_quota_bytes", "Bytes that the log may take", store.quota_bytes)?;
     gauge(out, "store_losses", "Rows in the loss ledger", store.losses)?;
+    let help = "Events found unreadable since the start; the loss ledger has their ranges";
+    counter(out, "store_quarantined_events", help, store.quarantined_events_total)?;
     gauge(out, "store_room_bytes", "Bytes that the log may still grow by", store.room_bytes)?;
     if let Some(left) = store.left_seconds {
         let help = "Estimate: how long the room lasts at today's rate if nothing is trimmed";
@@ -144,13 +150,14 @@ type OfSink = fn(&SinkStatus) -> u64;
 type Estimate = fn(&SinkStatus) -> Option<f64>;
 
 fn sinks(out: &mut DescriptorEncoder<'_>, sinks: &[SinkStatus]) -> fmt::Result {
-    let gauges: [(&str, &str, OfSink); 6] = [
+    let gauges: [(&str, &str, OfSink); 7] = [
         ("sink_cursor", "Next offset that the sink needs", |s| s.cursor),
         ("sink_lag_events", "Durable events that it needs", |s| s.lag_events),
         ("sink_lag_bytes", "Their event bytes", |s| s.lag_bytes),
         ("sink_dead_letters", "Dead letters stored", |s| s.dead_letters),
         ("sink_dead_letter_bytes", "Bytes that they take", |s| s.dead_letter_bytes),
         ("sink_requeued", "Dead letters that are to be delivered again", |s| s.requeued),
+        ("sink_parked_devices", "Devices behind a refused event", |s| s.parked_devices),
     ];
     for (name, help, value) in gauges {
         let mut metric = family(out, name, help, MetricType::Gauge)?;
@@ -275,7 +282,8 @@ mod tests {
                        "ack_latency_ms": {"p50": 1.0, "p99": 2.0, "p999": 3.0, "max": 4.0},
                        "commit_latency_ms": {"p50": 1.0, "p99": 2.0, "p999": 3.0, "max": 4.0}},
             "store": {"first_offset": 0, "watermark": 9, "files": 1, "log_bytes": 4096,
-                      "state_bytes": 1, "quota_bytes": 8, "losses": 0, "absent_sinks": []},
+                      "state_bytes": 1, "quota_bytes": 8, "losses": 0, "quarantined_events_total": 6,
+                      "absent_sinks": []},
             "partitions": [{"partition": 0, "next_seq": 9, "ring_events": 0}],
             "sinks": [{"name": "up", "type": "http", "state": "held", "error": "401", "cursor": 4,
                        "lag_events": 5, "lag_bytes": 50, "lag_seconds": 0.5,
@@ -305,6 +313,7 @@ mod tests {
             "edge_gateway_sink_drain_events_per_second{sink=\"up\"} 2.5",
             "edge_gateway_sink_left_seconds{sink=\"up\"} 3600.0",
             "edge_gateway_resident_memory_bytes 7",
+            "edge_gateway_store_quarantined_events_total 6",
         ] {
             assert!(text.lines().any(|l| l == line), "no {line:?} in\n{text}");
         }

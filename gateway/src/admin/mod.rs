@@ -14,6 +14,7 @@ pub(crate) mod store;
 
 use std::convert::Infallible;
 use std::future::IntoFuture as _;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -255,6 +256,7 @@ impl Parts {
                 committed_bytes_total: ingest.durable.size_bytes,
                 commits_total: ingest.durable.commits,
                 commit_failures_total: ingest.counters.failed_commits,
+                duplicates_total: ingest.counters.duplicate_events,
                 health: match ingest.health {
                     Health::Storing => "storing",
                     Health::AtQuota { .. } => "at_quota",
@@ -279,6 +281,7 @@ impl Parts {
                 state_bytes: store.state_bytes,
                 quota_bytes: store.quota_bytes,
                 losses: store.losses,
+                quarantined_events_total: store.quarantined_events,
                 room_bytes: store.room_bytes,
                 left_seconds,
                 absent_sinks,
@@ -296,6 +299,7 @@ impl Parts {
             publishes_total: stats.publishes.iter().map(read).sum(),
             publishes_refused_total: read(&stats.publishes_refused),
             publishes_dropped_total: read(&stats.publishes_dropped),
+            publishes_without_id_total: read(&stats.publishes_without_id),
             logins_failed_total: self.front.access.failures(),
             denied_total: read(&stats.denied) + read(&self.front.sessions.stats().wills_denied),
             paced_total: read(&stats.paced),
@@ -310,6 +314,12 @@ impl Parts {
             retained: self.front.retained.len() as u64,
             retained_refused_total: self.front.retained.refused(),
         }
+    }
+
+    /// Event bytes of a range of the log.
+    fn bytes_of(&self, range: &Range<u64>, watermark: u64) -> u64 {
+        let behind = if range.end < watermark { self.store.lag_bytes(range.end) } else { 0 };
+        self.store.lag_bytes(range.start).saturating_sub(behind)
     }
 
     fn sink(&self, place: usize, store: &StoreStats) -> SinkStatus {
@@ -328,7 +338,8 @@ impl Parts {
             SinkState::Waiting { reason } => ("waiting", Some((*reason).to_owned())),
             SinkState::Stopped => ("stopped", None),
         };
-        let lag_events = store.watermark.saturating_sub(sink.cursor);
+        let pending = pending(&sink, store.watermark);
+        let lag_events = pending.iter().map(|range| range.end - range.start).sum();
         let oldest_us = if lag_events == 0 { None } else { self.store.received_us(sink.cursor) };
         let age_us = oldest_us.map_or(0, |us| clock::now_us().saturating_sub(us));
         let letters = store.dead_letters.iter().find(|(name, _)| *name == sink.name);
@@ -341,11 +352,12 @@ impl Parts {
             cursor: sink.cursor,
             streams: sink.streams.iter().map(stream).collect(),
             lag_events,
-            lag_bytes: if lag_events == 0 { 0 } else { self.store.lag_bytes(sink.cursor) },
+            lag_bytes: pending.iter().map(|range| self.bytes_of(range, store.watermark)).sum(),
             lag_seconds: age_us as f64 / 1e6,
             delivered_events_total: sink.delivered_events,
             delivered_bytes_total: sink.delivered_bytes,
             filtered_events_total: sink.filtered_events,
+            parked_devices: sink.parked_devices,
             dead_lettered_events_total: sink.dead_lettered_events,
             dead_letters: letters.events,
             dead_letter_bytes: letters.size_bytes,
@@ -366,6 +378,28 @@ impl Parts {
             left_seconds: None,
         }
     }
+}
+
+/// What a sink still needs of a log up to `watermark`: what has gone ahead of its cursor is not in it,
+/// unless another of its lanes may still need some of that.
+fn pending(sink: &bridge::SinkStatus, watermark: u64) -> Vec<Range<u64>> {
+    if sink.streams.is_empty() {
+        return Vec::from_iter((sink.cursor < watermark).then_some(sink.cursor..watermark));
+    }
+    let owed = sink.streams.iter().filter(|stream| stream.name != "replay");
+    let mut ranges: Vec<_> = owed
+        .map(|stream| stream.cursor..stream.end.unwrap_or(watermark).min(watermark))
+        .filter(|range| !range.is_empty())
+        .collect();
+    ranges.sort_by_key(|range| range.start);
+    let mut all: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match all.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => all.push(range),
+        }
+    }
+    all
 }
 
 fn stream(stream: &bridge::StreamStatus) -> StreamStatus {

@@ -56,6 +56,9 @@ pub struct MqttStatus {
     pub publishes_refused_total: u64,
     /// QoS 0 publishes and wills for which there was no room until their connection had ended.
     pub publishes_dropped_total: u64,
+    /// Publishes without the id that their route looks for: their resends are not recognised.
+    #[serde(default)]
+    pub publishes_without_id_total: u64,
     /// Log-ins that failed: an unknown user, a wrong password, a token that is none of ours.
     #[serde(default)]
     pub logins_failed_total: u64,
@@ -103,6 +106,9 @@ pub struct IngestStatus {
     pub commits_total: u64,
     /// Commits that failed: nothing of them was acked.
     pub commit_failures_total: u64,
+    /// Resends that were recognised by their ids: acked and not stored again.
+    #[serde(default)]
+    pub duplicates_total: u64,
     /// What stands in the way of commits (`at_quota`, `disk_full`, `failing`), else `storing`.
     pub health: String,
     /// Event bytes in the rings now.
@@ -152,6 +158,10 @@ pub struct StoreStatus {
     pub quota_bytes: u64,
     /// Rows in the loss ledger.
     pub losses: u64,
+    /// Events that were found unreadable since the start of the process, because their batches are
+    /// damaged: their exact ranges are in the loss ledger, everything around them is delivered.
+    #[serde(default)]
+    pub quarantined_events_total: u64,
     /// Bytes that the log may still grow by: to its quota, and to what is left free of the disk.
     #[serde(default)]
     pub room_bytes: u64,
@@ -213,6 +223,9 @@ pub struct SinkStatus {
     /// Events that its filters kept from it since the start of the process.
     #[serde(default)]
     pub filtered_events_total: u64,
+    /// Devices whose events are held back behind one of theirs that was refused.
+    #[serde(default)]
+    pub parked_devices: u64,
     /// Events sent to the dead letters since the start of the process.
     pub dead_lettered_events_total: u64,
     /// Dead letters that are stored.

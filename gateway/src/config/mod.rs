@@ -25,6 +25,7 @@ use storage::{AtQuota, Compression, JournalMode, Lane, SinkRetention, StoreOptio
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key::{self, DeviceFrom};
+use crate::ingest::event_id::EventIdFrom;
 pub use auth::{AclConfig, AuthConfig, JwtConfig, JwtKeys};
 pub use listeners::{Bind, ClientIdentity, ListenerConfig, TlsConfig, Transport};
 pub use reader::{Env, Problem};
@@ -46,6 +47,10 @@ pub struct Config {
     pub routes: Vec<RouteConfig>,
     /// `[ingest]`.
     pub ingest: IngestConfig,
+    /// `[dedup]`.
+    pub dedup: DedupConfig,
+    /// `[time]`.
+    pub time: TimeConfig,
     /// `[sessions]`.
     pub sessions: SessionsConfig,
     /// `[retained]`.
@@ -80,6 +85,8 @@ pub struct RouteConfig {
     pub content_type: Option<String>,
     /// Where the device key stands.
     pub device: DeviceFrom,
+    /// Where an event's own id stands, by which a resend is recognised; none: it is stored again.
+    pub event_id: Option<EventIdFrom>,
     /// CloudEvents type of its events; none: the sink's.
     pub event_type: Option<String>,
     /// Priority class of its events.
@@ -103,6 +110,24 @@ pub struct IngestConfig {
     pub commit_bytes_max: usize,
     /// Decoded publishes held for connections whose ring is full, in bytes over all connections.
     pub held_bytes_max: usize,
+}
+
+/// `[dedup]`: how far back resends are recognised.
+#[derive(Clone, Debug)]
+pub struct DedupConfig {
+    /// Devices whose last ids are kept, at most.
+    pub devices_max: usize,
+    /// Ids kept for one device, at most.
+    pub window_events_max: usize,
+    /// For how long an id counts. Zero: as long as it is kept.
+    pub window_max: Duration,
+}
+
+/// `[time]`.
+#[derive(Clone, Debug)]
+pub struct TimeConfig {
+    /// While this file is there the machine's clock counts as set; none: always.
+    pub synchronised_file: Option<PathBuf>,
 }
 
 /// `[sessions]`: what is kept for clients beyond their connections.
@@ -154,7 +179,7 @@ pub struct StorageConfig {
     pub journal_bytes: u64,
     /// How sealed files that have to stay are written.
     pub compression: Compression,
-    /// Commits that may wait for their sync while the next one is made.
+    /// Commits that may be queued behind those that are being synced, while the next one is made.
     pub commits_ahead_max: usize,
     /// Delivered data kept for replay, in bytes.
     pub retain_bytes: u64,
@@ -298,6 +323,8 @@ fn read(root: &Section<'_, '_>) -> Config {
         acl: auth::read_acl(root),
         routes,
         ingest: read_ingest(&root.section("ingest")),
+        dedup: read_dedup(&root.section("dedup")),
+        time: read_time(&root.section("time")),
         sessions: read_sessions(&root.section("sessions")),
         retained: read_retained(&root.section("retained")),
         storage: read_storage(&root.section("storage"), !sinks.is_empty()),
@@ -361,6 +388,7 @@ fn read_routes(root: &Section<'_, '_>) -> Vec<RouteConfig> {
             filter,
             content_type: section.string("content_type"),
             device: read_device(&section, in_topic),
+            event_id: read_event_id(&section),
             event_type,
             lane: section.choice("lane", &lanes, Lane::default()),
         });
@@ -387,6 +415,29 @@ fn read_device(section: &Section<'_, '_>, in_topic: bool) -> DeviceFrom {
             DeviceFrom::default()
         }
     }
+}
+
+fn read_event_id(section: &Section<'_, '_>) -> Option<EventIdFrom> {
+    let text = section.string("event_id")?;
+    EventIdFrom::parse(&text).map_err(|wrong| section.problem("event_id", wrong)).ok()
+}
+
+fn read_dedup(section: &Section<'_, '_>) -> DedupConfig {
+    DedupConfig {
+        devices_max: section.integer("devices_max", 1..=100_000, 1_024) as usize,
+        window_events_max: section.integer("window_events_max", 1..=4_096, 128) as usize,
+        window_max: section.time("window_max", Duration::ZERO..=365 * DAY, DAY),
+    }
+}
+
+fn read_time(section: &Section<'_, '_>) -> TimeConfig {
+    let file = section
+        .string("synchronised_file")
+        .unwrap_or("/run/systemd/timesync/synchronized".to_owned());
+    if !file.is_empty() && !Path::new(&file).is_absolute() {
+        section.problem("synchronised_file", "must be an absolute path, or \"\" for no file");
+    }
+    TimeConfig { synchronised_file: (!file.is_empty()).then(|| file.into()) }
 }
 
 fn read_ingest(section: &Section<'_, '_>) -> IngestConfig {

@@ -6,12 +6,10 @@ use std::path::PathBuf;
 use bridge::Template;
 use bridge::config::{
     Backlog, Compression, FileConfig, HttpAuth, HttpConfig, HttpFormat, HttpProxy, HttpVersion,
-    MqttConfig, OAuth2Config, Secret, SecretSource, SinkConfig, Target, TlsConfig, TlsIdentity,
-    UserProperties,
+    MqttConfig, OAuth2Config, OnReject, Secret, SecretSource, SinkConfig, Target, TlsConfig,
+    TlsIdentity, UserProperties,
 };
 
-#[cfg(feature = "kafka")]
-use bridge::config::KafkaDelivery;
 use bridge::filter::{Filter, TopicFilter};
 use bridge::shaper::{AtBudget, DayWindow, Shaping};
 use storage::{Lane, Lanes};
@@ -44,8 +42,6 @@ pub(super) fn read(root: &Section<'_, '_>, routes: &[RouteConfig]) -> Vec<SinkCo
             continue;
         };
         sink.lanes = lanes;
-        #[cfg(feature = "kafka")]
-        refuse_streams(&section, &sink);
         if sink.shaping.at_budget == AtBudget::AlarmsOnly && !lanes.contains(Lane::Alarm) {
             section
                 .problem("at_budget", "no [[route]] has lane = \"alarm\": nothing would be sent");
@@ -56,26 +52,6 @@ pub(super) fn read(root: &Section<'_, '_>, routes: &[RouteConfig]) -> Vec<SinkCo
         sinks.push(sink);
     }
     sinks
-}
-
-/// The cursor that Kafka keeps is one offset: with several streams, events below it would be taken for
-/// delivered that are not.
-#[cfg(feature = "kafka")]
-fn refuse_streams(section: &Section<'_, '_>, sink: &SinkConfig) {
-    let Target::Kafka(kafka) = &sink.target else { return };
-    if kafka.delivery != KafkaDelivery::ExactlyOnce {
-        return;
-    }
-    if sink.backlog != Backlog::InOrder {
-        let why = "\"live_first\" does not go with delivery = \"exactly_once\": the cursor in Kafka is \
-                   one offset, and events below it would be lost; set \"in_order\" or \"idempotent\"";
-        section.problem("backlog", why);
-    }
-    if sink.lanes != Lanes::NONE {
-        let why = "\"exactly_once\" does not go with a [[route]] whose lane is not \"live\": the cursor \
-                   in Kafka is one offset, and events below it would be lost; set \"idempotent\"";
-        section.problem("delivery", why);
-    }
 }
 
 fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
@@ -122,6 +98,7 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     let bytes = wide(SinkConfig::REQUEST_BYTES_RANGE);
     sink.request_bytes_max =
         section.size("request_bytes_max", bytes, sink.request_bytes_max as u64) as usize;
+    sink.linger_max = section.time("linger_ms_max", SinkConfig::LINGER_RANGE, sink.linger_max);
     let range = SinkConfig::REQUEST_TIMEOUT_RANGE;
     sink.request_timeout = section.time("request_timeout", range, sink.request_timeout);
     let range = SinkConfig::RETRY_BACKOFF_RANGE;
@@ -148,6 +125,8 @@ fn read_sink(section: &Section<'_, '_>) -> Option<SinkConfig> {
     let backlogs = [("in_order", Backlog::InOrder), ("live_first", Backlog::LiveFirst { after })];
     sink.backlog = section.choice("backlog", &backlogs, Backlog::default());
     sink.shaping = read_shaping(section);
+    let policies = [("go_on", OnReject::GoOn), ("park_device", OnReject::ParkDevice)];
+    sink.on_reject = section.choice("on_reject", &policies, OnReject::default());
     Some(sink)
 }
 

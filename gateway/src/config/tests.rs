@@ -137,6 +137,8 @@ fn what_kafka_would_refuse_is_refused_here() {
     for right in [
         "topic = \"plant.{2}.{device}\"",
         "topic = \"{type}\"\ndelivery = \"exactly_once\"\ncursor_topic = \"cursors\"",
+        "topic = \"t\"\ndelivery = \"exactly_once\"\nbacklog = \"live_first\"\n[[route]]\n\
+         filter = \"a\"\nlane = \"alarm\"",
         "topic = \"t\"\nheaders = \"id\"\n[sink.librdkafka]\n\"linger.ms\" = \"20\"",
         "topic = \"t\"\n[sink.sasl]\nmechanism = \"plain\"\nusername = \"u\"\npassword_env = \"P\"",
     ] {
@@ -147,16 +149,6 @@ fn what_kafka_would_refuse_is_refused_here() {
         ("topic = \"a/{device}\"", "5: sink.topic", "between what is in braces"),
         ("topic = \"{devcie}\"", "5: sink.topic", "{device}"),
         ("topic = \"{1}\"\ndelivery = \"exactly_once\"", "1: sink.cursor_topic", "template"),
-        (
-            "topic = \"t\"\ndelivery = \"exactly_once\"\nbacklog = \"live_first\"",
-            "7: sink.backlog",
-            "exactly_once",
-        ),
-        (
-            "topic = \"t\"\ndelivery = \"exactly_once\"\n[[route]]\nfilter = \"a\"\nlane = \"alarm\"",
-            "6: sink.delivery",
-            "[[route]]",
-        ),
         ("topic = \"t\"\n[sink.librdkafka]\nacks = \"1\"", "7: sink.librdkafka.acks", "replicas"),
         (
             "topic = \"t\"\n[sink.librdkafka]\n\"linger.sm\" = \"1\"",

@@ -8,6 +8,9 @@
 //! Group commit adapts by itself: while one commit syncs, the rings gather the next. A timer
 //! (`commit_linger_ms_max`) is for those who would rather spare the card.
 //!
+//! Order is decided here, and so is what is a resend of what is stored (see `dedup`): it is not stored
+//! again, and its ack rides in the commit that counts it, which is never durable before its original.
+//!
 //! | the log says | then |
 //! | --- | --- |
 //! | quota reached | cursors are committed alone, retention runs, the batch is tried again; devices are held or refused meanwhile |
@@ -16,13 +19,17 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use storage::{
-    AtQuota, CommitError, Committed, Control, Event, Mark, RetentionReport, StateError, Writer,
+    AtQuota, Clock, CommitError, Committed, Control, Event, Mark, RetentionReport, StateError,
+    Writer,
 };
 
+use super::clock::Times;
+use super::dedup::{self, Dedup};
 use super::in_flight::{Commit, Waiting};
 use super::{Admission, Pending, Rings, Shared};
 use crate::config::IngestConfig;
@@ -35,6 +42,12 @@ pub trait Append: Send + 'static {
     /// See [`Writer::on_failure`]. A log whose commits are durable when they return has nothing to
     /// tell.
     fn on_failure(&mut self, _callback: impl Fn() + Send + Sync + 'static) {}
+    /// See [`Writer::set_clock`]. A log that keeps no times has nothing to commit for it.
+    fn set_clock(&mut self, _clock: Clock) -> Vec<Control> {
+        Vec::new()
+    }
+    /// See [`Writer::keep_from`].
+    fn keep_from(&mut self, _offset: u64) {}
     /// See [`Writer::check`].
     ///
     /// # Errors
@@ -70,6 +83,12 @@ impl Append for Writer {
     }
     fn on_failure(&mut self, callback: impl Fn() + Send + Sync + 'static) {
         self.on_failure(callback);
+    }
+    fn set_clock(&mut self, clock: Clock) -> Vec<Control> {
+        self.set_clock(clock)
+    }
+    fn keep_from(&mut self, offset: u64) {
+        self.keep_from(offset);
     }
     fn check(&mut self) -> Result<(), CommitError> {
         self.check()
@@ -127,6 +146,8 @@ pub(super) struct Pace {
     pub(super) disk_retry_every: Duration,
     /// A disk that fails for longer ends the committer.
     pub(super) failing_max: Duration,
+    /// The clock is looked at this often.
+    pub(super) clock_every: Duration,
 }
 
 impl Default for Pace {
@@ -138,6 +159,7 @@ impl Default for Pace {
             quota_retry_every: Duration::from_millis(250),
             disk_retry_every: Duration::from_secs(1),
             failing_max: Duration::from_mins(1),
+            clock_every: Duration::from_secs(1),
         }
     }
 }
@@ -194,18 +216,28 @@ struct Batch {
     riders: Vec<Control>,
     waiting: Vec<Waiting>,
     size_bytes: usize,
+    /// Resends, of which only their acks are here.
+    duplicates: u64,
 }
 
 impl Batch {
-    fn push(&mut self, pending: Pending) {
-        self.size_bytes += pending.event.size_bytes();
-        self.events.push(pending.event);
-        if let Some(riders) = pending.riders {
-            self.riders.extend(riders);
+    fn push(&mut self, pending: Pending, is_duplicate: bool) {
+        let mut riders = pending.riders.map_or_else(Vec::new, Vec::from);
+        if is_duplicate {
+            self.duplicates += 1;
+            riders.truncate(pending.identity.map_or(0, |identity| identity.riders));
+        } else {
+            self.size_bytes += pending.event.size_bytes();
+            self.events.push(pending.event);
         }
+        self.riders.extend(riders);
         if let Some(ticket) = pending.ticket {
             self.waiting.push(Waiting { ticket, read_at: pending.read_at });
         }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.events.is_empty() && self.duplicates == 0
     }
 
     /// Leaves an empty batch that keeps its buffers.
@@ -213,7 +245,7 @@ impl Batch {
         self.events.clear();
         self.riders.clear();
         self.waiting.clear();
-        self.size_bytes = 0;
+        (self.size_bytes, self.duplicates) = (0, 0);
     }
 
     /// Closes the connections whose events are in here, and forgets the events.
@@ -234,6 +266,11 @@ pub(super) struct Committer<A> {
     at_quota: AtQuota,
     pace: Pace,
     batch: Batch,
+    /// Offset of the first event of the batch.
+    base: u64,
+    times: Times,
+    clock_at: Option<Instant>,
+    dedup: Option<Dedup>,
     first_ring: usize,
     standstill: Option<Standstill>,
     retained_at: Instant,
@@ -250,16 +287,24 @@ impl<A: Append> Committer<A> {
         config: &IngestConfig,
         at_quota: AtQuota,
         pace: Pace,
+        dedup: Option<Dedup>,
     ) -> Self {
         let seen = Arc::clone(&shared);
         log.on_durable(move |mark| {
+            seen.durable.fetch_max(mark.commit, Ordering::Release);
             seen.changes.durable(mark.commit);
             seen.in_flight.durable(mark, Instant::now());
         });
         let woken = Arc::clone(&shared);
         log.on_failure(move || woken.rings.wake_committer());
+        let base = *shared.in_flight.watermark().borrow();
+        let times = Times::new(&shared.clock);
         Self {
             log,
+            base,
+            times,
+            clock_at: None,
+            dedup,
             shared,
             events_max: config.commit_events_max,
             size_bytes_max: config.commit_bytes_max,
@@ -281,8 +326,13 @@ impl<A: Append> Committer<A> {
         while self.turn()?.is_continue() {}
         // What is left could not be stored and was not acked: its devices send it again.
         self.batch.fail();
-        if self.shared.cursors.waiting_since().is_some() || self.shared.changes.any() {
-            self.commit_state();
+        if let Some(dedup) = &mut self.dedup {
+            dedup.forget(self.base);
+        }
+        // So that the next start need not read them again.
+        let save = self.is_dedup_behind();
+        if self.shared.cursors.waiting_since().is_some() || self.shared.changes.any() || save {
+            self.commit_state(save);
         }
         self.log.close()?;
         Ok(())
@@ -298,7 +348,7 @@ impl<A: Append> Committer<A> {
             return Ok(if gives_up { ControlFlow::Break(()) } else { ControlFlow::Continue(()) });
         }
         self.gather();
-        if !self.batch.events.is_empty() || self.shared.changes.any() {
+        if !self.batch.is_empty() || self.shared.changes.any() {
             self.linger();
             self.commit(&[]);
             if self.retain_due() <= Instant::now() {
@@ -314,22 +364,65 @@ impl<A: Append> Committer<A> {
 
     /// Fills the batch from the rings.
     fn gather(&mut self) {
-        let Self { batch, shared, .. } = self;
+        self.look_at_clock();
+        let Self { batch, shared, times, dedup, base, .. } = self;
         let events_max = self.events_max.saturating_sub(batch.events.len());
         let size_bytes_max = self.size_bytes_max.saturating_sub(batch.size_bytes);
         let mut discarded = 0;
-        shared.rings.drain(self.first_ring, events_max, size_bytes_max, |pending| {
+        shared.rings.drain(self.first_ring, events_max, size_bytes_max, |mut pending| {
             // What follows a failed event is sent again behind it: stored now, it would be first.
             if pending.ticket.as_ref().is_some_and(|ticket| ticket.mailbox.is_failed()) {
                 discarded += 1;
-            } else {
-                batch.push(pending);
+                return;
             }
+            let event = &mut pending.event;
+            event.received_us = times.wall_us(event.received_us);
+            let is_duplicate = match (dedup.as_mut(), &pending.identity) {
+                (Some(dedup), Some(identity)) => {
+                    let offset = *base + batch.events.len() as u64;
+                    let at_s = dedup::seconds(event.received_us);
+                    dedup.is_duplicate(&event.device_key, identity.id, offset, at_s)
+                }
+                _ => false,
+            };
+            batch.push(pending, is_duplicate);
         });
         if discarded > 0 {
             shared.count(|counters| counters.failed_events += discarded);
         }
         self.first_ring = (self.first_ring + 1) % usize::from(shared.rings.partitions());
+    }
+
+    /// Tells the log where the clock stands, between two batches: the events of one have one clock.
+    fn look_at_clock(&mut self) {
+        let now = Instant::now();
+        let is_due = self.clock_at.is_none_or(|at| now - at >= self.pace.clock_every);
+        if !is_due || !self.batch.is_empty() {
+            return;
+        }
+        self.clock_at = Some(now);
+        let is_first = self.times.is_new();
+        let Some(clock) = self.times.look(self.shared.clock.read()) else {
+            return;
+        };
+        if !is_first {
+            let synchronised = clock.synchronised;
+            tracing::info!(synchronised, "the clock was set, or whether it is has changed");
+        }
+        let known = self.log.set_clock(clock);
+        if !known.is_empty() {
+            self.shared.changes.submit(known, None, now);
+        }
+    }
+
+    /// Now, by the clock that the log was told of.
+    fn now_us(&self) -> u64 {
+        self.times.wall_us(self.shared.clock.received_us())
+    }
+
+    /// Whether the ids of events that are committed are in no row yet.
+    fn is_dedup_behind(&self) -> bool {
+        self.dedup.as_ref().is_some_and(|dedup| dedup.is_behind(self.base))
     }
 
     /// Waits for more events, where configured, until the batch is full.
@@ -361,8 +454,11 @@ impl<A: Append> Committer<A> {
             self.shared.cursors.waiting_since().map(|since| since + self.pace.cursor_delay_max);
         let retain_due = self.retain_due();
         if cursors_due.is_some_and(|due| due <= now) {
-            self.commit_state();
+            self.commit_state(false);
         } else if retain_due <= now {
+            if !self.committed_since && self.dedup.as_ref().is_some_and(Dedup::is_idle_save_due) {
+                self.commit_state(true);
+            }
             self.retain();
         } else {
             let due = cursors_due.map_or(retain_due, |due| due.min(retain_due));
@@ -372,7 +468,11 @@ impl<A: Append> Committer<A> {
 
     /// Commits the batch, empty or not, with the cursor moves that wait and what else is given.
     fn commit(&mut self, further: &[Control]) {
-        match hand_over(&mut self.log, &self.shared, &mut self.batch, further) {
+        let mut batch = std::mem::take(&mut self.batch);
+        let save = self.dedup.as_ref().is_some_and(Dedup::is_save_due);
+        let handed_over = self.hand_over(&mut batch, further, save);
+        self.batch = batch;
+        match handed_over {
             Ok(()) => {
                 self.committed_since = true;
                 self.go_on();
@@ -381,9 +481,10 @@ impl<A: Append> Committer<A> {
         }
     }
 
-    /// Commits the cursor moves and changes of state alone; a batch that waits goes on waiting.
-    fn commit_state(&mut self) {
-        match hand_over(&mut self.log, &self.shared, &mut Batch::default(), &[]) {
+    /// Commits the cursor moves and changes of state alone, and if asked to the ids seen before the
+    /// batch; a batch that waits goes on waiting.
+    fn commit_state(&mut self, save: bool) {
+        match self.hand_over(&mut Batch::default(), &[], save) {
             Ok(()) => self.committed_since = true,
             Err(error) => self.stop_short(error),
         }
@@ -404,7 +505,7 @@ impl<A: Append> Committer<A> {
         self.retained_at = Instant::now();
         self.committed_since = false;
         self.retain_more = false;
-        match self.log.retain(self.shared.now_us()) {
+        match self.log.retain(self.now_us()) {
             Ok(report) => {
                 self.retain_fails = false;
                 self.retain_more = report.more;
@@ -442,6 +543,10 @@ impl<A: Append> Committer<A> {
             failed_events = self.batch.events.len() as u64;
             self.batch.fail();
             self.shared.in_flight.fail();
+            if let Some(dedup) = &mut self.dedup {
+                dedup.durable(self.shared.durable.load(Ordering::Acquire));
+                dedup.void(*self.shared.in_flight.watermark().borrow());
+            }
             self.shared.changes.failed(Vec::new(), now);
         }
         self.shared.count(|counters| {
@@ -517,8 +622,10 @@ impl<A: Append> Committer<A> {
             return Ok(());
         }
         if !failed {
-            if waiting_since.is_some() && !self.batch.events.is_empty() {
-                self.commit_state();
+            // Files whose ids are in no row yet do not go.
+            let save = self.is_dedup_behind();
+            if (waiting_since.is_some() || save) && !self.batch.is_empty() {
+                self.commit_state(save);
             }
             self.retain();
         }
@@ -527,47 +634,62 @@ impl<A: Append> Committer<A> {
         self.commit(probe.as_slice());
         Ok(())
     }
-}
 
-/// Hands a batch to the log, with the cursor moves that wait and further control records. On success
-/// the batch is empty; after an error it is as it was.
-fn hand_over<A: Append>(
-    log: &mut A,
-    shared: &Shared,
-    batch: &mut Batch,
-    further: &[Control],
-) -> Result<(), CommitError> {
-    let mut control = shared.cursors.take();
-    let moves = control.len();
-    let changes = shared.changes.take(&mut control);
-    control.extend_from_slice(&batch.riders);
-    control.extend_from_slice(further);
-    let began = Instant::now();
-    match log.commit(&batch.events, &control, shared.now_us()) {
-        Ok(committed) => {
-            let commit = Commit {
-                number: committed.commit,
-                events: batch.events.len() as u64,
-                size_bytes: batch.size_bytes as u64,
-                began,
-            };
-            shared.changes.committed(committed.commit, changes, &mut batch.waiting);
-            shared.in_flight.committed(commit, &mut batch.waiting, Instant::now());
-            batch.clear();
-            Ok(())
+    /// Hands a batch to the log, with the cursor moves that wait, further control records and if asked to
+    /// the ids seen before its end. On success the batch is empty; after an error it is as it was.
+    fn hand_over(
+        &mut self,
+        batch: &mut Batch,
+        further: &[Control],
+        save: bool,
+    ) -> Result<(), CommitError> {
+        let now_us = self.now_us();
+        let Self { log, shared, dedup, .. } = self;
+        let mut control = shared.cursors.take();
+        let moves = control.len();
+        let changes = shared.changes.take(&mut control);
+        control.extend_from_slice(&batch.riders);
+        control.extend_from_slice(further);
+        let save = save.then_some(self.base + batch.events.len() as u64);
+        if let Some(dedup) = dedup {
+            dedup.controls(batch.duplicates, save, &mut control);
         }
-        Err(error) => {
-            // A failed sync may also have taken commits before this one. Else only what this one
-            // carried is to be carried again: a log that is full is not written to for nothing.
-            if moves > 0 || matches!(error, CommitError::Io { .. }) {
-                shared.cursors.carry_again(began);
+        let began = Instant::now();
+        match log.commit(&batch.events, &control, now_us) {
+            Ok(committed) => {
+                let commit = Commit {
+                    number: committed.commit,
+                    events: batch.events.len() as u64,
+                    size_bytes: batch.size_bytes as u64,
+                    began,
+                };
+                if let Some(dedup) = dedup {
+                    dedup.committed(commit.number, batch.duplicates, save, batch.size_bytes);
+                    dedup.durable(shared.durable.load(Ordering::Acquire));
+                    log.keep_from(dedup.needs_from());
+                }
+                if batch.duplicates > 0 {
+                    shared.count(|counters| counters.duplicate_events += batch.duplicates);
+                }
+                self.base = committed.offsets.end;
+                shared.changes.committed(committed.commit, changes, &mut batch.waiting);
+                shared.in_flight.committed(commit, &mut batch.waiting, Instant::now());
+                batch.clear();
+                Ok(())
             }
-            if matches!(error, CommitError::Io { .. }) {
-                shared.changes.failed(changes, began);
-            } else {
-                shared.changes.put_back(changes, began);
+            Err(error) => {
+                // A failed sync may also have taken commits before this one. Else only what this one
+                // carried is to be carried again: a log that is full is not written to for nothing.
+                if moves > 0 || matches!(error, CommitError::Io { .. }) {
+                    shared.cursors.carry_again(began);
+                }
+                if matches!(error, CommitError::Io { .. }) {
+                    shared.changes.failed(changes, began);
+                } else {
+                    shared.changes.put_back(changes, began);
+                }
+                Err(error)
             }
-            Err(error)
         }
     }
 }

@@ -9,6 +9,7 @@
 use bytestring::ByteString;
 use storage::Lane;
 
+use super::event_id::EventIdFrom;
 use crate::config::RouteConfig;
 
 /// What the topic said about an event.
@@ -24,6 +25,8 @@ pub struct Resolved<'a> {
     pub lane: Lane,
     /// Where the route says that the device key stands.
     pub device: &'a DeviceFrom,
+    /// Where the route says that an event's own id stands.
+    pub event_id: Option<&'a EventIdFrom>,
 }
 
 /// Where a device key stands. What has none there goes under the client id.
@@ -75,6 +78,7 @@ struct Route {
     event_type: Option<String>,
     lane: Lane,
     device: DeviceFrom,
+    event_id: Option<EventIdFrom>,
 }
 
 impl Routes {
@@ -85,10 +89,21 @@ impl Routes {
     pub fn new(routes: &[RouteConfig]) -> Result<Self, RouteFilterError> {
         let route = |config: &RouteConfig| {
             let filter = RouteFilter::parse(&config.filter)?;
-            let RouteConfig { content_type, device, event_type, lane, .. } = config.clone();
-            Ok(Route { filter, content_type, event_type, lane, device })
+            let RouteConfig { content_type, device, event_id, event_type, lane, .. } =
+                config.clone();
+            Ok(Route { filter, content_type, event_type, lane, device, event_id })
         };
         routes.iter().map(route).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Whether any route says where an event's own id stands.
+    pub fn knows_ids(&self) -> bool {
+        self.0.iter().any(|route| route.event_id.is_some())
+    }
+
+    /// Where the id of an event on this topic stands.
+    pub fn event_id(&self, topic: &ByteString) -> Option<&EventIdFrom> {
+        self.resolve(topic, &ByteString::new())?.event_id
     }
 
     /// The device key and defaults of a publish; `None` if no route accepts the topic.
@@ -98,6 +113,7 @@ impl Routes {
                 device_key: client_id.clone(),
                 content_type: None,
                 device: &DeviceFrom::ClientId,
+                event_id: None,
                 event_type: None,
                 lane: Lane::default(),
             });
@@ -108,6 +124,7 @@ impl Routes {
                 device_key,
                 content_type: route.content_type.as_deref(),
                 device: &route.device,
+                event_id: route.event_id.as_ref(),
                 event_type: route.event_type.as_deref(),
                 lane: route.lane,
             })
@@ -262,6 +279,7 @@ mod tests {
                 filter: (*filter).to_owned(),
                 content_type: Some(format!("by/{filter}")),
                 device: DeviceFrom::default(),
+                event_id: None,
                 event_type: Some(format!("type of {filter}")),
                 lane: if filter.ends_with("alarm") { Lane::Alarm } else { Lane::Live },
             })

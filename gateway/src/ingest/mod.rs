@@ -6,19 +6,23 @@
 //! and the log (durable, after it).
 //!
 //! # Code map
-//! - [`device_key`], [`partition`]: whose event it is, and which ring it takes.
+//! - [`device_key`], [`partition`]: whose event it is, and which ring it takes; [`event_id`]: by which
+//!   id it is told from a resend.
 //! - `ring`: the rings, their byte budget, and who waits for whom.
-//! - [`committer`]: the thread that drains them into the log; `cursors`, `changes`: what rides along.
+//! - [`committer`]: the thread that drains them into the log; `cursors`, `changes`: what rides along;
+//!   [`dedup`]: which events are stored already.
 //! - `in_flight`: tickets between commit and durability; [`mailbox`], [`ack_ledger`]: from there to
 //!   the connection, and in order to its client.
-//! - [`stats`], `latency`: what the operator sees. [`clock`]: the unit of the log's times.
+//! - [`stats`], `latency`: what the operator sees. [`clock`]: this machine's clocks.
 
 pub mod ack_ledger;
 mod changes;
 pub mod clock;
 pub mod committer;
 mod cursors;
+pub mod dedup;
 pub mod device_key;
+pub mod event_id;
 mod in_flight;
 mod latency;
 pub mod mailbox;
@@ -46,8 +50,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::IngestConfig;
 use changes::Changes;
+use clock::MachineClock;
 use committer::{Committer, Pace};
 use cursors::Cursors;
+use dedup::Dedup;
 use in_flight::InFlight;
 use ring::Rings;
 use stats::Counters;
@@ -63,6 +69,33 @@ pub struct Pending {
     pub ticket: Option<Ticket>,
     /// Changes of state that are durable with the event, or not at all.
     pub riders: Option<Box<[Control]>>,
+    /// By what a resend of it is recognised; `None`: by nothing, it is stored.
+    pub identity: Option<Identity>,
+}
+
+/// What tells an event from its resends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Hash of its id.
+    pub id: u128,
+    /// Of the riders, so many are due for a resend, too: they are the connection's, which is acked
+    /// either way. The others change what the event changes, and that is done.
+    pub riders: usize,
+}
+
+/// What ingest knows of before it starts.
+#[derive(Debug)]
+pub struct Known {
+    /// What the events' times come from.
+    pub clock: MachineClock,
+    /// Which events were seen; `None`: resends are stored as any other.
+    pub dedup: Option<Dedup>,
+}
+
+impl Default for Known {
+    fn default() -> Self {
+        Self { clock: MachineClock::new(None), dedup: None }
+    }
 }
 
 /// Whether new publishes are taken.
@@ -92,12 +125,16 @@ struct Shared {
     open: AtomicBool,
     counters: Mutex<Counters>,
     stopping: AtomicBool,
+    /// Highest durable commit.
+    durable: AtomicU64,
+    clock: MachineClock,
     /// Last time given out, in microseconds since the Unix epoch.
     clock_us: AtomicU64,
 }
 
 impl Ingest {
-    /// Starts the committer over a log whose durable end is `watermark`.
+    /// Starts the committer over a log whose durable end is `watermark`, with the clocks of this machine
+    /// and without looking for resends.
     ///
     /// # Errors
     /// When the system gives no thread.
@@ -108,8 +145,23 @@ impl Ingest {
         at_quota: AtQuota,
         failing_max: Duration,
     ) -> std::io::Result<(Self, CommitterHandle)> {
+        Self::start_with(log, watermark, config, at_quota, failing_max, Known::default())
+    }
+
+    /// As [`Ingest::start`], with what is known.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn start_with<A: Append>(
+        log: A,
+        watermark: u64,
+        config: &IngestConfig,
+        at_quota: AtQuota,
+        failing_max: Duration,
+        known: Known,
+    ) -> std::io::Result<(Self, CommitterHandle)> {
         let pace = Pace { failing_max, ..Pace::default() };
-        Self::start_paced(log, watermark, config, at_quota, pace)
+        Self::start_paced(log, watermark, config, at_quota, pace, known)
     }
 
     fn start_paced<A: Append>(
@@ -118,9 +170,11 @@ impl Ingest {
         config: &IngestConfig,
         at_quota: AtQuota,
         pace: Pace,
+        known: Known,
     ) -> std::io::Result<(Self, CommitterHandle)> {
-        let shared = Arc::new(Shared::new(watermark, config));
-        let committer = Committer::new(log, Arc::clone(&shared), config, at_quota, pace);
+        let shared = Arc::new(Shared::new(watermark, config, known.clock));
+        let log_of = Arc::clone(&shared);
+        let committer = Committer::new(log, log_of, config, at_quota, pace, known.dedup);
         let ended = CancellationToken::new();
         let on_end = ended.clone().drop_guard();
         let thread = thread::Builder::new().name("committer".to_owned()).spawn(move || {
@@ -139,7 +193,22 @@ impl Ingest {
     /// Gives the event back when the ring or the byte budget is full.
     #[expect(clippy::result_large_err, reason = "the event goes back to its connection")]
     pub fn try_push(&self, pending: Pending) -> Result<(), Pending> {
+        self.0.rings.try_push(pending).inspect(|()| self.0.rings.announce())
+    }
+
+    /// As [`Ingest::try_push`], for one of a run: the committer may sleep on until
+    /// [`Ingest::announce`], which must follow before anybody waits.
+    ///
+    /// # Errors
+    /// As [`Ingest::try_push`].
+    #[expect(clippy::result_large_err, reason = "the event goes back to its connection")]
+    pub fn push_unannounced(&self, pending: Pending) -> Result<(), Pending> {
         self.0.rings.try_push(pending)
+    }
+
+    /// Wakes the committer for what was pushed unannounced.
+    pub fn announce(&self) {
+        self.0.rings.announce();
     }
 
     /// Makes changes of state durable, in the order in which they are submitted; the ticket is
@@ -171,8 +240,12 @@ impl Ingest {
         self.0.rings.partitions()
     }
 
-    /// Now, in microseconds since the Unix epoch: the receive time of events read now. Follows the
-    /// system's clock, but never goes back.
+    /// The receive time of events read now, in microseconds since the Unix epoch; see [`clock`].
+    pub fn received_us(&self) -> u64 {
+        self.0.clock.received_us()
+    }
+
+    /// Now, in microseconds since the Unix epoch. Follows the system's clock, but never goes back.
     pub fn now_us(&self) -> u64 {
         self.0.now_us()
     }
@@ -216,7 +289,7 @@ impl Ingest {
 }
 
 impl Shared {
-    fn new(watermark: u64, config: &IngestConfig) -> Self {
+    fn new(watermark: u64, config: &IngestConfig, clock: MachineClock) -> Self {
         let IngestConfig { partitions, ring_events_max, ring_bytes_max, .. } = *config;
         Self {
             rings: Rings::new(partitions, ring_events_max, ring_bytes_max),
@@ -227,6 +300,8 @@ impl Shared {
             open: AtomicBool::new(true),
             counters: Mutex::new(Counters::default()),
             stopping: AtomicBool::new(false),
+            durable: AtomicU64::new(0),
+            clock,
             clock_us: AtomicU64::new(0),
         }
     }

@@ -3,7 +3,7 @@
 //! Owns: who may push (a free slot in the partition's ring, and room in the budget), how the
 //! committer sleeps when there is nothing to do, and how connections wait when there is no room.
 //! Invariant: within a partition events leave in the order in which they came. No wake-up is lost:
-//! an event in a ring keeps the committer awake, and whoever failed to push is told of every drain
+//! an event that was announced keeps the committer awake, and whoever failed to push is told of every drain
 //! that comes after.
 //! Deliberately absent: what a connection does with an event that finds no room (see `mqtt`).
 
@@ -56,8 +56,9 @@ impl Rings {
         assert!(first, "the rings have one committer");
     }
 
-    /// Puts an event into its partition's ring and wakes the committer if it sleeps. An event
-    /// larger than the whole budget is taken when nothing else is there, so that it can pass.
+    /// Puts an event into its partition's ring; the committer may sleep on until
+    /// [`Rings::announce`]. An event larger than the whole budget is taken when nothing else is
+    /// there, so that it can pass.
     ///
     /// # Errors
     /// Gives the event back when there is no room.
@@ -67,7 +68,8 @@ impl Rings {
             return Ok(());
         };
         // Room may have come between the failure and this flag, and with it the wake-up: hence
-        // another try behind the flag. The committer may be lingering: then it is time to drain.
+        // another try behind the flag. The committer may be lingering, or sleep because nobody has
+        // told it of what fills the ring: then it is time to drain.
         if !self.starved.swap(true, Ordering::SeqCst) {
             self.wake_committer();
         }
@@ -84,21 +86,21 @@ impl Rings {
         } else {
             Err(pending)
         };
-        match pushed {
-            Ok(()) => {
-                // Pairs with the fence in `sleep`: either the committer sees the event, or this
-                // sees that it sleeps.
-                fence(Ordering::SeqCst);
-                if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::Relaxed)
-                {
-                    self.wake_committer();
-                }
-            }
-            Err(_) => {
-                self.size_bytes.fetch_sub(size_bytes, Ordering::Relaxed);
-            }
+        if pushed.is_err() {
+            self.size_bytes.fetch_sub(size_bytes, Ordering::Relaxed);
         }
         pushed
+    }
+
+    /// Wakes the committer if it sleeps: what was pushed before is drained. Once for a run of
+    /// pushes, so that it finds all of them and is not woken for each.
+    pub(super) fn announce(&self) {
+        // Pairs with the fence in `sleep`: either the committer sees the events, or this sees that
+        // it sleeps.
+        fence(Ordering::SeqCst);
+        if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::Relaxed) {
+            self.wake_committer();
+        }
     }
 
     /// Resolves when a push that failed is worth another try: after a drain. May resolve early.
@@ -257,7 +259,7 @@ mod tests {
             attributes: Attributes::default(),
             payload: vec![0; payload_bytes].into(),
         };
-        Pending { event, read_at: Instant::now(), ticket: None, riders: None }
+        Pending { event, read_at: Instant::now(), ticket: None, riders: None, identity: None }
     }
 
     fn numbers(rings: &Rings, first_ring: usize, events_max: usize) -> Vec<(u16, u64)> {
@@ -429,7 +431,11 @@ mod tests {
                         let mut next = pending(producer % 2, number, usize::from(producer) + 1);
                         while let Err(back) = rings.try_push(next) {
                             next = back;
+                            rings.announce();
                             rings.room().await;
+                        }
+                        if number % 3 == 0 || number + 1 == EVENTS {
+                            rings.announce();
                         }
                     }
                 },

@@ -39,6 +39,8 @@ pub struct Counters {
     /// Events that were not stored, because their commit or one before it on the same connection
     /// failed; the connection was closed, so that the device sends them again.
     pub failed_events: u64,
+    /// Resends that were recognised: acked and not stored again.
+    pub duplicate_events: u64,
     /// Times that retention failed.
     pub failed_trims: u64,
     /// Files that retention removed.

@@ -18,6 +18,7 @@ use bridge::config::SinkConfig;
 use bridge::{Export, Framing, Origin};
 use storage::{Progress, ReadError, StateError, Store};
 
+use crate::ingest::dedup;
 use place::{Bound, BoundError};
 use report::{BalanceReport, StatsReport, VerifyReport};
 
@@ -81,7 +82,8 @@ pub fn balance(
             return Err(InspectError::Stopped);
         }
     }
-    Ok(BalanceReport::new(&balancer.finish()?, store, gateway))
+    let duplicates = dedup::duplicates_of(store)?;
+    Ok(BalanceReport::new(&balancer.finish()?, duplicates, store, gateway))
 }
 
 /// The offset of a place.

@@ -239,6 +239,9 @@ pub struct BalanceReport {
     pub balanced: bool,
     /// Events ever committed.
     pub committed: u64,
+    /// Resends that were recognised in the store's life: with what was committed, all that was acked.
+    #[serde(default)]
+    pub duplicates: u64,
     /// First stored offset.
     pub first_offset: u64,
     /// One per sink that the store knows.
@@ -302,12 +305,13 @@ pub struct DroppedSums {
 }
 
 impl BalanceReport {
-    pub(super) fn new(balance: &Balance, store: &Store, gateway: &str) -> Self {
+    pub(super) fn new(balance: &Balance, duplicates: u64, store: &Store, gateway: &str) -> Self {
         Self {
             gateway: gateway.to_owned(),
             epoch: format!("{:016x}", store.epoch()),
             balanced: balance.adds_up(),
             committed: balance.committed,
+            duplicates,
             first_offset: balance.first_offset,
             sinks: balance.sinks.iter().map(SinkSums::from).collect(),
             problems: balance.problems.clone(),

@@ -5,12 +5,13 @@ use std::net::IpAddr;
 use bytestring::ByteString;
 use rmqtt_codec::v5;
 
+use super::listener::Newcomer;
 use super::pace::Rate;
 use super::reason::{self, Violation};
 use crate::access::{Access, Grant, Refusal, Request};
 
 /// Who is at the other end, as far as the listener knows.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Peer {
     /// Where it comes from, for the log.
     pub name: String,
@@ -18,6 +19,8 @@ pub struct Peer {
     pub address: Option<IpAddr>,
     /// The user name in its certificate, which was checked.
     pub user: Option<ByteString>,
+    /// Its place in its listener, which it may have to give up until it is let in.
+    pub(super) newcomer: Option<Newcomer>,
     /// Whether its listener lets in clients without credentials.
     pub allow_anonymous: bool,
     /// How fast its listener lets it publish.

@@ -1,6 +1,8 @@
 //! Who is connected under which client id: a second connection takes over from the first.
 //!
-//! Invariant: at most one connection per client id is past [`Clients::enter`] [MQTT-3.1.4-3].
+//! Invariant: at most one connection per client id is past [`Clients::enter`] [MQTT-3.1.4-3]. What a
+//! user holds, no other user takes over, and nobody who has not said who it is: a client id alone is
+//! no right to end another's connection.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +16,7 @@ pub struct Clients(Arc<Mutex<HashMap<ByteString, Holder>>>);
 
 #[derive(Clone, Debug, Default)]
 struct Holder {
+    user: Option<ByteString>,
     /// Told to the holder: somebody else takes over.
     taken_over: CancellationToken,
     /// Told by the holder: it is gone.
@@ -29,12 +32,17 @@ pub struct Seat {
 }
 
 impl Clients {
-    /// Takes the client id, from whoever holds it, once that connection has gone. Not cancel safe: a
-    /// third connection that waits for this one would pass while the first is still there.
-    pub async fn enter(&self, client_id: &ByteString) -> Seat {
-        let holder = Holder::default();
+    /// Takes the client id, from whoever holds it, once that connection has gone; `None` if it is
+    /// another user's. Not cancel safe: a third connection that waits for this one would pass while
+    /// the first is still there.
+    pub async fn enter(&self, client_id: &ByteString, user: Option<&ByteString>) -> Option<Seat> {
+        let holder = Holder { user: user.cloned(), ..Holder::default() };
         let before = {
             let mut clients = self.lock();
+            let held = clients.get(client_id).and_then(|holder| holder.user.as_ref());
+            if held.is_some() && held != user {
+                return None;
+            }
             let before = clients.insert(client_id.clone(), holder.clone());
             before.inspect(|before| before.taken_over.cancel())
         };
@@ -44,7 +52,7 @@ impl Clients {
         if let Some(before) = before {
             before.gone.cancelled().await;
         }
-        seat
+        Some(seat)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<ByteString, Holder>> {
@@ -82,12 +90,12 @@ mod tests {
     async fn the_second_waits_until_the_first_has_gone_mqtt_3_1_4_3() {
         let clients = Clients::default();
         let id = ByteString::from_static("dev");
-        let first = clients.enter(&id).await;
-        let mut second = pin!(clients.enter(&id));
+        let first = clients.enter(&id, None).await.unwrap();
+        let mut second = pin!(clients.enter(&id, None));
         assert!(second.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
         first.taken_over().await;
         drop(first);
-        let second = second.await;
+        let second = second.await.unwrap();
         assert_eq!(clients.lock().len(), 1);
         drop(second);
         assert!(clients.lock().is_empty());
@@ -97,18 +105,35 @@ mod tests {
     async fn a_third_takes_over_from_one_that_still_waits() {
         let clients = Clients::default();
         let id = ByteString::from_static("dev");
-        let first = clients.enter(&id).await;
+        let first = clients.enter(&id, None).await.unwrap();
         {
-            let mut second = pin!(clients.enter(&id));
+            let mut second = pin!(clients.enter(&id, None));
             assert!(second.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-            let mut third = pin!(clients.enter(&id));
+            let mut third = pin!(clients.enter(&id, None));
             assert!(third.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
             drop(first);
-            let second = second.await;
+            let second = second.await.unwrap();
             second.taken_over().await;
             drop(second);
             drop(third.await);
         }
         assert!(clients.lock().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_users_client_id_is_not_for_others_to_take_over() {
+        let clients = Clients::default();
+        let id = ByteString::from_static("dev");
+        let [alice, bob] = ["alice", "bob"].map(ByteString::from_static);
+        let anybodys = clients.enter(&id, None).await.unwrap();
+        let mut hers = pin!(clients.enter(&id, Some(&alice)));
+        assert!(hers.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        drop(anybodys);
+        let hers = hers.await.unwrap();
+        assert!(clients.enter(&id, Some(&bob)).await.is_none());
+        assert!(clients.enter(&id, None).await.is_none());
+        assert!(!hers.holder.taken_over.is_cancelled());
+        drop(hers);
+        assert!(clients.enter(&id, Some(&bob)).await.is_some());
     }
 }

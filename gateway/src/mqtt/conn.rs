@@ -42,7 +42,8 @@ use super::topic;
 use crate::access::{Access, Grant};
 use crate::config::SessionsConfig;
 use crate::ingest::device_key::{DeviceFrom, Routes};
-use crate::ingest::{AckMailbox, Admission, Ingest, Pending, Ticket, partition};
+use crate::ingest::event_id::EventIdFrom;
+use crate::ingest::{AckMailbox, Admission, Identity, Ingest, Pending, Ticket, partition};
 
 /// Bytes that may wait for a client to read them. Past it neither its packets nor messages for it
 /// are taken.
@@ -265,13 +266,16 @@ pub async fn serve<R, W>(
     };
     let (mut session, grant) = match opened {
         Ok(opened) => opened,
-        Err(refused) => {
-            refuse(refused, &mut writer, &mut out, peer, shared).await;
-            stop.run_until_cancelled(linger(&mut reader)).await;
-            return;
-        }
+        Err(refused) => return refuse(refused, &mut writer, &mut out, peer, shared).await,
     };
-    let seat = shared.clients.enter(session.client_id()).await;
+    if from.newcomer.as_ref().is_some_and(|newcomer| !newcomer.is_let_in()) {
+        return;
+    }
+    let Some(seat) = shared.clients.enter(session.client_id(), grant.user()).await else {
+        let (version, bytes_max) = (Some(session.version()), session.packet_bytes_max());
+        let refused = Refused { version, bytes_max, violation: not_its_session() };
+        return refuse(refused, &mut writer, &mut out, peer, shared).await;
+    };
     let (client_id, expiry_s) = (session.client_id().clone(), session.expiry_s());
     let user = grant.user();
     let attached = shared.sessions.attach(&client_id, user, session.is_clean_start(), expiry_s);
@@ -311,8 +315,9 @@ pub async fn serve<R, W>(
         refused_full: false,
         device: None,
         durable: Vec::new(),
+        paced_at: Instant::now(),
         now: Instant::now(),
-        received_us: shared.ingest.now_us(),
+        received_us: shared.ingest.received_us(),
         reading: true,
         stalled_since: None,
         read_bytes: *READ_BYTES.start(),
@@ -430,6 +435,8 @@ struct Device {
     lane: Lane,
     /// Whether anybody subscribes to the topic, as long as [`Downlink::changes`] says this.
     heard: (u64, bool),
+    /// Where the id of an event stands.
+    event_id: Option<EventIdFrom>,
     /// Attributes of a publish that says nothing beyond its QoS: 0, 1 and 2.
     plain: [Attributes; 3],
 }
@@ -462,6 +469,8 @@ struct Conn<'a> {
     refused_full: bool,
     device: Option<Device>,
     durable: Vec<u64>,
+    /// When it was last judged whether it is over its rate.
+    paced_at: Instant,
     /// When the bytes that are being worked on were read.
     now: Instant,
     received_us: u64,
@@ -500,7 +509,7 @@ impl Conn<'_> {
                 return end;
             }
             self.look_ahead();
-            let deadline = self.deadline();
+            let deadline = self.deadline(self.paced_at);
             // Set back only when it is due: a timer moved at every packet costs more than the packet.
             if let Some(deadline) = deadline
                 && (timer.is_elapsed() || timer.deadline().into_std() > deadline)
@@ -535,8 +544,14 @@ impl Conn<'_> {
     /// Works on everything that was read, as far as bounds allow.
     async fn digest(&mut self) -> Result<(), End> {
         let mut publishes = [0; 3];
+        // One look at the clock serves all that came at once, and what is decided from it: whoever is
+        // not over its rate any more after a last look would wait with whole packets in its buffer.
+        if self.pace.is_some() {
+            self.paced_at = Instant::now();
+        }
         let result = loop {
             while let Some(turn) = self.session.next_turn() {
+                self.shared.ingest.announce();
                 self.take(turn).await?;
             }
             if !self.may_decode() {
@@ -555,6 +570,10 @@ impl Conn<'_> {
                 Ok(Effect::None) => Ok(()),
                 Ok(Effect::Publish(publishing)) => {
                     publishes[usize::from(publishing.publish.qos.value())] += 1;
+                    if let Some(pace) = &mut self.pace {
+                        let Publish { topic, payload, .. } = &*publishing.publish;
+                        pace.take(topic.len() + payload.len(), self.paced_at);
+                    }
                     self.publish(publishing).map_err(End::from)
                 }
                 Ok(Effect::Release { packet_id, number }) => {
@@ -577,6 +596,10 @@ impl Conn<'_> {
                 break step;
             }
         };
+        // Once for all that came at once.
+        if publishes != [0; 3] {
+            self.shared.ingest.announce();
+        }
         for (counter, n) in self.shared.stats.publishes.iter().zip(publishes) {
             if n > 0 {
                 FrontStats::add(counter, n);
@@ -591,12 +614,12 @@ impl Conn<'_> {
         self.out.len() < OUT_BYTES_MAX
             && self.session.takes_publishes()
             && self.hold.has_room(usize::from(self.limits.in_flight_max.get()))
-            && self.paced_until().is_none()
+            && self.paced_until(self.paced_at).is_none()
     }
 
     /// Until when it is not read because it is over its rate.
-    fn paced_until(&self) -> Option<Instant> {
-        self.pace.as_ref().and_then(|pace| pace.opens_at(Instant::now()))
+    fn paced_until(&self, now: Instant) -> Option<Instant> {
+        self.pace.as_ref().and_then(|pace| pace.opens_at(now))
     }
 
     fn takes_delivery(&self) -> bool {
@@ -610,7 +633,7 @@ impl Conn<'_> {
             // It could not speak while it was not read.
             self.session.heard(Instant::now());
         }
-        if !reading && self.reading && self.paced_until().is_some() {
+        if !reading && self.reading && self.paced_until(self.paced_at).is_some() {
             FrontStats::add(&self.shared.stats.paced, 1);
         }
         self.reading = reading;
@@ -622,17 +645,17 @@ impl Conn<'_> {
     }
 
     /// When the client counts as gone: silent too long while it is read, taking nothing, or let in
-    /// until then.
-    fn deadline(&self) -> Option<Instant> {
+    /// until then. Also when whoever is over its rate at `now` is not any more.
+    fn deadline(&self, now: Instant) -> Option<Instant> {
         let silent = self.session.deadline().filter(|_| self.reading);
         let stalled = self.stalled_since.map(|since| since + self.shared.write_stall);
-        let paced = self.paced_until();
+        let paced = self.paced_until(now);
         silent.into_iter().chain(stalled).chain(self.grant.until()).chain(paced).min()
     }
 
     fn timeout(&mut self) -> Result<(), End> {
         let now = Instant::now();
-        match self.deadline() {
+        match self.deadline(now) {
             Some(deadline) if deadline > now => Ok(()),
             Some(_) if self.grant.until().is_some_and(|until| until <= now) => {
                 let why = "its token has expired";
@@ -660,7 +683,7 @@ impl Conn<'_> {
         }
         FrontStats::add(&self.shared.stats.received_bytes, n as u64);
         self.now = Instant::now();
-        self.received_us = self.shared.ingest.now_us();
+        self.received_us = self.shared.ingest.received_us();
         self.session.heard(self.now);
         if self.buf.len() == self.buf.capacity() {
             self.read_bytes = (2 * self.read_bytes).min(*READ_BYTES.end());
@@ -698,9 +721,6 @@ impl Conn<'_> {
     /// Stores a publish, or holds it, or refuses it.
     fn publish(&mut self, publishing: Publishing) -> Result<(), Violation> {
         let Publishing { publish, number, receipt } = publishing;
-        if let Some(pace) = &mut self.pace {
-            pace.take(publish.topic.len() + publish.payload.len(), Instant::now());
-        }
         if !self.may_publish(&publish.topic) {
             FrontStats::add(&self.shared.stats.denied, 1);
             let why = format!("topic {:?} is not allowed to this client", shorten(&publish.topic));
@@ -722,19 +742,33 @@ impl Conn<'_> {
         }
         let retain = publish.retain;
         let event = self.event(*publish);
+        let identity = self.identity(&event, receipt.is_some());
         let riders = if retain || receipt.is_some() { self.riders(&event, receipt) } else { None };
         let pending = Pending {
             event,
             read_at: self.now,
             ticket: number.map(|number| Ticket { mailbox: self.mailbox.clone(), number }),
             riders,
+            identity,
         };
+        // [`Conn::digest`] announces it.
         if !self.hold.queue.is_empty() {
             self.hold.push_back(pending);
-        } else if let Err(pending) = self.shared.ingest.try_push(pending) {
+        } else if let Err(pending) = self.shared.ingest.push_unannounced(pending) {
             self.hold.push_back(pending);
         }
         Ok(())
+    }
+
+    /// What tells an event from its resends, where the route says so and the event has it.
+    fn identity(&self, event: &Event, has_receipt: bool) -> Option<Identity> {
+        let from = self.device.as_ref()?.event_id.as_ref()?;
+        let id = from.of(event);
+        if id.is_none() {
+            FrontStats::add(&self.shared.stats.publishes_without_id, 1);
+        }
+        // The receipt comes first.
+        Some(Identity { id: id?, riders: usize::from(has_receipt && self.kept.is_some()) })
     }
 
     /// What has to be durable with an event: its receipt, and what it retains.
@@ -833,6 +867,7 @@ impl Conn<'_> {
             content_type,
             event_type,
             lane: resolved.lane,
+            event_id: resolved.event_id.cloned(),
             plain,
         })
     }
@@ -1028,10 +1063,11 @@ impl Conn<'_> {
             (None, _) => sessions.cancel_will(client_id),
             (Some(_), 0) if !sessions.allows_will(client_id, &will) => {}
             (Some(_), 0) => {
-                will.event.received_us = self.shared.ingest.now_us();
+                will.event.received_us = self.shared.ingest.received_us();
                 let riders = sessions.riders_of_will(client_id, &will.event);
                 let (read_at, ticket) = (Instant::now(), None);
-                self.hold.push_back(Pending { event: will.event, read_at, ticket, riders });
+                let (event, identity) = (will.event, None);
+                self.hold.push_back(Pending { event, read_at, ticket, riders, identity });
             }
             (Some(_), delay_s) => {
                 let due = Instant::now() + Duration::from_secs(delay_s.into());

@@ -86,7 +86,7 @@ mod tests {
             payload: Bytes::from_static(b"\0payload"),
         };
         let turn = Turn { slot: 9, number: 11, position: 100, seq: 5 };
-        let stored = StoredEvent { offset: 13, seq: 0, event: event.clone() };
+        let stored = StoredEvent { offset: 13, seq: 0, event: event.clone(), stamp: None };
         let bytes = encode(&stored, turn);
         assert_eq!(bytes.len() as u64, size_bytes(&event));
         let envelope = Envelope::decode(bytes.clone()).unwrap();

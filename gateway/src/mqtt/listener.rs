@@ -4,9 +4,11 @@
 //! unwrap, `flushed` keeps their writers honest.
 //! Invariant: a connection that panics ends alone; nothing that a client or the system does makes
 //! this loop stop or spin. All handshakes together have `connect_timeout`, each in a task of its own:
-//! a client that is slow at them holds up nobody else.
+//! a client that is slow at them holds up nobody else. Those of TLS and WebSocket are worked on where
+//! they cannot keep devices waiting that are let in ([`gatehouse`](crate::access::gatehouse)).
 
 mod flushed;
+mod newcomers;
 mod socket;
 pub mod tls;
 mod websocket;
@@ -17,12 +19,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bytestring::ByteString;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, timeout_at};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use self::flushed::Flushed;
+pub(crate) use self::newcomers::Newcomer;
+use self::newcomers::Newcomers;
 use self::socket::{Accepted, Socket};
 use self::tls::Tls;
 use super::auth::Peer;
@@ -30,7 +36,10 @@ use super::conn::{self, Shared};
 use super::pace::Rate;
 use super::session::Limits;
 use super::stats::FrontStats;
-use crate::config::{Bind, ListenerConfig, Transport};
+use crate::config::{Bind, ClientIdentity, ListenerConfig, Transport};
+
+/// Connections beyond `connections_max` that have made room for others and are about to end.
+const ENDING_MAX: usize = 128;
 
 /// Rest after a failed accept: what fails it (no descriptors left) takes time to pass.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
@@ -40,6 +49,7 @@ pub struct Front {
     socket: Socket,
     bound: Bind,
     connections_max: usize,
+    newcomers: Newcomers,
     door: Arc<Door>,
 }
 
@@ -52,6 +62,33 @@ struct Door {
     rate: Rate,
     limits: Limits,
     shared: Arc<Shared>,
+}
+
+/// What stands between an accepted connection and its CONNECT.
+struct Handshakes {
+    tls: Option<(TlsAcceptor, ClientIdentity)>,
+    transport: Transport,
+    packet_bytes_max: usize,
+}
+
+impl Handshakes {
+    /// Gives the stream of MQTT packets, and the user that a client's certificate names.
+    async fn unwrap(
+        self,
+        mut stream: Box<dyn Duplex>,
+    ) -> io::Result<(Box<dyn Duplex>, Option<ByteString>)> {
+        let mut user = None;
+        if let Some((acceptor, identity)) = self.tls {
+            let secured = acceptor.accept(stream).await?;
+            let chain = secured.get_ref().1.peer_certificates().unwrap_or_default();
+            user = chain.first().and_then(|own| tls::user_of(own, identity));
+            stream = Box::new(secured);
+        }
+        if self.transport == Transport::WebSocket {
+            stream = Box::new(websocket::accept(stream, self.packet_bytes_max).await?);
+        }
+        Ok((stream, user))
+    }
 }
 
 /// A connection below TLS and WebSocket, or above them.
@@ -78,6 +115,7 @@ impl Front {
             bound: socket.bound()?,
             socket,
             connections_max: config.connections_max,
+            newcomers: Newcomers::default(),
             door: Arc::new(Door {
                 transport: config.transport,
                 tls,
@@ -126,7 +164,8 @@ impl Front {
     ) {
         let stats = self.stats();
         FrontStats::add(&stats.connections_total, 1);
-        if connections.len() >= self.connections_max {
+        let beyond = (connections.len() + 1).saturating_sub(self.connections_max);
+        if beyond > 0 && (beyond > ENDING_MAX || !self.newcomers.make_room(accepted.address())) {
             FrontStats::add(&stats.connections_refused, 1);
             tracing::debug!(peer = accepted.name(), "too many connections");
             return;
@@ -140,7 +179,8 @@ impl Front {
         }
         FrontStats::add(&stats.connections, 1);
         let (door, stop) = (self.door.clone(), stop.child_token());
-        connections.spawn(async move { door.serve(accepted, &stop).await });
+        let newcomer = self.newcomers.enter(accepted.address(), stop.clone());
+        connections.spawn(async move { door.serve(accepted, newcomer, &stop).await });
     }
 
     fn stats(&self) -> &FrontStats {
@@ -158,11 +198,12 @@ impl Front {
 
 impl Door {
     /// Serves a connection until it ends, or `stop`.
-    async fn serve(&self, accepted: Accepted, stop: &CancellationToken) {
+    async fn serve(&self, accepted: Accepted, newcomer: Newcomer, stop: &CancellationToken) {
         let mut peer = Peer {
             name: accepted.name(),
             address: accepted.address(),
             user: None,
+            newcomer: Some(newcomer),
             allow_anonymous: self.allow_anonymous,
             rate: self.rate,
         };
@@ -180,11 +221,13 @@ impl Door {
             Accepted::Tcp(stream, _) => Box::new(stream),
             Accepted::Unix(stream) => Box::new(stream),
         };
+        let unwrapped = timeout_at(deadline, self.handshakes().unwrap(stream));
+        let unwrapped = self.shared.access.gatehouse().work(unwrapped);
         // Boxed, so that a plain connection's task has no room for it.
-        let unwrapped = timeout_at(deadline, Box::pin(self.unwrap(stream, &mut peer)));
-        match stop.run_until_cancelled(unwrapped).await {
+        match stop.run_until_cancelled(Box::pin(unwrapped)).await.flatten() {
             None => {}
-            Some(Ok(Ok(stream))) => {
+            Some(Ok(Ok((stream, user)))) => {
+                peer.user = user;
                 let (reader, writer) = tokio::io::split(stream);
                 self.speak(reader, Flushed::new(writer), &peer, deadline, stop).await;
             }
@@ -193,27 +236,16 @@ impl Door {
         }
     }
 
-    fn is_plain(&self) -> bool {
-        self.tls.is_none() && self.transport == Transport::Mqtt
+    fn handshakes(&self) -> Handshakes {
+        Handshakes {
+            tls: self.tls.as_ref().map(|tls| tls.acceptor()),
+            transport: self.transport,
+            packet_bytes_max: self.limits.packet_bytes_max,
+        }
     }
 
-    /// The handshakes of TLS and WebSocket. What a client's certificate says is put down in `peer`.
-    async fn unwrap(
-        &self,
-        mut stream: Box<dyn Duplex>,
-        peer: &mut Peer,
-    ) -> io::Result<Box<dyn Duplex>> {
-        if let Some(tls) = &self.tls {
-            let (acceptor, identity) = tls.acceptor();
-            let secured = acceptor.accept(stream).await?;
-            let chain = secured.get_ref().1.peer_certificates().unwrap_or_default();
-            peer.user = chain.first().and_then(|own| tls::user_of(own, identity));
-            stream = Box::new(secured);
-        }
-        if self.transport == Transport::WebSocket {
-            stream = Box::new(websocket::accept(stream, self.limits.packet_bytes_max).await?);
-        }
-        Ok(stream)
+    fn is_plain(&self) -> bool {
+        self.tls.is_none() && self.transport == Transport::Mqtt
     }
 
     async fn speak<R, W>(

@@ -60,9 +60,9 @@ impl Pace {
 }
 
 fn charge(paid: &mut Instant, n: u64, per_second: u64, now: Instant) {
-    if per_second > 0 {
-        let nanos = u128::from(n) * 1_000_000_000 / u128::from(per_second);
-        *paid = (*paid).max(now) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+    // A packet has far fewer bytes than would overflow this.
+    if let Some(nanos) = n.saturating_mul(1_000_000_000).checked_div(per_second) {
+        *paid = (*paid).max(now) + Duration::from_nanos(nanos);
     }
 }
 

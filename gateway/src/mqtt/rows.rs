@@ -25,6 +25,7 @@ pub const RETAINED: u16 = 5;
 pub const WILLS: u16 = 6;
 /// How far the log was served to sessions: one row without a key.
 pub const SERVED: u16 = 7;
+// 8: ids that were seen, see `ingest::dedup`.
 
 /// Sets a row.
 pub fn put(namespace: u16, key: Bytes, value: impl Into<Bytes>) -> Control {

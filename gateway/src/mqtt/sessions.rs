@@ -14,7 +14,7 @@
 //!
 //! # Time
 //! While the process runs, expiry and will delay count on the monotonic clock. Over a restart only
-//! the wall clock is there, and it is not believed where it stands before `CLOCK_SET_US` or has gone
+//! the wall clock is there, and it is not believed where it stands before [`SET_US`] or has gone
 //! back; whatever it says, a client gets [`GRACE`] to come back, so that nothing ends by mistake.
 
 mod queue;
@@ -36,14 +36,12 @@ use super::rows::{self, Message, Queued, SessionRow, StoredWill};
 use super::session::{Inbound, NEVER_S};
 use crate::access::Access;
 use crate::config::SessionsConfig;
+use crate::ingest::clock::SET_US;
 use crate::ingest::{AckMailbox, Ingest, Pending, Ticket};
 pub use queue::{Next, Queue, QueueLimits};
 
 /// What every session and will gets after a restart before it ends.
 pub const GRACE: Duration = Duration::from_secs(10);
-
-/// A wall clock before this, the beginning of 2024, was not set.
-const CLOCK_SET_US: u64 = 1_704_067_200_000_000;
 
 /// How often the keeper looks for what has expired.
 const KEEP_EVERY: Duration = Duration::from_secs(1);
@@ -663,9 +661,10 @@ impl Sessions {
             return;
         }
         let StoredWill { mut event, delay_s, user } = will.stored;
-        event.received_us = self.0.ingest.now_us();
+        event.received_us = self.0.ingest.received_us();
         let riders = self.riders_of_will(client_id, &event);
-        let pending = Pending { event, read_at: Instant::now(), ticket: None, riders };
+        let (read_at, ticket, identity) = (Instant::now(), None, None);
+        let pending = Pending { event, read_at, ticket, riders, identity };
         if let Err(Pending { event, .. }) = self.0.ingest.try_push(pending) {
             let will = Will { stored: StoredWill { event, delay_s, user }, due: will.due };
             lock(&self.0.wills).insert(client_id.clone(), will);
@@ -732,7 +731,7 @@ fn lasting(expiry_s: u32) -> Option<Duration> {
 /// What is left of a session's time after a restart: see "Time" above. `None`: it never ends.
 fn left(expiry_s: u32, ended_us: u64, now_us: u64) -> Option<Duration> {
     let expiry = lasting(expiry_s)?;
-    let told = ended_us >= CLOCK_SET_US && now_us >= ended_us;
+    let told = ended_us >= SET_US && now_us >= ended_us;
     // It was connected when the process ended, or nobody knows how long ago that was.
     let passed = if told { Duration::from_micros(now_us - ended_us) } else { Duration::ZERO };
     Some(expiry.saturating_sub(passed).max(GRACE.min(expiry)))

@@ -24,6 +24,8 @@ pub struct FrontStats {
     pub publishes: [AtomicU64; 3],
     /// Publishes refused: no route, reserved topic, or the store stands still.
     pub publishes_refused: AtomicU64,
+    /// Publishes without the id that their route looks for: their resends are not recognised.
+    pub publishes_without_id: AtomicU64,
     /// QoS 0 publishes and wills that were dropped at the end of a connection for want of room.
     pub publishes_dropped: AtomicU64,
     /// Bytes read from clients.

@@ -8,8 +8,9 @@
 //! that carries it, so the file grows and shrinks only when that record comes home; the room for
 //! what is written is taken before the commit, because later there is nobody to refuse.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::ops::Bound;
+use std::ops::{Bound, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -40,8 +41,8 @@ struct Joined {
     len: AtomicU64,
     /// As the file has it.
     home_len: AtomicU64,
-    /// Room was taken up to here.
-    reserved: AtomicU64,
+    /// Pieces that room was taken for.
+    reserved: Mutex<BTreeSet<u64>>,
     draft: Mutex<Draft>,
 }
 
@@ -56,12 +57,16 @@ impl Joined {
         self.draft.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reserve(&self, end: u64) -> io::Result<()> {
-        let reserved = self.reserved.load(Ordering::Relaxed);
-        if end > reserved {
-            let to = end.next_multiple_of(RESERVE_BYTES);
-            self.disk.reserve(&log::name(self.first), reserved..to)?;
-            self.reserved.store(to, Ordering::Relaxed);
+    /// Takes room for the pieces that a range of the file lies in, and for none between: redb puts single
+    /// pages at the far end of a file that it has just doubled.
+    fn reserve(&self, range: Range<u64>) -> io::Result<()> {
+        let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
+        for piece in range.start / RESERVE_BYTES..range.end.div_ceil(RESERVE_BYTES) {
+            if !reserved.contains(&piece) {
+                let start = piece * RESERVE_BYTES;
+                self.disk.reserve(&log::name(self.first), start..start + RESERVE_BYTES)?;
+                reserved.insert(piece);
+            }
         }
         Ok(())
     }
@@ -82,7 +87,7 @@ impl HomeFile {
             first,
             len: len.into(),
             home_len: len.into(),
-            reserved: 0.into(),
+            reserved: Mutex::default(),
         };
         assert!(self.joined.set(joined).is_ok(), "a file joins one journal, once");
         Ok(())
@@ -195,7 +200,7 @@ impl HomeFile {
         let Some(joined) = self.joined.get() else {
             return self.file.write(offset, data);
         };
-        joined.reserve(offset + data.len() as u64)?;
+        joined.reserve(offset..offset + data.len() as u64)?;
         joined.draft().write(offset, data);
         Ok(())
     }

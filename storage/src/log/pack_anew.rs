@@ -10,6 +10,7 @@ use super::{
     BATCHES, Batch, Bytes, Encoder, Event, HEAD, Head, Log, LogError, OpenFile, Ordering, PACKED,
     PoisonError, Position, Source, Tail, name,
 };
+use crate::clock::Clock;
 use crate::codec::Compression;
 
 /// What the new file is called until it takes the old one's name.
@@ -18,6 +19,12 @@ pub(super) const UNFINISHED: &str = "log/packing";
 /// Events that are packed at once; what is left of one such piece begins a batch of its own.
 const EVENTS_MAX: usize = 8_192;
 const EVENT_BYTES_MAX: usize = 4 << 20;
+
+/// Events whose times are of one clock, as it gave them.
+struct Run {
+    clock: Option<Clock>,
+    events: Vec<Event>,
+}
 
 /// How a file is to be packed.
 pub(crate) struct Packing<'a> {
@@ -113,21 +120,23 @@ impl Log {
             transaction.open_table(HEAD)?.insert((), head.encode().as_slice())?;
             transaction.open_table(PACKED)?.insert((), packing.compression.number())?;
             let mut table = transaction.open_table(BATCHES)?;
-            let mut flush = |events: &mut Vec<Event>, tail: &mut Tail| {
-                let mut left = &events[..];
-                while !left.is_empty() {
-                    let packed = match packing.compression {
-                        Compression::None => encoder.pack(left, &[], tail),
-                        compression => encoder.pack_compressed(left, compression, tail),
-                    };
-                    let row = [packed.head, packed.body].concat();
-                    table.insert(packed.position.key(), row.as_slice())?;
-                    left = &left[packed.events..];
+            let mut flush = |runs: &mut Vec<Run>, tail: &mut Tail| {
+                for Run { clock, events } in runs.drain(..) {
+                    encoder.set_clock(clock);
+                    let mut left = &events[..];
+                    while !left.is_empty() {
+                        let packed = match packing.compression {
+                            Compression::None => encoder.pack(left, &[], tail),
+                            compression => encoder.pack_compressed(left, compression, tail),
+                        };
+                        let row = [packed.head, packed.body].concat();
+                        table.insert(packed.position.key(), row.as_slice())?;
+                        left = &left[packed.events..];
+                    }
                 }
-                events.clear();
                 Ok::<_, redb::Error>(())
             };
-            let (mut events, mut size_bytes) = (Vec::new(), 0);
+            let (mut runs, mut count, mut size_bytes) = (Vec::<Run>::new(), 0, 0);
             let mut from = Some(head.tail.position);
             while let Some(position) = from {
                 let walked = self.walk(position..next.tail.position, |position, row| {
@@ -136,13 +145,20 @@ impl Log {
                         sound = false;
                         return;
                     };
+                    let clock = batch.clock();
+                    if runs.last().is_none_or(|run| run.clock != clock) {
+                        runs.push(Run { clock, events: Vec::new() });
+                    }
+                    let run = runs.last_mut().expect("there is one now");
                     for event in batch.events(0) {
-                        let Ok(event) = event else {
+                        let Ok(stored) = event else {
                             sound = false;
                             return;
                         };
-                        size_bytes += event.event.size_bytes();
-                        events.push(event.event);
+                        count += 1;
+                        size_bytes += stored.event.size_bytes();
+                        let received_us = stored.received_us();
+                        run.events.push(Event { received_us, ..stored.event });
                     }
                 });
                 match walked {
@@ -153,12 +169,12 @@ impl Log {
                         return Ok(());
                     }
                 }
-                if events.len() >= EVENTS_MAX || size_bytes >= EVENT_BYTES_MAX {
-                    flush(&mut events, &mut tail)?;
-                    size_bytes = 0;
+                if count >= EVENTS_MAX || size_bytes >= EVENT_BYTES_MAX {
+                    flush(&mut runs, &mut tail)?;
+                    (count, size_bytes) = (0, 0);
                 }
             }
-            flush(&mut events, &mut tail)
+            flush(&mut runs, &mut tail)
         });
         written.map_err(|error| self.error(first, error))?;
         // Batches without events are gone, so the end may have had further ones at its offset.

@@ -43,7 +43,7 @@ impl Store {
         from: u64,
         max: usize,
     ) -> Result<Vec<KeptLetter>, StateError> {
-        self.shared.state.dead_letters(sink, from, max)
+        Ok(self.corrected(self.shared.state.dead_letters(sink, from, max)?))
     }
 
     /// The oldest dead letters of a sink that are to be delivered again, at least one if there is
@@ -57,7 +57,16 @@ impl Store {
         events_max: usize,
         size_bytes_max: usize,
     ) -> Result<Vec<KeptLetter>, StateError> {
-        self.shared.state.requeued(sink, events_max, size_bytes_max)
+        Ok(self.corrected(self.shared.state.requeued(sink, events_max, size_bytes_max)?))
+    }
+
+    /// The times of what was refused before the clock was set are known by now, too.
+    fn corrected(&self, mut letters: Vec<KeptLetter>) -> Vec<KeptLetter> {
+        let projection = self.shared.progress.projection();
+        for kept in &mut letters {
+            projection.boots.correct(&mut kept.letter.event);
+        }
+        letters
     }
 
     /// Marks dead letters of a sink to be delivered again: those that are `wanted`, among a thousand

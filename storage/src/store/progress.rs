@@ -15,6 +15,7 @@ use bytes::Bytes;
 
 use super::Mark;
 use crate::Control;
+use crate::clock::{self, Boots};
 use crate::cursor::Cursors;
 use crate::head::Tail;
 use crate::state::Changes;
@@ -53,6 +54,8 @@ pub(super) struct Projection {
     /// First stored offset.
     pub(super) start: u64,
     pub(super) cursors: Cursors,
+    /// What is known of the clocks.
+    pub(super) boots: Boots,
     /// What changed since the checkpoint.
     changes: Changes,
     pub(super) change_bytes: usize,
@@ -67,6 +70,9 @@ impl Projection {
             Control::Put { namespace, key, value } => (namespace, key, Some(value)),
             Control::Delete { namespace, key } => (namespace, key, None),
         };
+        if namespace == clock::NAMESPACE {
+            self.boots.apply(&key, value.as_ref());
+        }
         self.change_bytes += key.len() + value.as_ref().map_or(0, Bytes::len);
         self.changes.insert((namespace, key), value);
     }

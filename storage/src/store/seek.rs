@@ -3,9 +3,10 @@
 //! Invariant: offsets, a partition's sequence numbers and receive times all rise together, so that
 //! each place has one answer; where it was trimmed, the answer is the first stored event after it.
 
-use super::{ReadError, Store};
+use bytes::Bytes;
+
+use super::{ReadError, Span, Store, StoredEvent};
 use crate::batch::{Batch, BatchHead};
-use crate::head::Position;
 
 /// A place in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +26,7 @@ pub enum Place {
 
 impl Store {
     /// The offset of a place: of the event there or, if that was trimmed or is damaged, of the next
-    /// one that fits; the watermark if there is none yet.
+    /// one that fits; the watermark if there is none yet. An offset that is stored is taken as it is.
     ///
     /// # Errors
     /// See [`ReadError`].
@@ -39,67 +40,69 @@ impl Store {
         }
     }
 
-    /// Halves the log: each step reads one batch.
+    /// Halves the log: each step reads one event. Where the clock was set, the times as they are known
+    /// by now and those that the log holds differ, and the first place of the two is the answer: rather
+    /// events of before than one that is missing.
     fn seek_received(&self, us: u64, start: u64, watermark: u64) -> Result<u64, ReadError> {
-        let (mut low, mut high) = (start, watermark);
-        while low < high {
-            let middle = low + (high - low) / 2;
-            let batch = self.shared.log.batch_at(middle, watermark)?;
-            let decoded = batch.and_then(|batch| Batch::decode(batch).ok());
-            let event = decoded.and_then(|batch| batch.events(middle).next()?.ok());
-            // Nothing readable at or after the middle: what is wanted can only be before it.
-            if event.is_some_and(|event| event.event.received_us < us) {
-                low = middle + 1;
-            } else {
-                high = middle;
+        let halve = |end, time_us: &dyn Fn(&StoredEvent) -> u64| {
+            let (mut low, mut high, mut found) = (start, end, end);
+            while low < high {
+                let middle = low.midpoint(high);
+                let (read, _) = self.find(middle, 1, 1)?;
+                match read.events.first().filter(|event| event.offset < watermark) {
+                    Some(event) if time_us(event) < us => low = event.offset + 1,
+                    // Nothing readable at or after the middle: what is wanted can only be before it.
+                    event => {
+                        found = event.map_or(found, |event| event.offset);
+                        high = middle;
+                    }
+                }
             }
-        }
-        Ok(low)
+            Ok::<_, ReadError>(found)
+        };
+        let stored = halve(watermark, &|event| event.event.received_us)?;
+        halve(stored, &StoredEvent::received_us)
     }
 
-    /// Finds the file by the head rows, then walks the heads of its batches.
+    /// Finds the file by the head rows, then asks for one batch after the other. By its offset, not
+    /// by where it lies: the file may be packed anew meanwhile, or trimmed.
     fn seek_seq(&self, partition: u16, seq: u64, watermark: u64) -> Result<u64, ReadError> {
         let log = &self.shared.log;
         let spans = log.spans(watermark);
         let at = usize::from(partition);
-        let mut from = 0;
-        for (place, span) in spans.iter().enumerate().rev() {
+        let begins_at_or_before = |span: &&Span| {
             let head = log.summary(span.offsets.start).ok().and_then(|summary| summary.head.ok());
             let before = head.and_then(|head| head.tail.next_seq.get(at).copied());
-            if before.is_some_and(|before| before <= seq) {
-                from = place;
-                break;
+            before.is_some_and(|before| before <= seq)
+        };
+        let span = spans.iter().rev().find(begins_at_or_before).or(spans.first());
+        let mut from = span.map_or(watermark, |span| span.offsets.start);
+        while from < watermark {
+            let batch = log.batch_at(from, watermark)?;
+            let head = batch.as_deref().and_then(|batch| BatchHead::decode(batch).ok());
+            let (first, end) =
+                head.map_or((watermark, watermark), |h| (h.position().offset, h.end()));
+            // What the tree does not show may be there all the same.
+            if first > from && log.distrust(from)? {
+                continue;
             }
-        }
-        for span in &spans[from..] {
-            let mut found = None;
-            let mut next = Some(Position::at(span.offsets.start));
-            while let (Some(position), None) = (next, found) {
-                let walked = log.walk(position..Position::at(span.offsets.end), |_, row| {
-                    found = found.or_else(|| first_seq(row, partition, seq));
-                });
-                next = match walked {
-                    Ok(next) => next,
-                    Err(error) if error.is_damage() => None,
-                    Err(error) => return Err(error.into()),
-                };
-            }
-            if let Some(offset) = found {
+            if let Some(offset) = batch.and_then(|batch| first_seq(batch, partition, seq)) {
                 return Ok(offset);
             }
+            from = end;
         }
         Ok(watermark)
     }
 }
 
 /// Offset of the first event of the partition in this batch that has at least this number.
-fn first_seq(row: &[u8], partition: u16, seq: u64) -> Option<u64> {
-    let head = BatchHead::decode(row).ok()?;
+fn first_seq(batch: Bytes, partition: u16, seq: u64) -> Option<u64> {
+    let head = BatchHead::decode(&batch).ok()?;
     let (_, base, count) = head.partitions().find(|(p, ..)| *p == partition)?;
     if base + u64::from(count) <= seq {
         return None;
     }
-    let batch = Batch::decode(row.to_vec().into()).ok()?;
-    let fits = |event: &crate::StoredEvent| event.event.partition == partition && event.seq >= seq;
+    let fits = |event: &StoredEvent| event.event.partition == partition && event.seq >= seq;
+    let batch = Batch::decode(batch).ok()?;
     batch.events(0).map_while(Result::ok).find(fits).map(|event| event.offset)
 }

@@ -5,6 +5,7 @@ use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use rdkafka::{Offset, TopicPartitionList};
+use storage::{Ahead, Lanes};
 
 use super::*;
 use crate::config::{KafkaDelivery, SinkConfig};
@@ -13,34 +14,43 @@ use crate::kafka::tests::{
     Cluster, PATIENCE, TOPIC, arrived, assert_order, cluster, deliver, distinct, events, request,
     seqs_of,
 };
+use crate::sink::OUTSIDE_ORDER;
+
+/// What [`transactional`] keeps its cursor under.
+const GROUP: &str = "gw-edge-01-kafka";
 
 fn transactional(cluster: &Cluster, log_end: u64) -> TransactionalSink {
+    transactional_named(cluster, "kafka", log_end)
+}
+
+fn transactional_named(cluster: &Cluster, sink: &str, log_end: u64) -> TransactionalSink {
     let delivery = KafkaDelivery::ExactlyOnce;
     let config = KafkaConfig { delivery, ..KafkaConfig::new(cluster.bootstrap_servers(), TOPIC) };
     let envelope = Envelope::new(&fake::origin(), SinkConfig::EVENT_TYPE);
-    let place = Place::new(&fake::origin(), "kafka", &config);
+    let place = Place::new(&fake::origin(), sink, &config);
     TransactionalSink::new(config, envelope, place, log_end, PATIENCE)
 }
 
 /// Leaves a mark as a sink of this store would: the mock keeps only what a consumer commits.
-fn leave_mark(cluster: &Cluster, offset: u64) {
+fn leave_mark(cluster: &Cluster, group: &str, reach: Reach) {
     let place = transactional(cluster, 0).place;
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", cluster.bootstrap_servers())
-        .set("group.id", &place.name)
+        .set("group.id", group)
         .create()
         .expect("a consumer");
     let mut list = TopicPartitionList::new();
+    let mark = place.mark(reach);
     let mut element = list.add_partition(&place.topic, 0);
-    element.set_offset(Offset::Offset(offset.cast_signed())).expect("an offset");
-    element.set_metadata(place.mark(offset).metadata());
+    element.set_offset(Offset::Offset(mark.offset())).expect("an offset");
+    element.set_metadata(mark.metadata());
     consumer.commit(&list, CommitMode::Sync).expect("committed");
 }
 
 #[tokio::test]
 async fn a_sink_that_starts_again_sends_nothing_of_what_is_committed() {
     let cluster = cluster();
-    leave_mark(&cluster, 3_001);
+    leave_mark(&cluster, GROUP, 3_001.into());
     // Its own cursor did not survive: it begins at the start of the log again.
     let mut sink = transactional(&cluster, 4_000);
     assert!(deliver(&mut sink, events(0..4_000), 130).await.is_empty());
@@ -52,15 +62,69 @@ async fn a_sink_that_starts_again_sends_nothing_of_what_is_committed() {
     }
 }
 
+/// Streams as an earlier process has left them are told of before anything is sent, and what is done
+/// of each is not sent again.
+#[tokio::test]
+async fn streams_that_were_split_are_told_of_and_each_goes_on_where_it_was() {
+    let cluster = cluster();
+    let ahead = Ahead { lanes: Lanes::ALL, offsets: 60..80 };
+    let left = Reach { cursor: 20, ahead: vec![ahead] };
+    leave_mark(&cluster, GROUP, left.clone());
+    let mut sink = transactional(&cluster, 100);
+    sink.begin_reaching(request(0, events(0..50)), || 50.into());
+    sink.begin(request(OUTSIDE_ORDER, events(3..4)));
+    for id in [0, OUTSIDE_ORDER] {
+        let (answered, answer) = sink.answer().await;
+        assert_eq!((answered, answer.was_taken_back()), (id, true), "{answer:?}");
+        assert_eq!(sink.found(), (id == 0).then(|| left.clone()));
+    }
+    // Both streams, in turn, and a dead letter that was requeued: it is sent and moves nothing.
+    let reach = |backlog: u64, live: u64| Reach {
+        cursor: backlog,
+        ahead: vec![Ahead { lanes: Lanes::ALL, offsets: 60..live }],
+    };
+    sink.begin_reaching(request(1, events(10..30)), || reach(30, 60));
+    sink.begin_reaching(request(2, events(60..90)), || reach(30, 90));
+    sink.begin(request(OUTSIDE_ORDER + 1, events(3..4)));
+    sink.close();
+    for id in [1, 2, OUTSIDE_ORDER + 1] {
+        assert_eq!(sink.answer().await, (id, Answer::delivered()));
+    }
+    assert_eq!(sink.done, reach(30, 90));
+    let mut seqs: Vec<u64> = arrived(&cluster).iter().map(|record| record.seq).collect();
+    seqs.sort_unstable();
+    assert_eq!(seqs, [3].into_iter().chain(20..30).chain(80..90).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn what_stands_under_a_former_name_is_taken_over() {
+    let cluster = cluster();
+    let mut sink = transactional_named(&cluster, "kafka-1", 30);
+    leave_mark(&cluster, "gw-edge-01-kafka-1", 20.into());
+    assert_eq!(sink.place.name, "gw-edge-01-kafka~1");
+    assert!(deliver(&mut sink, events(0..30), 10).await.is_empty());
+    assert_eq!(arrived(&cluster).len(), 10);
+    // What stands under its own name goes before: the other may belong to another gateway.
+    leave_mark(&cluster, "gw-edge-01-kafka~1", 30.into());
+    leave_mark(&cluster, "gw-edge-01-kafka-1", 0.into());
+    let mut sink = transactional_named(&cluster, "kafka-1", 30);
+    assert!(deliver(&mut sink, events(0..30), 10).await.is_empty());
+    assert_eq!(arrived(&cluster).len(), 10);
+}
+
 #[tokio::test]
 async fn a_store_that_has_lost_its_end_is_held() {
     let cluster = cluster();
-    leave_mark(&cluster, 51);
+    leave_mark(&cluster, GROUP, 51.into());
     let mut restored = transactional(&cluster, 50);
-    restored.begin(request(0, events(0..50)));
+    restored.begin_reaching(request(0, events(0..50)), || 50.into());
     let (_, answer) = restored.answer().await;
     assert_eq!(answer.failed[0].failure, Failure::Hold);
     assert!(answer.failed[0].reason.contains("restored from a copy"), "{answer:?}");
+    // Whatever it takes in meanwhile.
+    restored.begin_reaching(request(1, events(50..60)), || 60.into());
+    assert_eq!(restored.answer().await.1.failed[0].failure, Failure::Hold);
+    assert!(arrived(&cluster).is_empty());
 }
 
 #[tokio::test]
@@ -69,7 +133,7 @@ async fn a_transaction_is_answered_as_one_and_only_once_it_is_closed() {
     let mut sink = transactional(&cluster, 9);
     sink.config.transaction_time_max = Duration::from_hours(1);
     for id in 0..3 {
-        sink.begin(request(id, events(id * 3..id * 3 + 3)));
+        sink.begin_reaching(request(id, events(id * 3..id * 3 + 3)), || (id * 3 + 3).into());
     }
     let early = tokio::time::timeout(Duration::from_millis(300), sink.answer()).await;
     assert!(early.is_err(), "{early:?}");
@@ -77,7 +141,7 @@ async fn a_transaction_is_answered_as_one_and_only_once_it_is_closed() {
     for id in 0..3 {
         assert_eq!(sink.answer().await, (id, Answer::delivered()));
     }
-    assert_eq!(sink.done_to, 9);
+    assert_eq!(sink.done, 9.into());
 }
 
 #[tokio::test]
@@ -120,7 +184,7 @@ async fn a_transactional_sink_without_brokers_says_so_and_stops_at_once() {
     let cluster = cluster();
     cluster.broker_down(1).expect("down");
     let mut sink = transactional(&cluster, 9);
-    sink.begin(request(0, events(0..9)));
+    sink.begin_reaching(request(0, events(0..9)), || 9.into());
     let (_, answer) = sink.answer().await;
     assert_eq!(answer.failed[0].failure, Failure::Retry { after: None });
     assert!(answer.failed[0].reason.contains("no broker can be reached"), "{answer:?}");
@@ -128,7 +192,7 @@ async fn a_transactional_sink_without_brokers_says_so_and_stops_at_once() {
     cluster.broker_up(1).expect("up");
     cluster.broker_round_trip_time(1, Duration::from_hours(1)).expect("set");
     sink.request_timeout = Duration::from_hours(1);
-    sink.begin(request(1, events(0..9)));
+    sink.begin_reaching(request(1, events(0..9)), || 9.into());
     sink.stop();
     let (answered, answer) = sink.answer().await;
     assert_eq!(answered, 1);

@@ -11,6 +11,7 @@ use crate::text::{count, table};
 
 #[derive(Args)]
 #[command(after_help = "\
+What was acked was committed, or was a resend of what was (a duplicate, by its event_id).
 Per sink, every event since its origin is in one place:
 
   committed = delivered + pending + dead letters + filtered + dropped (quota, expired, corrupt,
@@ -45,8 +46,12 @@ pub(in crate::cli) fn balance(args: &BalanceArgs) -> u8 {
 }
 
 fn render(report: &BalanceReport) -> String {
+    let duplicates = match report.duplicates {
+        0 => String::new(),
+        duplicates => format!("{} duplicates recognised, ", count(duplicates)),
+    };
     let mut out = format!(
-        "{} (epoch {}): {} events committed, stored from offset {} on\n\n",
+        "{} (epoch {}): {} events committed, {duplicates}stored from offset {} on\n\n",
         report.gateway,
         report.epoch,
         count(report.committed),

@@ -1,5 +1,7 @@
 //! The committer over a log that does what a script says, and over the real one.
 
+mod resends;
+
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -8,7 +10,8 @@ use proptest::prelude::*;
 use storage::Attributes;
 
 use super::*;
-use crate::ingest::{AckLedger, AckMailbox, CommitterHandle, Ingest, Ticket};
+use crate::ingest::clock::MachineClock;
+use crate::ingest::{AckLedger, AckMailbox, CommitterHandle, Ingest, Known, Ticket};
 
 /// What the log answers next; `Ok` once the script is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +136,7 @@ const AT_ONCE: Pace = Pace {
     quota_retry_every: Duration::ZERO,
     disk_retry_every: Duration::ZERO,
     failing_max: Duration::from_hours(1),
+    clock_every: Duration::from_hours(1),
 };
 
 /// A committer without its thread: every step is the test's.
@@ -145,9 +149,19 @@ struct Bench {
 impl Bench {
     fn new(script: &[Answer], at_quota: AtQuota, config: &IngestConfig) -> Self {
         let (log, record) = ScriptedLog::new(script);
-        let shared = Arc::new(Shared::new(0, config));
+        Self::with_dedup(log, record, at_quota, config, None)
+    }
+    fn with_dedup(
+        log: ScriptedLog,
+        record: Arc<Mutex<Record>>,
+        at_quota: AtQuota,
+        config: &IngestConfig,
+        dedup: Option<Dedup>,
+    ) -> Self {
+        let shared = Arc::new(Shared::new(0, config, MachineClock::new(None)));
         let ingest = Ingest(Arc::clone(&shared));
-        Self { committer: Committer::new(log, shared, config, at_quota, AT_ONCE), ingest, record }
+        let committer = Committer::new(log, shared, config, at_quota, AT_ONCE, dedup);
+        Self { committer, ingest, record }
     }
     fn turn(&mut self) {
         let flow = self.committer.turn().expect("goes on");
@@ -182,7 +196,13 @@ impl Client {
             payload: vec![0; 10].into(),
         };
         let ticket = Ticket { mailbox: Arc::clone(&self.mailbox), number };
-        Pending { event, read_at: Instant::now(), ticket: Some(ticket), riders: None }
+        Pending {
+            event,
+            read_at: Instant::now(),
+            ticket: Some(ticket),
+            riders: None,
+            identity: None,
+        }
     }
     fn push(&mut self, ingest: &Ingest, partition: u16) {
         let pending = self.next(partition);
@@ -386,11 +406,11 @@ fn a_failed_sync_also_fails_the_commits_that_ran_ahead_of_it() {
 #[test]
 fn a_disk_that_fails_for_long_ends_the_committer() {
     let (log, _record) = ScriptedLog::new(&[Answer::Io; 3]);
-    let shared = Arc::new(Shared::new(0, &config()));
+    let shared = Arc::new(Shared::new(0, &config(), MachineClock::new(None)));
     let ingest = Ingest(Arc::clone(&shared));
     let pace = Pace { failing_max: Duration::ZERO, ..AT_ONCE };
     Client::default().push(&ingest, 0);
-    let error = Committer::new(log, shared, &config(), AtQuota::Hold, pace).run();
+    let error = Committer::new(log, shared, &config(), AtQuota::Hold, pace, None).run();
     assert!(matches!(error, Err(CommitterError::Failing { .. })), "{error:?}");
 }
 
@@ -522,7 +542,8 @@ fn start(
 ) -> (Ingest, CommitterHandle, Arc<Mutex<Record>>) {
     let (log, record) = ScriptedLog::new(script);
     let (ingest, handle) =
-        Ingest::start_paced(log, 0, config, AtQuota::Hold, AT_ONCE).expect("a thread");
+        Ingest::start_paced(log, 0, config, AtQuota::Hold, AT_ONCE, Known::default())
+            .expect("a thread");
     (ingest, handle, record)
 }
 
@@ -590,7 +611,7 @@ async fn a_panic_of_the_committer_is_noticed() {
 
 #[test]
 fn the_clock_never_goes_back() {
-    let shared = Shared::new(0, &config());
+    let shared = Shared::new(0, &config(), MachineClock::new(None));
     let ahead = shared.now_us() + 3_600_000_000;
     shared.clock_us.store(ahead, std::sync::atomic::Ordering::Relaxed);
     assert_eq!(shared.now_us(), ahead, "the system's clock was set back by an hour");
@@ -671,8 +692,15 @@ mod over_the_real_log {
         let (store, writer) = Store::open(options(dir, quota_bytes), 1).expect("opens");
         let watermark = store.mark().watermark;
         let pace = Pace::default();
-        let (ingest, handle) =
-            Ingest::start_paced(writer, watermark, &config(), AtQuota::Hold, pace).expect("starts");
+        let (ingest, handle) = Ingest::start_paced(
+            writer,
+            watermark,
+            &config(),
+            AtQuota::Hold,
+            pace,
+            Known::default(),
+        )
+        .expect("starts");
         (store, ingest, handle)
     }
 
@@ -699,7 +727,7 @@ mod over_the_real_log {
             let mut pending = client.next(0);
             let number = pending.event.received_us;
             pending.event.partition = (number % 4) as u16;
-            pending.event.received_us = ingest.now_us();
+            pending.event.received_us = ingest.received_us();
             let mut payload = vec![0; size_bytes];
             payload[..8].copy_from_slice(&number.to_le_bytes());
             pending.event.payload = payload.into();

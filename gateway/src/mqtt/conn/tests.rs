@@ -167,6 +167,7 @@ impl Rig {
                 filter: (*filter).to_owned(),
                 content_type: None,
                 device: DeviceFrom::default(),
+                event_id: None,
                 event_type: None,
                 lane: storage::Lane::Live,
             })

@@ -22,6 +22,7 @@ fn event(topic: &str, payload: &[u8]) -> StoredEvent {
             attributes: Attributes::default(),
             payload: Bytes::copy_from_slice(payload),
         },
+        stamp: None,
     }
 }
 

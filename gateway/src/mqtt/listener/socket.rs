@@ -9,9 +9,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
 use crate::config::Bind;
+
+/// Connections that the system keeps until they are accepted, if its own limit allows: a fleet that
+/// comes back at once should not have to knock twice, which takes a second each time.
+const BACKLOG: u32 = 4096;
 
 /// A bound socket.
 #[derive(Debug)]
@@ -39,7 +43,14 @@ impl Socket {
     /// What the system says: the address is in use, or not ours; the file is something else.
     pub(super) async fn bind(bind: &Bind, unix_mode: u32) -> io::Result<Self> {
         match bind {
-            Bind::Tcp(address) => Ok(Self::Tcp(TcpListener::bind(address).await?)),
+            Bind::Tcp(address) => {
+                let socket =
+                    if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+                // What a gateway before this one has left is no obstacle.
+                socket.set_reuseaddr(true)?;
+                socket.bind(*address)?;
+                Ok(Self::Tcp(socket.listen(BACKLOG)?))
+            }
             Bind::Unix(path) => {
                 remove_stale(path).await?;
                 let listener = UnixListener::bind(path)?;

@@ -11,6 +11,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use bytestring::ByteString;
 use rustls::RootCertStore;
+use rustls::crypto::ring::Ticketer;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ServerConfig, VerifierBuilderError, WebPkiClientVerifier};
@@ -34,6 +35,9 @@ pub enum TlsError {
         /// What is wrong with it.
         why: String,
     },
+    /// There are no keys to resume sessions with.
+    #[error("listener.tls: the system gives no random bytes: {0}")]
+    Tickets(rustls::Error),
     /// Certificate and key cannot be used together.
     #[error(
         "listener.tls: the certificate {} and the key {} do not fit: {source}",
@@ -113,8 +117,12 @@ impl Current {
                 builder.with_client_cert_verifier(verifier.map_err(why)?)
             }
         };
-        let config = Arc::new(builder.with_single_cert(chain, key).map_err(pair)?);
-        Ok(Self { config, identity: *client_identity })
+        let mut config = builder.with_single_cert(chain, key).map_err(pair)?;
+        // What a device needs to resume is with the device, however many there are. The keys of it
+        // are made anew with everything else here: a certificate that is not trusted any more is not
+        // resumed.
+        config.ticketer = Ticketer::new().map_err(TlsError::Tickets)?;
+        Ok(Self { config: Arc::new(config), identity: *client_identity })
     }
 }
 

@@ -1,6 +1,6 @@
 use super::*;
 
-const NOW_US: u64 = CLOCK_SET_US + 1_000_000_000_000;
+const NOW_US: u64 = SET_US + 1_000_000_000_000;
 const HOUR_S: u32 = 3_600;
 
 #[test]

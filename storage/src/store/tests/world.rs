@@ -315,6 +315,7 @@ impl World {
             assert_eq!(sink.unaccounted, owed.iter().cloned().collect::<Vec<_>>(), "{damage}");
             assert!(!adds_up || sink.adds_up() == (owed.count() == 0), "{damage}: {sink:?}");
         }
+        assert_eq!(store.stats().quarantined_events, told.count(), "{damage}");
         // Once the ledger has them, they are told apart from what is new, and every sum adds up.
         if !missing.is_empty() {
             let verification = verify(&store);
@@ -470,7 +471,7 @@ impl Model {
             let seq = &mut self.next_seq[usize::from(event.partition)];
             let event = Event { received_us: self.received_us, ..event };
             let offset = self.events.len() as u64;
-            self.events.push(StoredEvent { offset, seq: *seq, event });
+            self.events.push(StoredEvent { offset, seq: *seq, event, stamp: None });
             self.acked.push(acked);
             *seq += 1;
         }
