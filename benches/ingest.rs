@@ -225,6 +225,7 @@ async fn serve_front(config: Config, log: impl Append) -> anyhow::Result<()> {
         mqtt::Retained::new(config.retained.messages_max, config.retained.bytes_max, |_, _| None),
         mqtt::Bounds {
             sessions: &config.sessions,
+            has_sinks: true,
             held_bytes_max: config.ingest.held_bytes_max,
             shutdown_grace: config.gateway.shutdown_grace,
         },

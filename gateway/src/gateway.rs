@@ -158,6 +158,7 @@ impl Gateway {
             retained,
             mqtt::Bounds {
                 sessions: &config.sessions,
+                has_sinks: !config.sinks.is_empty(),
                 held_bytes_max: config.ingest.held_bytes_max,
                 shutdown_grace: config.gateway.shutdown_grace,
             },

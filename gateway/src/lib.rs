@@ -25,6 +25,9 @@ pub mod addresses;
 pub mod admin;
 pub mod cli;
 pub mod config;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gateway;
 pub mod ingest;
 pub mod inspection;

@@ -1,6 +1,8 @@
 //! CONNECT and CONNACK: sections 3.1, 3.2, 4.12, 4.13.
 
-use crate::harness::wire::{BOTH, Connect, V5, V31, V311, Version, field, packet, properties};
+use crate::harness::wire::{
+    BOTH, Connect, V5, V31, V311, Version, field, packet, properties, subscribe, unsubscribe,
+};
 use crate::server::{Server, name, server};
 
 /// Sends bytes; gives the code of the CONNACK, or `None` if there was none. Then it is closed.
@@ -56,6 +58,25 @@ fn mqtt_3_1_clients_are_served() {
     let server = server();
     let (mut raw, _) = server.enter(&Connect::new(V31, "3.1"));
     raw.ping();
+}
+
+#[test]
+fn mqtt_3_1_clients_meet_the_rules_of_3_1() {
+    // Bits that it does not use may be anything, and CONNACK says nothing of a session.
+    for _ in 0..2 {
+        let mut bytes = Connect { flags: 0x01, ..Connect::new(V31, "3.1-bits") }.bytes();
+        bytes[0] = 0x1F;
+        let mut raw = server().open(V31);
+        raw.send(&bytes);
+        raw.expect(&[0x20, 2, 0, 0]);
+        raw.ping();
+    }
+    assert_eq!(refusal(V31, &Connect::new(V31, "").bytes()), Some(2));
+    for version in BOTH {
+        let mut bytes = Connect::new(version, "flags").bytes();
+        bytes[0] = 0x12;
+        assert_eq!(refusal(version, &bytes), None, "[MQTT-2.1.3-1]");
+    }
 }
 
 #[test]
@@ -143,6 +164,28 @@ fn mqtt_3_1_2_24_no_packet_is_larger_than_the_client_takes() {
         other.send(&crate::harness::wire::publish(V5, 0x30, "small/t", 0, &[], payload));
     }
     assert_eq!(raw.message().text(), "fits", "[MQTT-3.1.2-25]: as if it had been sent");
+}
+
+#[test]
+fn mqtt_3_1_2_24_and_3_2_2_19_nor_is_an_answer() {
+    // It takes no CONNACK: there is nothing that could be said.
+    let tiny = Connect { properties: vec![0x27, 0, 0, 0, 2], ..Connect::new(V5, "tiny") };
+    assert_eq!(refusal(V5, &tiny.bytes()), None);
+    // A refusal without its reason string.
+    let method = [&[0x27, 0, 0, 0, 10, 0x15][..], &field("SCRAM")].concat();
+    let mut raw = server().open(V5);
+    raw.send(&Connect { properties: method, ..Connect::new(V5, "tiny") }.bytes());
+    raw.expect(&[0x20, 3, 0, 0x8C, 0]);
+    raw.expect_closed();
+    // Answers that it would wait for in vain.
+    for bytes in [subscribe(V5, 1, &[("a", 0); 40]), unsubscribe(V5, 1, &["a"; 40])] {
+        let small =
+            Connect { properties: vec![0x27, 0, 0, 0, 30], ..Connect::new(V5, "no-suback") };
+        let (mut raw, _) = server().enter(&small);
+        raw.send(&bytes);
+        raw.expect(&[0xE0, 1, 0x95]);
+        raw.expect_closed();
+    }
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The form of packets: sections 1.5, 2.1, 2.2, 3.12, 3.14, 4.13.
 
-use crate::harness::wire::{BOTH, V5, V311, field, packet, publish, subscribe, unsubscribe};
+use crate::harness::wire::{
+    BOTH, Connect, V5, V311, field, packet, publish, subscribe, unsubscribe,
+};
 use crate::server::server;
 
 #[test]
@@ -16,6 +18,32 @@ fn mqtt_1_5_4_1_and_2_strings_are_utf_8_without_u_0000() {
                 assert!([0x81, 0x82, 0x90].contains(&disconnect[2]), "{disconnect:x?}");
             }
             raw.expect_closed();
+        }
+    }
+}
+
+#[test]
+fn mqtt_1_5_4_names_have_no_control_characters() {
+    for version in BOTH {
+        for bad in ["a\u{1}", "a\u{1F}b", "\u{7F}", "a\u{9F}", "\u{FDD0}", "a\u{FFFF}", "\u{1FFFE}"]
+        {
+            let user = Connect { flags: 0x82, rest: field(bad), ..Connect::new(version, "x") };
+            let will = Connect::new(version, "x").will(0, &[], bad, "x");
+            for connect in [Connect::new(version, bad), user, will] {
+                let mut raw = server().open(version);
+                raw.send(&connect.bytes());
+                let connack = raw.packet();
+                assert_eq!(connack.get(3), version.is_v5().then_some(&0x81), "{bad:?}");
+            }
+            for bytes in [
+                publish(version, 0x30, bad, 0, &[], ""),
+                subscribe(version, 1, &[(bad, 0)]),
+                unsubscribe(version, 1, &[bad]),
+            ] {
+                let mut raw = server().client(version, "control");
+                raw.send(&bytes);
+                raw.expect_end(0x81);
+            }
         }
     }
 }

@@ -22,6 +22,105 @@ fn mqtt_3_3_1_1_and_3_a_delivery_is_not_marked_because_the_publish_was() {
 }
 
 #[test]
+fn mqtt_3_4_2_1_a_puback_of_v5_says_that_nobody_subscribes() {
+    let mut raw = server().client(V5, "unheard");
+    for _ in 0..2 {
+        raw.send(&publish(V5, 0x32, "unheard/t", 1, &[], "x"));
+        raw.expect(&[0x40, 3, 0, 1, 0x10]);
+    }
+    raw.send(&publish(V5, 0x34, "unheard/t", 2, &[], "x"));
+    raw.expect(&[0x50, 2, 0, 2]);
+    let mut other = server().client(V5, "unheard-sub");
+    other.subscribe("unheard/+", 0);
+    raw.send(&publish(V5, 0x32, "unheard/t", 1, &[], "x"));
+    raw.expect(&[0x40, 2, 0, 1]);
+    other.cut();
+}
+
+#[test]
+fn mqtt_3_3_2_3_3_a_message_may_expire_at_once() {
+    let (mut publisher, mut subscriber) = pair(V5, "at-once");
+    publisher.send(&publish(V5, 0x32, "at-once", 1, &[0x02, 0, 0, 0, 0], "x"));
+    publisher.expect_ack(0x40, 1);
+    // It came in time, or not at all.
+    publisher.send(&publish(V5, 0x30, "at-once", 0, &[], "end"));
+    while subscriber.message().text() != "end" {}
+}
+
+#[test]
+fn mqtt_3_3_4_6_a_subscription_identifier_of_a_publisher_goes_nowhere() {
+    let (mut publisher, mut subscriber) = pair(V5, "publishers-id");
+    publisher.send(&publish(V5, 0x30, "publishers-id", 0, &[0x0B, 7], "x"));
+    assert_eq!(subscriber.message().properties, [0_u8; 0]);
+    publisher.send(&publish(V5, 0x30, "publishers-id", 0, &[0x0B, 7, 0x0B, 8], "x"));
+    publisher.expect_end(0x82);
+}
+
+#[test]
+fn mqtt_4_3_2_1_and_4_3_3_1_a_message_has_the_answers_of_its_qos() {
+    for version in BOTH {
+        let topic = name(version, "answers");
+        for (qos, answers) in
+            [(1, &[0x50][..]), (1, &[0x70]), (2, &[0x40]), (2, &[0x70]), (2, &[0x50, 0x40])]
+        {
+            let (mut publisher, mut subscriber) = pair(version, &topic);
+            publisher.send(&publish(version, 0x30 | qos << 1, &topic, 1, &[], "x"));
+            let message = subscriber.message();
+            for (at, answer) in answers.iter().enumerate() {
+                if at > 0 {
+                    subscriber.expect_ack(0x62, message.id);
+                }
+                subscriber.send(&ack(*answer, message.id));
+            }
+            subscriber.expect_end(0x82);
+        }
+    }
+}
+
+#[test]
+fn mqtt_3_1_2_26_and_27_a_topic_is_sent_by_alias_to_who_takes_that() {
+    let server = server();
+    let mut publisher = server.client(V5, "alias-pub");
+    for (max, aliased) in [(1, 1), (2, 2), (0, 0)] {
+        let connect = Connect { properties: vec![0x22, 0, max], ..Connect::new(V5, "alias-sub") };
+        let (mut subscriber, _) = server.enter(&connect);
+        for topic in ["by-alias/1", "by-alias/2"] {
+            subscriber.subscribe(topic, 1);
+        }
+        for round in 0..2 {
+            for (n, topic) in (1..).zip(["by-alias/1", "by-alias/2"]) {
+                publisher.send(&publish(V5, 0x30, topic, 0, &[], "x"));
+                let message = subscriber.message();
+                let (name, list) = match (n <= aliased, round) {
+                    (false, _) => (topic, vec![]),
+                    (true, 0) => (topic, vec![0x23, 0, n]),
+                    (true, _) => ("", vec![0x23, 0, n]),
+                };
+                assert_eq!((&*message.topic, message.properties), (name, list));
+            }
+        }
+    }
+}
+
+#[test]
+fn mqtt_4_13_2_1_the_reason_arrives_also_at_who_is_still_sending() {
+    let mut raw = server().client(V5, "hasty");
+    let large = "x".repeat(1000);
+    let hasty: Vec<u8> =
+        (1..=200).flat_map(|id| publish(V5, 0x34, "hasty", id, &[], &large)).collect();
+    raw.send(&hasty);
+    let end = loop {
+        let packet = raw.packet();
+        if packet[0] != 0x50 {
+            break packet;
+        }
+    };
+    assert_eq!((end[0], end[2]), (0xE0, 0x93), "{end:x?}");
+    raw.send(&hasty);
+    raw.expect_closed();
+}
+
+#[test]
 fn mqtt_3_3_1_2_dup_and_qos_0_do_not_go_together() {
     for version in BOTH {
         let mut raw = server().client(version, "dup-0");
@@ -164,13 +263,6 @@ fn mqtt_3_3_2_14_a_response_topic_has_no_wildcards() {
     let mut raw = server().client(V5, "response");
     raw.send(&publish(V5, 0x30, "t", 0, &[&[0x08][..], &field("a/#")].concat(), ""));
     raw.expect_end(0x90);
-}
-
-#[test]
-fn mqtt_3_3_4_6_a_client_sends_no_subscription_identifier() {
-    let mut raw = server().client(V5, "identifier");
-    raw.send(&publish(V5, 0x30, "t", 0, &[0x0B, 1], ""));
-    raw.expect_end(0x82);
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! Which topics a client may publish and subscribe to: a pure decision.
 //!
 //! Owns: the rules of `[[acl]]` and what they come to for one client ([`Permissions`]).
-//! A rule only ever grants, so that their order does not matter: what any rule grants is allowed, and
-//! once there is a rule, nothing else is. A subscription is allowed if every topic that its filter
-//! matches is.
+//! The order of rules does not matter: what any rule grants is allowed, and once there is a rule,
+//! nothing else is; what any rule keeps back is not, whoever grants it. A subscription is allowed if
+//! every topic that its filter matches is granted and not every one of them is kept back: of a wider
+//! one the topics that are kept back are not delivered.
 //! Invariant: a placeholder stands for one level's text and never for more: a client id or a user
 //! name with `/`, `+` or `#` in it is granted nothing by a rule that names it, and one that begins
 //! with `$` nothing by a rule that begins with it: topics of that kind are the gateway's own.
@@ -23,6 +24,7 @@ pub struct Permissions {
     /// Filters, the client's names in their places; `None`: there are no rules.
     publish: Option<Vec<String>>,
     subscribe: Option<Vec<String>>,
+    kept_back: Vec<String>,
 }
 
 impl Acl {
@@ -35,7 +37,7 @@ impl Acl {
     /// itself, and empty if it said nothing.
     pub fn permissions(&self, client_id: &str, user: Option<&str>) -> Permissions {
         if self.rules.is_empty() {
-            return Permissions { publish: None, subscribe: None };
+            return Permissions { publish: None, subscribe: None, kept_back: Vec::new() };
         }
         let meant = |rule: &&AclConfig| {
             rule.users.is_empty() || user.is_some_and(|user| rule.users.iter().any(|u| u == user))
@@ -43,11 +45,12 @@ impl Acl {
         let filters = |patterns: fn(&AclConfig) -> &[String]| {
             let rules = self.rules.iter().filter(meant);
             let patterns = rules.flat_map(patterns);
-            Some(patterns.filter_map(|pattern| expand(pattern, client_id, user)).collect())
+            patterns.filter_map(|pattern| expand(pattern, client_id, user)).collect()
         };
         Permissions {
-            publish: filters(|rule| &rule.publish),
-            subscribe: filters(|rule| &rule.subscribe),
+            publish: Some(filters(|rule| &rule.publish)),
+            subscribe: Some(filters(|rule| &rule.subscribe)),
+            kept_back: filters(|rule| &rule.deny_subscribe),
         }
     }
 }
@@ -61,7 +64,13 @@ impl Permissions {
     /// Whether the client may subscribe to a filter; of a shared one, what follows its group.
     pub fn may_subscribe(&self, filter: &str) -> bool {
         let shared = filter.strip_prefix("$share/").and_then(|rest| rest.split_once('/'));
-        allows(self.subscribe.as_deref(), shared.map_or(filter, |(_, filter)| filter))
+        let filter = shared.map_or(filter, |(_, filter)| filter);
+        allows(self.subscribe.as_deref(), filter) && !self.keeps_back(filter)
+    }
+
+    /// Whether a topic is kept back from the client, whatever wider filter it subscribes to.
+    pub fn keeps_back(&self, topic: &str) -> bool {
+        self.kept_back.iter().any(|filter| covers(filter, topic))
     }
 }
 
@@ -122,8 +131,13 @@ mod tests {
     use super::*;
 
     fn rule(users: &[&str], publish: &[&str], subscribe: &[&str]) -> AclConfig {
-        let owned = |texts: &[&str]| texts.iter().map(|t| (*t).to_owned()).collect();
-        AclConfig { users: owned(users), publish: owned(publish), subscribe: owned(subscribe) }
+        let owned = |texts: &[&str]| texts.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>();
+        AclConfig {
+            users: owned(users),
+            publish: owned(publish),
+            subscribe: owned(subscribe),
+            deny_subscribe: Vec::new(),
+        }
     }
 
     #[test]
@@ -210,5 +224,25 @@ mod tests {
             }
             prop_assert_eq!(covers(&granted, &topic), matches(&granted, &topic));
         }
+    }
+
+    #[test]
+    fn what_is_kept_back_is_in_no_subscription() {
+        let rules = vec![
+            rule(&[], &["#"], &["#"]),
+            AclConfig {
+                deny_subscribe: vec!["secrets/#".into(), "%c/own".into()],
+                ..rule(&[], &[], &[])
+            },
+        ];
+        let permissions = Acl::new(rules).permissions("dev", None);
+        for filter in ["secrets", "secrets/#", "secrets/+", "$share/g/secrets/x", "dev/own"] {
+            assert!(!permissions.may_subscribe(filter), "{filter}");
+        }
+        for filter in ["#", "+/+", "$share/g/#", "dev/other", "other/own"] {
+            assert!(permissions.may_subscribe(filter), "{filter}");
+        }
+        assert!(permissions.keeps_back("secrets/x") && permissions.keeps_back("dev/own"));
+        assert!(!permissions.keeps_back("dev/other") && permissions.may_publish("secrets/x"));
     }
 }

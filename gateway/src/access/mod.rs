@@ -438,6 +438,11 @@ impl Grant {
         self.permissions.may_subscribe(filter)
     }
 
+    /// See [`Permissions::keeps_back`].
+    pub fn keeps_back(&self, topic: &str) -> bool {
+        self.permissions.keeps_back(topic)
+    }
+
     /// Whether the same log-in would give the same rights now. Costs one load while nothing changes.
     pub fn is_upheld(&mut self) -> bool {
         if !self.policy.has_changed().unwrap_or(false) {

@@ -58,7 +58,12 @@ async fn log_in_from(
 }
 
 fn rule(publish: &str) -> AclConfig {
-    AclConfig { users: Vec::new(), publish: vec![publish.to_owned()], subscribe: Vec::new() }
+    AclConfig {
+        users: Vec::new(),
+        publish: vec![publish.to_owned()],
+        subscribe: Vec::new(),
+        deny_subscribe: Vec::new(),
+    }
 }
 
 #[tokio::test]

@@ -60,6 +60,9 @@ pub struct AclConfig {
     pub publish: Vec<String>,
     /// Filters that they may subscribe to, and every narrower one.
     pub subscribe: Vec<String>,
+    /// Topics that are kept back from them: neither these filters nor narrower ones may be subscribed
+    /// to, and of wider ones these topics are not delivered.
+    pub deny_subscribe: Vec<String>,
 }
 
 pub(super) fn read(section: &Section<'_, '_>) -> AuthConfig {
@@ -115,13 +118,15 @@ pub(super) fn read_acl(root: &Section<'_, '_>) -> Vec<AclConfig> {
             patterns
         };
         let (publish, subscribe) = (patterns("publish"), patterns("subscribe"));
-        if publish.is_empty() && subscribe.is_empty() {
+        let deny_subscribe = patterns("deny_subscribe");
+        if publish.is_empty() && subscribe.is_empty() && deny_subscribe.is_empty() {
             section.missing("publish", "topics that may be published to, or set subscribe");
         }
         if section.has("users") && section.strings("users").is_empty() {
             section.problem("users", "is for nobody; name users, or leave it out for everybody");
         }
-        rules.push(AclConfig { users: section.strings("users"), publish, subscribe });
+        let users = section.strings("users");
+        rules.push(AclConfig { users, publish, subscribe, deny_subscribe });
     }
     rules
 }

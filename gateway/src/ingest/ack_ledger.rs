@@ -67,6 +67,12 @@ impl<T> AckLedger<T> {
         self.waiting.get(index).map(|entry| &entry.ack)
     }
 
+    /// The ack of a publish that waits, to be changed.
+    pub fn get_mut(&mut self, number: u64) -> Option<&mut T> {
+        let index = usize::try_from(number.checked_sub(self.first)?).ok()?;
+        self.waiting.get_mut(index).map(|entry| &mut entry.ack)
+    }
+
     /// Changes every ack that waits.
     pub fn for_each_mut(&mut self, change: impl FnMut(&mut T)) {
         self.waiting.iter_mut().map(|entry| &mut entry.ack).for_each(change);

@@ -17,6 +17,8 @@ use tokio_util::codec::Decoder as _;
 use super::reason::{self, Violation};
 use super::topic;
 
+mod properties;
+
 /// Largest CONNECT taken, in bytes: who has not been let in gets less memory than who has.
 pub const CONNECT_BYTES_MAX: usize = 64 * 1024;
 
@@ -52,6 +54,7 @@ const SERVER_KEEP_ALIVE: u8 = 0x13;
 const REASON_STRING: u8 = 0x1F;
 const RECEIVE_MAX: u8 = 0x21;
 const TOPIC_ALIAS_MAX: u8 = 0x22;
+const TOPIC_ALIAS: u8 = 0x23;
 const USER_PROPERTY: u8 = 0x26;
 const MAX_PACKET_SIZE: u8 = 0x27;
 
@@ -69,6 +72,8 @@ pub enum Version {
 pub struct Connect {
     /// Version asked for.
     pub version: Version,
+    /// Whether that is 3.1, whose CONNACK says nothing of a session.
+    pub is_v31: bool,
     /// The packet, lifted where it was 3.1 or 3.1.1.
     pub packet: Box<v5::Connect>,
 }
@@ -103,13 +108,15 @@ pub enum Packet {
 pub struct Refused {
     /// Version to answer in; `None` if it is not MQTT, or too broken for an answer.
     pub version: Option<Version>,
+    /// Largest answer that the client takes, in bytes.
+    pub bytes_max: usize,
     /// Reason.
     pub violation: Violation,
 }
 
 impl From<Violation> for Refused {
     fn from(violation: Violation) -> Self {
-        Self { version: None, violation }
+        Self { version: None, bytes_max: 0, violation }
     }
 }
 
@@ -157,7 +164,8 @@ fn frame(
 /// more is read of what breaks this.
 fn check_first_byte(first: u8, version: Option<Version>) -> Result<(), Violation> {
     let Some(version) = version else {
-        return if first == header::CONNECT {
+        // Its flags are checked once it is known that they are not those of 3.1.
+        return if first & 0xF0 == header::CONNECT {
             Ok(())
         } else {
             // [MQTT-3.1.0-1]
@@ -196,18 +204,31 @@ pub fn decode_connect(buf: &mut BytesMut, bytes_max: usize) -> Result<Option<Con
     let Some(frame) = frame(buf, None, bytes_max.min(CONNECT_BYTES_MAX))? else {
         return Ok(None);
     };
-    let (version, flags_at) = protocol_version(&buf[frame.content..frame.end])?;
-    let refused = |violation| Refused { version: Some(version), violation };
+    let (version, level, flags_at) = protocol_version(&buf[frame.content..frame.end])?;
+    let refused = |violation| Refused { version: Some(version), bytes_max: usize::MAX, violation };
 
     let flags_at = frame.content + flags_at;
     if flags_at + 3 > frame.end {
         return Err(refused(Violation::malformed("CONNECT ends before its payload")));
+    }
+    let is_v31 = level == MQTT_LEVEL_31;
+    if is_v31 {
+        // It says of these bits that they are not used, and nothing of who sets them.
+        buf[0] = header::CONNECT;
+        buf[flags_at] &= !RESERVED;
+    }
+    if buf[0] != header::CONNECT {
+        // [MQTT-2.1.3-1]
+        return Err(Violation::malformed("reserved flags set in CONNECT").into());
     }
     let flags = buf[flags_at];
     check_connect_flags(flags, version).map_err(refused)?;
     let fields = &buf[flags_at + 3..frame.end];
     if connect_fields_len(fields, flags, version) != Some(fields.len()) {
         return Err(refused(Violation::malformed("CONNECT does not end with its last field")));
+    }
+    if flags & WILL != 0 && version == Version::V5 {
+        properties::raise_expiry(&mut buf[flags_at + 3..frame.end], properties::Place::Will);
     }
     // The codec takes an empty client id only together with this flag; the session decides that.
     buf[flags_at] |= CLEAN_START;
@@ -224,17 +245,23 @@ pub fn decode_connect(buf: &mut BytesMut, bytes_max: usize) -> Result<Option<Con
     };
     packet.clean_start = flags & CLEAN_START != 0;
     check_connect(&packet).map_err(refused)?;
-    Ok(Some(Connect { version, packet }))
+    if is_v31 && packet.client_id.is_empty() {
+        // Only later versions let the server choose.
+        let why = "an empty client id in MQTT 3.1";
+        return Err(refused(Violation::new(reason::CLIENT_ID_NOT_VALID, why)));
+    }
+    Ok(Some(Connect { version, is_v31, packet }))
 }
 
+const RESERVED: u8 = 0x01;
 const CLEAN_START: u8 = 0x02;
 const WILL: u8 = 0x04;
 const WILL_QOS_AND_RETAIN: u8 = 0x38;
 const PASSWORD: u8 = 0x40;
 const USER_NAME: u8 = 0x80;
 
-/// Version, and where the connect flags are, from a CONNECT's variable header.
-fn protocol_version(content: &[u8]) -> Result<(Version, usize), Refused> {
+/// Version, its level, and where the connect flags are, from a CONNECT's variable header.
+fn protocol_version(content: &[u8]) -> Result<(Version, u8, usize), Refused> {
     let (name, level) = match content {
         [0, 4, rest @ ..] if rest.len() > 4 => (&content[2..6], content[6]),
         [0, 6, rest @ ..] if rest.len() > 6 => (&content[2..8], content[8]),
@@ -242,11 +269,14 @@ fn protocol_version(content: &[u8]) -> Result<(Version, usize), Refused> {
     };
     let flags_at = 2 + name.len() + 1;
     match (name, level) {
-        (b"MQIsdp", MQTT_LEVEL_31) | (b"MQTT", MQTT_LEVEL_311) => Ok((Version::V3, flags_at)),
-        (b"MQTT", MQTT_LEVEL_5) => Ok((Version::V5, flags_at)),
+        (b"MQIsdp", MQTT_LEVEL_31) | (b"MQTT", MQTT_LEVEL_311) => {
+            Ok((Version::V3, level, flags_at))
+        }
+        (b"MQTT", MQTT_LEVEL_5) => Ok((Version::V5, level, flags_at)),
         // [MQTT-3.1.2-2] of 3.1.1 wants the refusal in its own CONNACK; later versions know it.
         (b"MQTT" | b"MQIsdp", _) => Err(Refused {
             version: Some(Version::V3),
+            bytes_max: usize::MAX,
             violation: Violation::new(reason::UNSUPPORTED_VERSION, "unknown protocol level"),
         }),
         _ => Err(Violation::malformed("not an MQTT CONNECT").into()),
@@ -254,7 +284,7 @@ fn protocol_version(content: &[u8]) -> Result<(Version, usize), Refused> {
 }
 
 fn check_connect_flags(flags: u8, version: Version) -> Result<(), Violation> {
-    if flags & 0x01 != 0 {
+    if flags & RESERVED != 0 {
         // [MQTT-3.1.2-3]
         return Err(Violation::malformed("reserved CONNECT flag set"));
     }
@@ -340,6 +370,9 @@ fn check_connect(connect: &v5::Connect) -> Result<(), Violation> {
     let text = [Some(&connect.client_id), connect.username.as_ref(), connect.auth_method.as_ref()];
     check_text(text.into_iter().flatten())?;
     check_user_properties(&connect.user_properties)?;
+    for name in [Some(&connect.client_id), connect.username.as_ref()].into_iter().flatten() {
+        check_name(name)?;
+    }
     if connect.auth_data.is_some() && connect.auth_method.is_none() {
         return Err(Violation::protocol("authentication data without a method"));
     }
@@ -380,6 +413,9 @@ pub fn decode(
             return Err(Violation::malformed("DISCONNECT with content"));
         }
         header::SUBSCRIBE if version == Version::V3 => check_subscribe_v3(&buf[content])?,
+        first if first & 0xF0 == header::PUBLISH && version == Version::V5 => {
+            properties::raise_expiry(&mut buf[content], properties::Place::Publish { first });
+        }
         _ => {}
     }
     let packet = match version {
@@ -448,7 +484,18 @@ fn lift(packet: v3::Packet) -> Result<Packet, Violation> {
 
 fn narrow(packet: v5::Packet) -> Result<Packet, Violation> {
     Ok(match packet {
-        v5::Packet::Publish(publish) => Packet::Publish(publish),
+        v5::Packet::Publish(mut publish) => {
+            // [MQTT-3.3.4-6] binds the client, and names no reason code for one that breaks it: an
+            // identifier is read by nobody. More than one is only ever the answer to subscriptions.
+            if let Some(properties) = &mut publish.properties {
+                if properties.subscription_ids.len() > 1 {
+                    let why = "several subscription identifiers in a client's PUBLISH";
+                    return Err(Violation::protocol(why));
+                }
+                properties.subscription_ids.clear();
+            }
+            Packet::Publish(publish)
+        }
         v5::Packet::PublishAck(ack) => Packet::PubAck(ack.packet_id.get()),
         v5::Packet::PublishReceived(ack) => {
             Packet::PubRec(ack.packet_id.get(), ack.reason_code.into())
@@ -508,10 +555,6 @@ fn check_publish(publish: &Publish) -> Result<(), Violation> {
     let Some(properties) = &publish.properties else {
         return check_topic(&publish.topic);
     };
-    if !properties.subscription_ids.is_empty() {
-        // [MQTT-3.3.4-6]
-        return Err(Violation::protocol("a subscription identifier in a client's PUBLISH"));
-    }
     if let Some(response_topic) = &properties.response_topic {
         // [MQTT-3.3.2-14]
         check_topic(response_topic)?;
@@ -526,7 +569,7 @@ fn check_publish(publish: &Publish) -> Result<(), Violation> {
 
 fn check_topic(name: &str) -> Result<(), Violation> {
     if topic::is_valid_name(name) {
-        Ok(())
+        check_name(name)
     } else if name.is_empty() {
         Err(Violation::protocol("an empty topic name"))
     } else if name.contains('\0') {
@@ -537,11 +580,31 @@ fn check_topic(name: &str) -> Result<(), Violation> {
 }
 
 fn check_filters<'a>(filters: impl Iterator<Item = &'a ByteString>) -> Result<(), Violation> {
-    let mut filters = filters;
-    if filters.all(|filter| topic::is_valid_filter(filter)) {
+    for filter in filters {
+        if filter.is_empty() {
+            return Err(Violation::malformed("an empty topic filter"));
+        }
+        check_text([filter])?;
+        check_name(filter)?;
+        if !topic::is_valid_filter(filter) {
+            return Err(Violation::new(reason::FILTER_INVALID, "an invalid topic filter"));
+        }
+    }
+    Ok(())
+}
+
+/// What names somebody or something goes into logs, files and the keys of upstreams. So of what a
+/// server may refuse there (MQTT 5, 1.5.4) it refuses all: control characters and non-characters.
+fn check_name(name: &str) -> Result<(), Violation> {
+    let refused = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{FDD0}'..='\u{FDEF}')
+            || matches!(u32::from(c) & 0xFFFF, 0xFFFE | 0xFFFF)
+    };
+    if name.bytes().all(|b| (b' '..=b'~').contains(&b)) || !name.contains(refused) {
         Ok(())
     } else {
-        Err(Violation::new(reason::FILTER_INVALID, "an invalid topic filter"))
+        Err(Violation::malformed("a control character or non-character in a name"))
     }
 }
 
@@ -610,8 +673,16 @@ pub fn put_welcome(out: &mut BytesMut, version: Version, welcome: &Welcome) {
     }
 }
 
-/// CONNACK with a refusal; nothing where the version has no code for it.
-pub fn put_refusal(out: &mut BytesMut, version: Version, violation: &Violation) {
+/// Bytes of the CONNACK that [`put_welcome`] appends.
+pub fn welcome_len(version: Version, welcome: &Welcome) -> usize {
+    let mut out = BytesMut::new();
+    put_welcome(&mut out, version, welcome);
+    out.len()
+}
+
+/// CONNACK with a refusal; nothing where the version has no code for it, or where the client takes
+/// at most `bytes_max` bytes and it has more [MQTT-3.1.2-24].
+pub fn put_refusal(out: &mut BytesMut, version: Version, violation: &Violation, bytes_max: usize) {
     match version {
         Version::V3 => {
             if let Some(code) = reason::connack_v3(violation.code) {
@@ -620,15 +691,23 @@ pub fn put_refusal(out: &mut BytesMut, version: Version, violation: &Violation) 
         }
         Version::V5 => {
             let reason = reason_string(&violation.why);
-            put_head(out, header::CONNACK, 3 + reason.len());
-            out.put_slice(&[0, violation.code, reason.len() as u8]);
-            put_reason(out, reason);
+            if 5 + reason.len() <= bytes_max {
+                put_head(out, header::CONNACK, 3 + reason.len());
+                out.put_slice(&[0, violation.code, reason.len() as u8]);
+                put_reason(out, reason);
+            } else if bytes_max >= 5 {
+                // [MQTT-3.2.2-19]
+                out.put_slice(&[header::CONNACK, 3, 0, violation.code, 0]);
+            }
         }
     }
 }
 
-/// DISCONNECT of MQTT 5; 3.1.1 has none from a server.
+/// DISCONNECT of MQTT 5; 3.1.1 has none from a server. Without words, of three bytes.
 pub fn put_disconnect(out: &mut BytesMut, violation: &Violation) {
+    if violation.why.is_empty() {
+        return out.put_slice(&[header::DISCONNECT, 1, violation.code]);
+    }
     let reason = reason_string(&violation.why);
     put_head(out, header::DISCONNECT, 2 + reason.len());
     out.put_slice(&[violation.code, reason.len() as u8]);
@@ -763,6 +842,8 @@ pub struct Delivery<'a> {
     pub expiry_s: Option<u32>,
     /// Identifier of the subscription that it matched.
     pub subscription_id: Option<u32>,
+    /// Alias of the topic, which may be empty where the client knows the alias.
+    pub topic_alias: Option<u16>,
 }
 
 /// PUBLISH, if the packet has at most `bytes_max` bytes; else `false`, and nothing is written.
@@ -811,13 +892,18 @@ fn properties_len(delivery: &Delivery<'_>) -> usize {
         .sum();
     let expiry = if delivery.expiry_s.is_some() { 5 } else { 0 };
     let id = delivery.subscription_id.map_or(0, |id| 1 + variable_len(id as usize));
-    attributes + expiry + id
+    let alias = if delivery.topic_alias.is_some() { 3 } else { 0 };
+    attributes + expiry + id + alias
 }
 
 fn put_properties(out: &mut BytesMut, delivery: &Delivery<'_>) {
     if let Some(seconds) = delivery.expiry_s {
         out.put_u8(MESSAGE_EXPIRY);
         out.put_u32(seconds);
+    }
+    if let Some(alias) = delivery.topic_alias {
+        out.put_u8(TOPIC_ALIAS);
+        out.put_u16(alias);
     }
     if let Some(id) = delivery.subscription_id {
         out.put_u8(SUBSCRIPTION_ID);

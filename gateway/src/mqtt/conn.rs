@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::auth::{self, Peer};
 use super::clients::{Clients, Seat};
-use super::codec::{self, Connect, Refused};
+use super::codec::{self, Connect, Refused, Version};
 use super::downlink::{Downlink, Inbox, Interrupted, Options, PUBLISHER};
 use super::pace::{Pace, Paces};
 use super::reason::{self, Violation};
@@ -54,6 +54,9 @@ pub const WRITE_STALL: Duration = Duration::from_secs(30);
 
 /// What a connection gets at its end for its last bytes, and for publishes that are still held.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What is read and dropped at most of who is told why its connection ends.
+const LINGER_BYTES_MAX: usize = 1024 * 1024;
 
 /// Smallest and largest buffer for what is read: it doubles when a piece fills it.
 const READ_BYTES: std::ops::RangeInclusive<usize> = 2 * 1024..=32 * 1024;
@@ -80,6 +83,8 @@ pub struct Shared {
     pub shutdown_grace: Duration,
     /// See [`Limits::keep_alive_s_max`].
     pub keep_alive_s_max: u16,
+    /// Whether what is published goes upstream.
+    pub has_sinks: bool,
     /// See [`WRITE_STALL`].
     write_stall: Duration,
     clients: Clients,
@@ -92,6 +97,8 @@ pub struct Shared {
 pub struct Bounds<'a> {
     /// `[sessions]`.
     pub sessions: &'a SessionsConfig,
+    /// Whether what is published goes upstream.
+    pub has_sinks: bool,
     /// Bytes of publishes held for connections whose ring is full.
     pub held_bytes_max: usize,
     /// How long a shutdown may wait for acks.
@@ -108,13 +115,14 @@ impl Shared {
         retained: Retained,
         bounds: Bounds<'_>,
     ) -> Self {
-        let Bounds { sessions, held_bytes_max, shutdown_grace } = bounds;
+        let Bounds { sessions, has_sinks, held_bytes_max, shutdown_grace } = bounds;
         let keep_alive_s_max = sessions.keep_alive_max.as_secs();
         let access = Arc::new(access);
         let (downlinks, retains, ingests) = (downlink.clone(), retained.clone(), ingest.clone());
         Self {
             sessions: Sessions::new(sessions, downlinks, retains, ingests, access.clone()),
             retained,
+            has_sinks,
             keep_alive_s_max: u16::try_from(keep_alive_s_max).unwrap_or(u16::MAX),
             ingest,
             routes,
@@ -237,6 +245,7 @@ pub async fn serve<R, W>(
     let opened = match connect {
         Ok(Some(connect)) => {
             let version = Some(connect.version);
+            let taken_max = connect.packet.max_packet_size.map_or(usize::MAX, |n| n.get() as usize);
             let admitted = auth::admit(&connect.packet, from, &shared.access);
             let Some(admitted) = stop.run_until_cancelled(admitted).await else { return };
             let open = |grant: Grant| {
@@ -246,7 +255,11 @@ pub async fn serve<R, W>(
                 }
                 Ok((session, grant))
             };
-            admitted.and_then(open).map_err(|violation| Refused { version, violation })
+            admitted.and_then(open).map_err(|violation| Refused {
+                version,
+                bytes_max: taken_max,
+                violation,
+            })
         }
         Ok(None) => return,
         Err(refused) => Err(refused),
@@ -259,7 +272,8 @@ pub async fn serve<R, W>(
         return;
     }
     let Some(seat) = shared.clients.enter(session.client_id(), grant.user()).await else {
-        let refused = Refused { version: Some(session.version()), violation: not_its_session() };
+        let (version, bytes_max) = (Some(session.version()), session.packet_bytes_max());
+        let refused = Refused { version, bytes_max, violation: not_its_session() };
         return refuse(refused, &mut writer, &mut out, peer, shared).await;
     };
     let (client_id, expiry_s) = (session.client_id().clone(), session.expiry_s());
@@ -275,7 +289,8 @@ pub async fn serve<R, W>(
                 }
                 Unattached::Anothers => not_its_session(),
             };
-            let refused = Refused { version: Some(session.version()), violation };
+            let (version, bytes_max) = (Some(session.version()), session.packet_bytes_max());
+            let refused = Refused { version, bytes_max, violation };
             return refuse(refused, &mut writer, &mut out, peer, shared).await;
         }
     };
@@ -315,7 +330,30 @@ pub async fn serve<R, W>(
     if let End::Shutdown = end {
         end = conn.finish(&mut writer).await;
     }
+    let lingers = matches!(&end, End::Server(why) if why.code != reason::TAKEN_OVER);
     conn.end(end, &mut writer, peer).await;
+    // The client id is free from here on.
+    drop(seat);
+    if lingers {
+        stop.run_until_cancelled(linger(&mut reader)).await;
+    }
+}
+
+/// Reads and drops what is on its way, until the client has closed its side too, or for
+/// [`LAST_WORDS`]. A socket that is closed with bytes unread is reset, and then its client may never
+/// see what was said to it last.
+async fn linger<R: AsyncRead + Unpin>(reader: &mut R) {
+    let mut dropped = 0;
+    let mut buf = BytesMut::with_capacity(*READ_BYTES.start());
+    let read = async {
+        while dropped < LINGER_BYTES_MAX
+            && let Ok(n @ 1..) = reader.read_buf(&mut buf).await
+        {
+            dropped += n;
+            buf.clear();
+        }
+    };
+    timeout(LAST_WORDS, read).await.ok();
 }
 
 fn not_its_session() -> Violation {
@@ -331,9 +369,9 @@ async fn refuse<W: AsyncWrite + Unpin>(
     peer: &str,
     shared: &Shared,
 ) {
-    let Refused { version, violation } = refused;
+    let Refused { version, bytes_max, violation } = refused;
     if let Some(version) = version {
-        codec::put_refusal(out, version, &violation);
+        codec::put_refusal(out, version, &violation, bytes_max);
     }
     FrontStats::add(&shared.stats.connections_refused, 1);
     if let Some(unlogged) = shared.log_limit.allows(Instant::now()) {
@@ -395,6 +433,8 @@ struct Device {
     content_type: Option<ByteString>,
     event_type: Option<ByteString>,
     lane: Lane,
+    /// Whether anybody subscribes to the topic, as long as [`Downlink::changes`] says this.
+    heard: (u64, bool),
     /// Where the id of an event stands.
     event_id: Option<EventIdFrom>,
     /// Attributes of a publish that says nothing beyond its QoS: 0, 1 and 2.
@@ -694,6 +734,12 @@ impl Conn<'_> {
         if !self.admits(number)? {
             return Ok(());
         }
+        if let (Some(number), None) = (number, receipt)
+            && self.session.version() == Version::V5
+            && !self.is_heard()
+        {
+            self.session.unheard(number);
+        }
         let retain = publish.retain;
         let event = self.event(*publish);
         let identity = self.identity(&event, receipt.is_some());
@@ -816,6 +862,7 @@ impl Conn<'_> {
             partition: partition::of(&key, self.shared.ingest.partitions()),
             key,
             property,
+            heard: (u64::MAX, false),
             topic,
             content_type,
             event_type,
@@ -823,6 +870,21 @@ impl Conn<'_> {
             event_id: resolved.event_id.cloned(),
             plain,
         })
+    }
+
+    /// Whether a publish to the topic that was resolved last is for anybody: an upstream, or a
+    /// subscriber.
+    fn is_heard(&mut self) -> bool {
+        if self.shared.has_sinks {
+            return true;
+        }
+        let downlink = &self.shared.downlink;
+        let device = self.device.as_mut().expect("resolved before");
+        let changes = downlink.changes();
+        if device.heard.0 != changes {
+            device.heard = (changes, downlink.has_subscriber(&device.topic));
+        }
+        device.heard.1
     }
 
     /// The event of a publish whose topic was resolved last.

@@ -93,6 +93,8 @@ pub struct Downlink(Arc<Shared>);
 
 struct Shared {
     table: Mutex<Table>,
+    /// See [`Subscriptions::changes`].
+    changes: Arc<AtomicU64>,
     connect: Mutex<Connect>,
     watermark: watch::Receiver<u64>,
     /// Somebody has subscribed to the first filter.
@@ -155,8 +157,10 @@ impl Downlink {
     /// A downlink for at most `links_max` subscribing connections, behind a log whose watermark
     /// `watermark` tells. [`Downlink::follow`] makes it run.
     pub fn new(watermark: watch::Receiver<u64>, links_max: usize) -> Self {
+        let table = Table::default();
         Self(Arc::new(Shared {
-            table: Mutex::default(),
+            changes: table.subscriptions.changes(),
+            table: Mutex::new(table),
             connect: Mutex::new(spawn_router(links_max)),
             watermark,
             subscribed: Notify::new(),
@@ -170,6 +174,17 @@ impl Downlink {
     /// Counters.
     pub fn stats(&self) -> &DownlinkStats {
         &self.0.stats
+    }
+
+    /// Moves whenever filters have come or gone: until then [`Downlink::has_subscriber`] says the same
+    /// of a topic.
+    pub fn changes(&self) -> u64 {
+        self.0.changes.load(Ordering::Relaxed)
+    }
+
+    /// Whether anybody subscribes to a topic.
+    pub fn has_subscriber(&self, topic: &str) -> bool {
+        lock(&self.0.table).subscriptions.has_any(topic)
     }
 
     /// The inbox of one connection.

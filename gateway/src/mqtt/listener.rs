@@ -290,6 +290,7 @@ mod tests {
         let retained = crate::mqtt::Retained::new(0, 0, |_, _| None);
         let bounds = crate::mqtt::conn::Bounds {
             sessions: &sessions_config(),
+            has_sinks: true,
             held_bytes_max: 0,
             shutdown_grace: Duration::ZERO,
         };

@@ -35,6 +35,16 @@
 //!   [MQTT-3.3.4-2], [MQTT-3.3.5-1 of 3.1.1].
 //! - Shared subscriptions, in all versions: each message goes to one member, in turns among those that
 //!   are connected; where none is, a member whose session is kept gets it when it is back.
+//! - A PUBACK of v5 says 0x10 where no sink is configured and nobody subscribes: the event is stored,
+//!   and for nobody yet.
+//! - Names with control characters or non-characters are refused (MQTT 5, 1.5.4): client ids, user
+//!   names, topics and filters. Other strings may have them.
+//! - A subscription identifier in a client's PUBLISH is ignored; several are a protocol error.
+//! - An answer that does not fit the QoS of its message ends the connection; one to no message that
+//!   is known does not, as after a restart of either side.
+//! - A v5 client that takes topic aliases gets its first topics by alias.
+//! - After a connection is ended what the client still sends is read and dropped, for two seconds at
+//!   most, so that it sees why.
 //! - A SUBSCRIBE takes its turn behind the publishes that came before it on its connection: whoever
 //!   retains a message and subscribes finds it.
 //! - A session's messages of QoS 1 and 2 are sent from its durable queue also while it is connected;

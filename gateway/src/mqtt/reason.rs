@@ -50,8 +50,12 @@ pub const PACKET_TOO_LARGE: u8 = 0x95;
 pub const QUOTA_EXCEEDED: u8 = 0x97;
 /// Administrative action.
 pub const ADMINISTRATIVE_ACTION: u8 = 0x98;
+/// From here on a code says that something was not done.
+pub const FAILURE: u8 = 0x80;
 /// Success; as a SUBACK code: granted QoS 0.
 pub const SUCCESS: u8 = 0x00;
+/// PUBACK and PUBREC: taken, and nobody subscribes to it.
+pub const NO_MATCHING_SUBSCRIBERS: u8 = 0x10;
 /// UNSUBACK: no subscription existed.
 pub const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
 

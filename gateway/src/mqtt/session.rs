@@ -25,10 +25,10 @@ use super::downlink::Options;
 use super::reason::{self, Violation};
 pub use inbound::Inbound;
 use inbound::{Arrival, Release};
-use outbound::{Received, Stage, Window};
+use outbound::{Ended, Received, Stage, Window};
 
-/// Topic aliases a v5 client may use.
-pub const TOPIC_ALIAS_MAX: u16 = 16;
+/// Topic aliases a v5 client may use, and that it may be sent at most.
+pub const TOPIC_ALIAS_MAX: u16 = 10;
 
 /// QoS 1 and 2 messages on their way to one client, at most; fewer if it asks so by Receive Maximum.
 pub const DOWNLINK_IN_FLIGHT_MAX: u16 = 64;
@@ -152,10 +152,12 @@ pub enum Delivered {
 
 /// One client's agreement with the server, from CONNECT to the end of the connection.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each says one thing of what was agreed on")]
 pub struct Session {
     version: Version,
     client_id: ByteString,
     nameless: bool,
+    is_v31: bool,
     clean_start: bool,
     expiry_s: u32,
     expiry_asked_s: u32,
@@ -168,6 +170,9 @@ pub struct Session {
     heard: Instant,
     will: Option<Will>,
     aliases: Vec<ByteString>,
+    /// Topics that the client knows by alias, 1 and up, and how many it takes.
+    told: Vec<ByteString>,
+    told_max: usize,
     inbound: Inbound,
     /// What waits for a turn, in order, and how many of them have it.
     turns: VecDeque<Turn>,
@@ -190,7 +195,7 @@ impl Session {
         random: u64,
         now: Instant,
     ) -> Result<Self, Violation> {
-        let Connect { version, packet: connect } = connect;
+        let Connect { version, is_v31, packet: connect } = connect;
         let id = &connect.client_id;
         let nameless = id.is_empty();
         if id.len() > CLIENT_ID_BYTES_MAX {
@@ -223,10 +228,11 @@ impl Session {
             _ => connect.keep_alive,
         };
         let receive_max = connect.receive_max.map_or(u16::MAX, NonZeroU16::get);
-        Ok(Self {
+        let session = Self {
             version,
             client_id,
             nameless,
+            is_v31,
             clean_start: connect.clean_start,
             expiry_s,
             expiry_asked_s: expiry_s,
@@ -240,11 +246,32 @@ impl Session {
             heard: now,
             will: connect.last_will.map(|will| will_of(version, will)),
             aliases: Vec::new(),
+            told: Vec::new(),
+            // [MQTT-3.1.2-26], [MQTT-3.1.2-27]
+            told_max: usize::from(connect.topic_alias_max.min(TOPIC_ALIAS_MAX)),
             inbound: Inbound::default(),
             turns: VecDeque::new(),
             turns_due: 0,
             window: Window::new(receive_max.min(DOWNLINK_IN_FLIGHT_MAX)),
-        })
+        };
+        // [MQTT-3.1.2-24]; the expiry is told where it is not what was asked for.
+        let told = session.welcome_of(false, (expiry_s > 0).then_some(expiry_s));
+        if codec::welcome_len(version, &told) > session.packet_bytes_max {
+            return Err(Violation::new(reason::PACKET_TOO_LARGE, "it takes no CONNACK"));
+        }
+        Ok(session)
+    }
+
+    fn welcome_of(&self, session_present: bool, session_expiry_s: Option<u32>) -> Welcome {
+        Welcome {
+            session_present: session_present && !self.is_v31,
+            assigned_client_id: self.nameless.then(|| self.client_id.clone()),
+            session_expiry_s,
+            keep_alive_s: self.keep_alive_told_s,
+            receive_max: self.limits.in_flight_max,
+            packet_bytes_max: self.limits.packet_bytes_max as u32,
+            topic_alias_max: TOPIC_ALIAS_MAX,
+        }
     }
 
     /// Appends the CONNACK. `expiry_s` is what the client gets of the expiry that it asked for;
@@ -257,15 +284,8 @@ impl Session {
         expiry_s: u32,
         out: &mut BytesMut,
     ) {
-        let welcome = Welcome {
-            session_present: before.is_some(),
-            assigned_client_id: self.nameless.then(|| self.client_id.clone()),
-            session_expiry_s: (expiry_s != self.expiry_asked_s).then_some(expiry_s),
-            keep_alive_s: self.keep_alive_told_s,
-            receive_max: self.limits.in_flight_max,
-            packet_bytes_max: self.limits.packet_bytes_max as u32,
-            topic_alias_max: TOPIC_ALIAS_MAX,
-        };
+        let told = (expiry_s != self.expiry_asked_s).then_some(expiry_s);
+        let welcome = self.welcome_of(before.is_some(), told);
         codec::put_welcome(out, self.version, &welcome);
         self.inbound = before.unwrap_or_default();
         self.expiry_s = expiry_s;
@@ -297,6 +317,11 @@ impl Session {
         &self.client_id
     }
 
+    /// Largest packet that the client takes, in bytes.
+    pub fn packet_bytes_max(&self) -> usize {
+        self.packet_bytes_max
+    }
+
     /// Something was read from the client, or it could not speak because we were not reading.
     pub fn heard(&mut self, now: Instant) {
         self.heard = now;
@@ -323,6 +348,12 @@ impl Session {
         self.inbound.waiting()
     }
 
+    /// QoS 2 exchanges of the client's that are under way.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn inbound(&self) -> &Inbound {
+        &self.inbound
+    }
+
     /// Takes a packet. Answers that need nothing else are appended to `out`.
     ///
     /// # Errors
@@ -330,18 +361,10 @@ impl Session {
     pub fn receive(&mut self, packet: Packet, out: &mut BytesMut) -> Result<Effect, Violation> {
         match packet {
             Packet::Publish(publish) => return self.publish(publish, out),
-            Packet::PubAck(packet_id) => {
-                if self.window.ended(packet_id, Stage::Ack) && self.keeps {
-                    return Ok(Effect::Acked(packet_id));
-                }
-            }
-            Packet::PubRec(packet_id, code) => return Ok(self.pubrec(packet_id, code, out)),
+            Packet::PubAck(packet_id) => return self.ended(packet_id, Stage::Ack),
+            Packet::PubRec(packet_id, code) => return self.pubrec(packet_id, code, out),
             Packet::PubRel(packet_id) => return self.pubrel(packet_id, out),
-            Packet::PubComp(packet_id) => {
-                if self.window.ended(packet_id, Stage::Comp) && self.keeps {
-                    return Ok(Effect::Acked(packet_id));
-                }
-            }
+            Packet::PubComp(packet_id) => return self.ended(packet_id, Stage::Comp),
             Packet::Subscribe(subscribe) => self.take_turn(Turn::Subscribe(subscribe), out),
             Packet::Unsubscribe(unsubscribe) => {
                 self.take_turn(Turn::Unsubscribe(unsubscribe), out);
@@ -411,10 +434,25 @@ impl Session {
         Ok(Effect::Publish(Publishing { publish, number, receipt }))
     }
 
-    fn pubrec(&mut self, packet_id: u16, code: u8, out: &mut BytesMut) -> Effect {
+    /// The last answer to a message for the client.
+    fn ended(&mut self, packet_id: u16, stage: Stage) -> Result<Effect, Violation> {
+        match self.window.ended(packet_id, stage) {
+            Ended::Now if self.keeps => Ok(Effect::Acked(packet_id)),
+            Ended::Now | Ended::Unknown => Ok(Effect::None),
+            Ended::Wrong => Err(wrong_answer()),
+        }
+    }
+
+    fn pubrec(
+        &mut self,
+        packet_id: u16,
+        code: u8,
+        out: &mut BytesMut,
+    ) -> Result<Effect, Violation> {
         match self.window.received(packet_id, code) {
             Received::Now if self.keeps => {
-                return Effect::Received { packet_id, number: self.inbound.our_pubrel(packet_id) };
+                let number = self.inbound.our_pubrel(packet_id);
+                return Ok(Effect::Received { packet_id, number });
             }
             Received::Now => codec::put_pubrel(out, self.version, packet_id, reason::SUCCESS),
             Received::Again => {
@@ -422,13 +460,14 @@ impl Session {
                 let number = self.inbound.our_pubrel(packet_id);
                 self.complete(&[number], out);
             }
-            Received::Refused if self.keeps => return Effect::Acked(packet_id),
+            Received::Refused if self.keeps => return Ok(Effect::Acked(packet_id)),
+            Received::Wrong => return Err(wrong_answer()),
             Received::Refused => {}
             Received::Unknown => {
                 codec::put_pubrel(out, self.version, packet_id, reason::PACKET_ID_NOT_FOUND);
             }
         }
-        Effect::None
+        Ok(Effect::None)
     }
 
     fn pubrel(&mut self, packet_id: u16, out: &mut BytesMut) -> Result<Effect, Violation> {
@@ -477,6 +516,11 @@ impl Session {
             self.inbound.complete(number);
         }
         self.release(out);
+    }
+
+    /// A publish is taken, and nobody subscribes to its topic: its ack says so in v5.
+    pub fn unheard(&mut self, number: u64) {
+        self.inbound.unheard(number);
     }
 
     /// A publish is not taken. v5 says so in its PUBACK or PUBREC, in turn; a QoS 0 publish has none
@@ -541,13 +585,43 @@ impl Session {
     }
 
     /// Appends the SUBACK.
-    pub fn subscribed(&self, packet_id: NonZeroU16, codes: &[u8], out: &mut BytesMut) {
+    ///
+    /// # Errors
+    /// The client takes no packet of its size [MQTT-3.1.2-24], and would wait for it.
+    pub fn subscribed(
+        &self,
+        packet_id: NonZeroU16,
+        codes: &[u8],
+        out: &mut BytesMut,
+    ) -> Result<(), Violation> {
+        let before = out.len();
         codec::put_suback(out, self.version, packet_id.get(), codes);
+        self.fits(before, out)
     }
 
     /// Appends the UNSUBACK.
-    pub fn unsubscribed(&self, packet_id: NonZeroU16, codes: &[u8], out: &mut BytesMut) {
+    ///
+    /// # Errors
+    /// As [`Session::subscribed`].
+    pub fn unsubscribed(
+        &self,
+        packet_id: NonZeroU16,
+        codes: &[u8],
+        out: &mut BytesMut,
+    ) -> Result<(), Violation> {
+        let before = out.len();
         codec::put_unsuback(out, self.version, packet_id.get(), codes);
+        self.fits(before, out)
+    }
+
+    /// Takes back what was appended if it is larger than what the client takes.
+    fn fits(&self, before: usize, out: &mut BytesMut) -> Result<(), Violation> {
+        if out.len() - before <= self.packet_bytes_max {
+            return Ok(());
+        }
+        out.truncate(before);
+        let why = "the answer is larger than the client's maximum packet size";
+        Err(Violation::new(reason::PACKET_TOO_LARGE, why))
     }
 
     /// Whether the client takes another QoS 1 or 2 message now [MQTT-3.3.4-9].
@@ -571,13 +645,38 @@ impl Session {
         if stage.is_some() {
             delivery.packet_id.get_or_insert_with(|| self.window.next_id());
         }
-        if !codec::put_publish(out, self.version, &delivery, self.packet_bytes_max) {
+        if !self.put_publish(&mut delivery, out) {
             return Delivered::TooLarge;
         }
         if let (Some(packet_id), Some(stage)) = (delivery.packet_id, stage) {
             self.window.sent(packet_id, stage);
         }
         Delivered::Sent
+    }
+
+    /// Appends the PUBLISH, its topic by alias where the client takes that: those that came first have
+    /// one, for the life of the connection.
+    fn put_publish(&mut self, delivery: &mut Delivery<'_>, out: &mut BytesMut) -> bool {
+        let (version, bytes_max) = (self.version, self.packet_bytes_max);
+        if self.told_max > 0 {
+            let known = self.told.iter().position(|topic| topic == delivery.topic);
+            let at = known.unwrap_or(self.told.len());
+            if at < self.told_max {
+                let topic = delivery.topic;
+                if known.is_some() {
+                    delivery.topic = "";
+                }
+                delivery.topic_alias = Some(at as u16 + 1);
+                if codec::put_publish(out, version, delivery, bytes_max) {
+                    if known.is_none() {
+                        self.told.push(ByteString::from(topic));
+                    }
+                    return true;
+                }
+                (delivery.topic, delivery.topic_alias) = (topic, None);
+            }
+        }
+        codec::put_publish(out, version, delivery, bytes_max)
     }
 
     /// A QoS 2 message reached the client over an earlier connection, which may have ended before that
@@ -618,6 +717,11 @@ impl Session {
     pub fn take_will(&mut self) -> Option<Will> {
         self.will.take()
     }
+}
+
+/// [MQTT-4.3.2-1], [MQTT-4.3.3-1], [MQTT-4.13.1-1]
+fn wrong_answer() -> Violation {
+    Violation::protocol("an answer that is not of the QoS of its message, or too early")
 }
 
 fn too_many_under_way() -> Violation {

@@ -161,6 +161,8 @@ pub struct Subscriptions {
     groups: Vec<Option<Group>>,
     group_by_text: HashMap<ByteString, usize>,
     last_number: u64,
+    /// Counts filters that have come and gone: what a topic matches stands until it moves.
+    changes: Arc<AtomicU64>,
 }
 
 #[derive(Debug, Default)]
@@ -189,6 +191,18 @@ impl Subscriptions {
     /// Whether nobody subscribes to anything.
     pub fn is_empty(&self) -> bool {
         self.by_text.is_empty() && self.group_by_text.is_empty()
+    }
+
+    /// The count of filters that have come and gone.
+    pub fn changes(&self) -> Arc<AtomicU64> {
+        self.changes.clone()
+    }
+
+    /// Whether anybody subscribes to a topic.
+    pub fn has_any(&self, topic: &str) -> bool {
+        let mut matched = Matched::default();
+        self.matches(topic, &mut matched);
+        !(matched.slots.is_empty() && matched.groups.is_empty())
     }
 
     /// Adds a connection to a valid filter. A second call for the same pair is the caller's to avoid.
@@ -269,6 +283,7 @@ impl Subscriptions {
         let slot = self.new_slot(text, None);
         let (node, below) = end_of(&mut self.root, text);
         *(if below { &mut node.below } else { &mut node.here }) = Some(slot);
+        self.changes.fetch_add(1, Ordering::Relaxed);
         self.by_text.insert(ByteString::from(text), slot);
         Ok(slot)
     }
@@ -296,6 +311,7 @@ impl Subscriptions {
         let group = place(&mut self.groups, new);
         let (node, below) = end_of(&mut self.root, filter);
         (if below { &mut node.groups_below } else { &mut node.groups_here }).push(group);
+        self.changes.fetch_add(1, Ordering::Relaxed);
         self.group_by_text.insert(text, group);
         Ok(group)
     }
@@ -324,6 +340,7 @@ impl Subscriptions {
             prune(&mut self.root, &filter.text, &|node, below| {
                 *(if below { &mut node.below } else { &mut node.here }) = None;
             });
+            self.changes.fetch_add(1, Ordering::Relaxed);
             self.by_text.remove(&filter.text);
         }
     }
@@ -337,6 +354,7 @@ impl Subscriptions {
                 let groups = if below { &mut node.groups_below } else { &mut node.groups_here };
                 groups.retain(|other| *other != group);
             });
+            self.changes.fetch_add(1, Ordering::Relaxed);
         }
         self.group_by_text.remove(&unused.text);
     }

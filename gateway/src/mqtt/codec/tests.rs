@@ -25,7 +25,7 @@ fn code(version: Version, bytes: &[u8]) -> u8 {
 #[test]
 fn a_first_packet_that_is_no_connect_is_refused_on_its_first_byte_mqtt_3_1_0_1() {
     // CVE-2023-0809: it announces 256 MB.
-    for first in (0..=0xFF).filter(|first| *first != 0x10) {
+    for first in (0..=0xFF).filter(|first| first & 0xF0 != 0x10) {
         let mut bytes = buf([first, 0xFF, 0xFF, 0xFF, 0x7F]);
         let refused = decode_connect(&mut bytes, usize::MAX).unwrap_err();
         assert_eq!(refused.violation.code, reason::PROTOCOL_ERROR, "{first:#x}");
@@ -209,9 +209,33 @@ fn reserved_bits_of_subscribe_options_are_malformed_mqtt_3_8_3_4_and_5() {
 }
 
 #[test]
-fn a_subscription_identifier_from_a_client_is_an_error_mqtt_3_3_4_6() {
+fn a_subscription_identifier_from_a_client_goes_nowhere_mqtt_3_3_4_6() {
     let bytes = wire::publish_with(V5, 0x30, "t", None, &[0x0B, 1], "");
+    let Ok(Some(Packet::Publish(publish))) = next(V5, &bytes) else { panic!("not taken") };
+    assert!(publish.properties.unwrap().subscription_ids.is_empty());
+    let bytes = wire::publish_with(V5, 0x30, "t", None, &[0x0B, 1, 0x0B, 1], "");
     assert_eq!(code(V5, &bytes), reason::PROTOCOL_ERROR);
+}
+
+#[test]
+fn a_message_may_expire_at_once() {
+    let at_once = [0x02, 0, 0, 0, 0];
+    // What only looks like it stays as it is.
+    let decoy = [&[0x09][..], &field(at_once)].concat();
+    for list in [at_once.to_vec(), [&decoy[..], &at_once].concat()] {
+        let bytes = wire::publish_with(V5, 0x32, "t", Some(1), &list, "\u{2}\0\0\0\0");
+        let Ok(Some(Packet::Publish(publish))) = next(V5, &bytes) else { panic!("not taken") };
+        let properties = publish.properties.unwrap();
+        assert_eq!(properties.message_expiry_interval.map(std::num::NonZero::get), Some(1));
+        assert_eq!(&publish.payload[..], at_once);
+        assert!(properties.correlation_data.is_none_or(|data| data[..] == at_once));
+    }
+    let connect = wire::ConnectPacket::new(V5).will(0, "w", "x");
+    let rest = [&[5][..], &at_once, &field("w"), &field("x")].concat();
+    let bytes = wire::ConnectPacket { rest, ..connect }.bytes();
+    let connect = decode_connect(&mut buf(bytes), BYTES_MAX).unwrap().unwrap();
+    let will = connect.packet.last_will.unwrap();
+    assert_eq!(will.message_expiry_interval.map(std::num::NonZero::get), Some(1));
 }
 
 #[test]
@@ -395,6 +419,7 @@ proptest! {
             retain,
             expiry_s,
             subscription_id,
+            topic_alias: None,
         };
         for version in BOTH {
             let mut out = BytesMut::new();

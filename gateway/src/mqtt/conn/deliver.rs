@@ -10,7 +10,7 @@ use bytestring::ByteString;
 use rmqtt_codec::v5;
 use storage::{Attribute, Control};
 
-use super::super::codec::Delivery;
+use super::super::codec::{Delivery, Version};
 use super::super::downlink::{Interrupted, Options, PUBLISHER, SUBSCRIPTIONS_MAX};
 use super::super::envelope::Envelope;
 use super::super::reason::{self, Violation};
@@ -37,11 +37,11 @@ impl Conn<'_> {
             Turn::Subscribe(subscribe) => self.subscribe(subscribe).await?,
             Turn::Unsubscribe(unsubscribe) => self.unsubscribe(unsubscribe).await?,
             Turn::SubAck { packet_id, codes, retained } => {
-                self.session.subscribed(packet_id, &codes, &mut self.out);
+                self.session.subscribed(packet_id, &codes, &mut self.out)?;
                 self.look_up(retained);
             }
             Turn::UnsubAck { packet_id, codes } => {
-                self.session.unsubscribed(packet_id, &codes, &mut self.out);
+                self.session.unsubscribed(packet_id, &codes, &mut self.out)?;
             }
             Turn::Settled(places) => {
                 if let Some(kept) = &self.kept {
@@ -63,6 +63,15 @@ impl Conn<'_> {
             if asked.no_local && topic::is_shared(&filter) {
                 // [MQTT-3.8.3-4]
                 return Err(Violation::protocol("no local on a shared subscription").into());
+            }
+            if self.session.version() == Version::V5
+                && topic::is_shared(&filter)
+                && topic::shared(&filter).is_none()
+            {
+                // [MQTT-4.8.2-1], [MQTT-4.8.2-2]. In 3.1.1 it is a filter as any other, which the
+                // SUBACK refuses.
+                let why = "a shared subscription without a group or without a filter";
+                return Err(Violation::protocol(why).into());
             }
             let options = Options {
                 qos: asked.qos.value(),
@@ -104,7 +113,7 @@ impl Conn<'_> {
             allowed.iter().map(code).map(|code| code.unwrap_or(reason::NOT_AUTHORIZED)).collect();
         self.marks_publisher = self.has_no_local();
         if controls.is_empty() {
-            self.session.subscribed(subscribe.packet_id, &codes, &mut self.out);
+            self.session.subscribed(subscribe.packet_id, &codes, &mut self.out)?;
             self.look_up(retained);
         } else {
             let number = self.session.await_suback(subscribe.packet_id, codes, retained);
@@ -159,7 +168,7 @@ impl Conn<'_> {
         }
         self.marks_publisher = self.has_no_local();
         if controls.is_empty() {
-            self.session.unsubscribed(unsubscribe.packet_id, &codes, &mut self.out);
+            self.session.unsubscribed(unsubscribe.packet_id, &codes, &mut self.out)?;
         } else {
             let number = self.session.await_unsuback(unsubscribe.packet_id, codes);
             self.submit_for(number, controls);
@@ -343,6 +352,9 @@ impl Conn<'_> {
 
     /// Delivers a message for a subscription, if it is for this client.
     fn deliver_message(&mut self, message: &Message, options: Options, retained: bool) {
+        if self.grant.keeps_back(&message.topic) {
+            return self.count_denied();
+        }
         let (mut qos, mut retain) = (0, retained);
         for attribute in message.attributes.iter() {
             match attribute {
@@ -396,6 +408,7 @@ impl Conn<'_> {
             retain,
             expiry_s,
             subscription_id,
+            topic_alias: None,
         };
         self.session.deliver(delivery, &mut self.out)
     }

@@ -175,8 +175,12 @@ impl Rig {
         let downlink = Downlink::new(ingest.watermark(), 16);
         let held_bytes_max = ingest_config.held_bytes_max;
         let routes = Routes::new(&routes).unwrap();
-        let bounds =
-            Bounds { sessions: &sessions_config(), held_bytes_max, shutdown_grace: PATIENCE };
+        let bounds = Bounds {
+            sessions: &sessions_config(),
+            has_sinks: true,
+            held_bytes_max,
+            shutdown_grace: PATIENCE,
+        };
         let mut shared = Shared::new(ingest, routes, open_access(), downlink, retained, bounds);
         shared.write_stall = Duration::from_secs(1);
         if let Some(store) = store {
@@ -853,7 +857,12 @@ mod kept;
 
 fn rule(publish: &[&str], subscribe: &[&str]) -> Vec<AclConfig> {
     let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
-    vec![AclConfig { users: Vec::new(), publish: owned(publish), subscribe: owned(subscribe) }]
+    vec![AclConfig {
+        users: Vec::new(),
+        publish: owned(publish),
+        subscribe: owned(subscribe),
+        deny_subscribe: Vec::new(),
+    }]
 }
 
 impl Rig {
@@ -897,7 +906,8 @@ async fn a_qos_2_publish_that_the_rules_deny_is_refused_by_the_book_and_not_stor
 async fn denied_filters_among_allowed_ones_keep_their_places_mqtt_3_9_3_1() {
     let rig = Rig::new().await;
     rig.rule(&[], &["a/#", "b"]);
-    let filters = [("no", 0), ("a/x", 2), ("#", 1), ("$share/g", 1), ("b", 1), ("$share/g/no", 0)];
+    let filters =
+        [("no", 0), ("a/x", 2), ("#", 1), ("$share/g/b/x", 1), ("b", 1), ("$share/g/no", 0)];
     let connects = [ConnectPacket::new(V5), keeps(V5, "kept"), keeps(V3, "old")];
     for (connect, denied) in connects.iter().zip([0x87, 0x87, 0x80]) {
         let mut client = rig.client_with(connect).await;

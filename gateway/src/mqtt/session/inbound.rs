@@ -47,6 +47,8 @@ enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ack {
     kind: Kind,
+    /// Reason code, for versions that have one.
+    code: u8,
     packet_id: u16,
 }
 
@@ -78,9 +80,6 @@ pub(crate) enum Release {
 #[derive(Debug, Default)]
 pub struct Inbound {
     acks: AckLedger<Ack>,
-    last_number: u64,
-    /// Numbers that get another code than success. Empty but for refused publishes.
-    refused: Vec<(u64, u8)>,
     receipts: HashMap<u16, Receipt>,
     /// QoS 1 publishes that wait for their ack.
     unacked: usize,
@@ -119,8 +118,7 @@ impl Inbound {
     }
 
     fn enter(&mut self, kind: Kind, packet_id: u16) -> u64 {
-        self.last_number = self.acks.enter(Ack { kind, packet_id });
-        self.last_number
+        self.acks.enter(Ack { kind, code: reason::SUCCESS, packet_id })
     }
 
     /// A publish of QoS 0 that something after it waits for.
@@ -190,19 +188,25 @@ impl Inbound {
 
     /// A publish is not taken: its ack says so, in turn.
     pub(crate) fn refuse(&mut self, number: u64, code: u8) {
-        self.refused.push((number, code));
+        self.set_code(number, code);
         self.acks.complete(number);
+    }
+
+    /// Nobody subscribes to a publish that is taken: its ack says so.
+    pub(crate) fn unheard(&mut self, number: u64) {
+        self.set_code(number, reason::NO_MATCHING_SUBSCRIBERS);
+    }
+
+    fn set_code(&mut self, number: u64, code: u8) {
+        if let Some(ack) = self.acks.get_mut(number) {
+            ack.code = code;
+        }
     }
 
     /// Appends every ack whose turn has come; gives how many turns of the caller's own have.
     pub(crate) fn release(&mut self, version: Version, out: &mut BytesMut) -> usize {
         let mut turns = 0;
-        loop {
-            let waiting = self.acks.len() as u64;
-            let Some(Ack { kind, packet_id }) = self.acks.release() else {
-                return turns;
-            };
-            let code = self.code(self.last_number + 1 - waiting);
+        while let Some(Ack { kind, code, packet_id }) = self.acks.release() {
             match kind {
                 Kind::PubAck => {
                     self.unacked -= 1;
@@ -226,19 +230,12 @@ impl Inbound {
                 Kind::Silent => {}
             }
         }
-    }
-
-    fn code(&mut self, number: u64) -> u8 {
-        if self.refused.is_empty() {
-            return reason::SUCCESS;
-        }
-        let at = self.refused.iter().position(|&(refused, _)| refused == number);
-        at.map_or(reason::SUCCESS, |at| self.refused.swap_remove(at).1)
+        turns
     }
 
     /// The turn of a PUBREC has come: gives its code.
     fn stored(&mut self, packet_id: u16, code: u8) -> u8 {
-        if code != reason::SUCCESS {
+        if code >= reason::FAILURE {
             self.receipts.remove(&packet_id);
             return code;
         }
@@ -248,7 +245,7 @@ impl Inbound {
             // A repetition of one that was refused meanwhile.
             None => return reason::IMPLEMENTATION_SPECIFIC,
         }
-        reason::SUCCESS
+        code
     }
 
     /// A publish was given up before it entered a ring: there will be no event of it.
@@ -272,13 +269,11 @@ impl Inbound {
     /// What waits and is not durable never will be: no such event, no such release. Begins anew.
     pub(crate) fn fail(&mut self) {
         let waiting: Vec<_> = self.acks.drain().collect();
-        let first = self.last_number + 1 - waiting.len() as u64;
-        for ((ack, durable), number) in waiting.into_iter().zip(first..) {
-            let code = self.code(number);
+        for (ack, durable) in waiting {
             let receipt = self.receipts.get(&ack.packet_id).copied();
             match (ack.kind, receipt) {
                 (Kind::PubRec | Kind::SilentPubRec, _) if durable => {
-                    self.stored(ack.packet_id, code);
+                    self.stored(ack.packet_id, ack.code);
                 }
                 (Kind::PubRec | Kind::SilentPubRec, Some(Receipt::Storing)) => {
                     self.receipts.remove(&ack.packet_id);

@@ -16,6 +16,17 @@ pub(crate) enum Stage {
     Comp,
 }
 
+/// What a PUBACK or PUBCOMP means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// The message has reached the client for good.
+    Now,
+    /// There is no such message, or not any more.
+    Unknown,
+    /// The message waits for another answer: the client breaks the protocol.
+    Wrong,
+}
+
 /// What a PUBREC means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Received {
@@ -27,6 +38,8 @@ pub(crate) enum Received {
     Refused,
     /// There is no such message.
     Unknown,
+    /// The message is of QoS 1, which has no PUBREC: the client breaks the protocol.
+    Wrong,
 }
 
 /// See the module.
@@ -69,10 +82,16 @@ impl Window {
         self.in_flight.push((id, stage));
     }
 
-    /// A PUBACK or PUBCOMP: `true` if it ends an exchange.
-    pub(crate) fn ended(&mut self, id: u16, stage: Stage) -> bool {
-        let at = self.in_flight.iter().position(|&message| message == (id, stage));
-        at.map(|at| self.in_flight.swap_remove(at)).is_some()
+    /// A PUBACK or PUBCOMP.
+    pub(crate) fn ended(&mut self, id: u16, stage: Stage) -> Ended {
+        match self.in_flight.iter().position(|&(used, _)| used == id) {
+            None => Ended::Unknown,
+            Some(at) if self.in_flight[at].1 == stage => {
+                self.in_flight.swap_remove(at);
+                Ended::Now
+            }
+            Some(_) => Ended::Wrong,
+        }
     }
 
     /// A PUBREC; a code from 0x80 on refuses the message.
@@ -81,7 +100,7 @@ impl Window {
             return Received::Unknown;
         };
         match self.in_flight[at].1 {
-            Stage::Ack => Received::Unknown,
+            Stage::Ack => Received::Wrong,
             Stage::Comp => Received::Again,
             Stage::Rec if code >= 0x80 => {
                 self.in_flight.swap_remove(at);

@@ -1,0 +1,4 @@
+//! The configuration: see `gateway::fuzzing::configuration`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| gateway::fuzzing::configuration(data));

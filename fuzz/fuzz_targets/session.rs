@@ -1,0 +1,4 @@
+//! The session: see `gateway::fuzzing::session`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| gateway::fuzzing::session(data));
