@@ -4,7 +4,9 @@
 //! whose QoS 2 exchange is under way.
 //! Invariant: a PUBREC leaves only after its event and receipt are durable together, and a PUBCOMP
 //! only after the receipt is durably gone [MQTT-4.3.3-2]; a packet id with a receipt never makes a
-//! second event. Everything leaves in the order in which its packet came [MQTT-4.6.0-2].
+//! second event; a publish that is refused has no receipt from then on, so that it may come again, and
+//! no ack says that it is taken. Everything leaves in the order in which its packet came
+//! [MQTT-4.6.0-2].
 //! Deliberately absent: how receipts are stored. This lives as long as the session, which may be
 //! longer than a connection: [`Inbound::part`] says what becomes of the acks of one that has ended.
 
@@ -36,6 +38,8 @@ enum Kind {
     PubRec,
     /// As `PubRec`, for a connection that has ended.
     SilentPubRec,
+    /// Of a repetition: it says what the first says, and stands for nothing.
+    PubRecAgain,
     PubRel,
     PubComp,
     /// As `PubComp`, for a connection that has ended.
@@ -141,7 +145,7 @@ impl Inbound {
             }
             // Its turn comes after that of the first, and so after the event is durable.
             Some(Receipt::Storing | Receipt::Stored) => {
-                let number = self.enter(Kind::PubRec, packet_id);
+                let number = self.enter(Kind::PubRecAgain, packet_id);
                 self.acks.complete(number);
                 Arrival::Repeated
             }
@@ -186,10 +190,23 @@ impl Inbound {
         self.acks.get(number).is_some_and(|ack| ack.kind != Kind::Silent)
     }
 
-    /// A publish is not taken: its ack says so, in turn.
+    /// A publish is not taken: its ack says so, in turn. Its receipt does not wait for that turn: the
+    /// client may be gone by then and send it again, and it is new then.
     pub(crate) fn refuse(&mut self, number: u64, code: u8) {
         self.set_code(number, code);
         self.acks.complete(number);
+        let Some(&Ack { kind: Kind::PubRec | Kind::SilentPubRec, packet_id, .. }) =
+            self.acks.get(number)
+        else {
+            return;
+        };
+        self.receipts.remove(&packet_id);
+        // Those of an exchange before this one have left, or were refused as well.
+        self.acks.for_each_mut(|ack| {
+            if ack.kind == Kind::PubRecAgain && ack.packet_id == packet_id {
+                ack.code = code;
+            }
+        });
     }
 
     /// Nobody subscribes to a publish that is taken: its ack says so.
@@ -213,10 +230,11 @@ impl Inbound {
                     codec::put_puback(out, version, packet_id, code);
                 }
                 Kind::PubRec => {
-                    let code = self.stored(packet_id, code);
+                    self.stored(packet_id, code);
                     codec::put_pubrec(out, version, packet_id, code);
                 }
-                Kind::SilentPubRec => drop(self.stored(packet_id, code)),
+                Kind::SilentPubRec => self.stored(packet_id, code),
+                Kind::PubRecAgain => codec::put_pubrec(out, version, packet_id, code),
                 Kind::PubComp | Kind::SilentPubComp => {
                     if self.receipts.get(&packet_id) == Some(&Receipt::Releasing) {
                         self.receipts.remove(&packet_id);
@@ -233,19 +251,13 @@ impl Inbound {
         turns
     }
 
-    /// The turn of a PUBREC has come: gives its code.
-    fn stored(&mut self, packet_id: u16, code: u8) -> u8 {
-        if code >= reason::FAILURE {
-            self.receipts.remove(&packet_id);
-            return code;
+    /// The turn of a PUBREC has come. After one that refuses, the packet id may be in use again.
+    fn stored(&mut self, packet_id: u16, code: u8) {
+        if code < reason::FAILURE
+            && let Some(receipt @ Receipt::Storing) = self.receipts.get_mut(&packet_id)
+        {
+            *receipt = Receipt::Stored;
         }
-        match self.receipts.get_mut(&packet_id) {
-            Some(receipt @ Receipt::Storing) => *receipt = Receipt::Stored,
-            Some(Receipt::Stored | Receipt::Releasing) => {}
-            // A repetition of one that was refused meanwhile.
-            None => return reason::IMPLEMENTATION_SPECIFIC,
-        }
-        code
     }
 
     /// A publish was given up before it entered a ring: there will be no event of it.
@@ -260,7 +272,9 @@ impl Inbound {
             ack.kind = match ack.kind {
                 Kind::PubRec | Kind::SilentPubRec => Kind::SilentPubRec,
                 Kind::PubComp | Kind::SilentPubComp => Kind::SilentPubComp,
-                Kind::Silent | Kind::PubAck | Kind::PubRel | Kind::Turn => Kind::Silent,
+                Kind::Silent | Kind::PubAck | Kind::PubRecAgain | Kind::PubRel | Kind::Turn => {
+                    Kind::Silent
+                }
             };
         });
         self.unacked = 0;

@@ -236,6 +236,16 @@ impl Client {
             ..ConnectPacket::new(version)
         })
     }
+
+    /// The next connection of a session that is kept.
+    fn reconnected(self) -> Self {
+        let mut client = Self::kept(self.session.version());
+        let before = self.session.into_inbound();
+        let expiry_s = client.session.expiry_s();
+        client.session.welcome(Some(before), true, expiry_s, &mut client.out);
+        client.said();
+        client
+    }
 }
 
 #[test]
@@ -306,10 +316,48 @@ fn a_refused_qos_2_publish_leaves_no_receipt() {
     client.session.refuse(Some(number), full, &mut client.out).unwrap();
     assert_eq!(
         client.said(),
-        [0x50, 3, 0, 5, reason::QUOTA_EXCEEDED, 0x50, 3, 0, 5, reason::IMPLEMENTATION_SPECIFIC],
+        [0x50, 3, 0, 5, reason::QUOTA_EXCEEDED, 0x50, 3, 0, 5, reason::QUOTA_EXCEEDED],
         "its repetition was not stored either"
     );
     assert!(client.publish_qos2(5).is_some(), "the id is free");
+}
+
+#[test]
+fn a_refused_qos_2_publish_that_comes_again_over_the_next_connection_is_no_repetition() {
+    let full = || Violation::new(reason::QUOTA_EXCEEDED, "full");
+    for version in BOTH {
+        for is_held_up in [false, true] {
+            let mut client = Client::kept(version);
+            let before = is_held_up.then(|| client.publish(1));
+            let number = client.publish_qos2(5).unwrap();
+            let refused = client.session.refuse(Some(number), full(), &mut client.out);
+            assert_eq!(refused.is_err(), version == V3);
+
+            let mut client = client.reconnected();
+            let again = client.publish_qos2(5).expect("there is no event of it");
+            if let Some(before) = before {
+                assert_eq!(client.complete(&[before]), NOTHING);
+            }
+            assert_eq!(client.said(), NOTHING, "no PUBREC before its event");
+            assert_eq!(client.complete(&[again]), [0x50, 2, 0, 5]);
+        }
+    }
+}
+
+#[test]
+fn a_repetition_of_what_was_refused_says_nothing_of_the_next_with_its_id() {
+    let mut client = Client::kept(V5);
+    let refused = client.publish_qos2(5).unwrap();
+    let between = client.publish(1);
+    assert_eq!(client.publish_qos2(5), None);
+    let full = Violation::new(reason::QUOTA_EXCEEDED, "full");
+    client.session.refuse(Some(refused), full, &mut client.out).unwrap();
+    assert_eq!(client.said(), [0x50, 3, 0, 5, reason::QUOTA_EXCEEDED]);
+    let next = client.publish_qos2(5).expect("the id is free");
+    let said = client.complete(&[between]);
+    assert_eq!(said, [0x40, 2, 0, 1, 0x50, 3, 0, 5, reason::QUOTA_EXCEEDED]);
+    assert_eq!(client.code(&pubrel(5)), reason::PROTOCOL_ERROR, "its event is not durable yet");
+    assert_eq!(client.complete(&[next]), [0x50, 2, 0, 5]);
 }
 
 #[test]

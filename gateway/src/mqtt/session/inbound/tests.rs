@@ -74,6 +74,18 @@ impl World {
         }
     }
 
+    /// The gateway reads a packet, does not take what it publishes, and closes, as v3 has no other way
+    /// to say so.
+    fn refuse(&mut self) {
+        let before = self.pending.len();
+        self.read();
+        if let Some((Record::Event(..), number)) = self.pending.get(before) {
+            self.inbound.refuse(*number, reason::QUOTA_EXCEEDED);
+            self.pending.truncate(before);
+            self.cut();
+        }
+    }
+
     /// The gateway's answers, read by the client at once.
     fn answer(&mut self) {
         let mut out = BytesMut::new();
@@ -158,6 +170,7 @@ enum Step {
     Read,
     Commit(usize),
     Answer,
+    Refuse,
     Cut,
     Fail,
     Kill,
@@ -169,6 +182,7 @@ fn step() -> impl Strategy<Value = Step> {
         12 => Just(Step::Read),
         6 => (1..3_usize).prop_map(Step::Commit),
         8 => Just(Step::Answer),
+        1 => Just(Step::Refuse),
         1 => Just(Step::Cut),
         1 => Just(Step::Fail),
         1 => Just(Step::Kill),
@@ -188,6 +202,7 @@ proptest! {
                 Step::Read => world.read(),
                 Step::Commit(records) => world.commit(records),
                 Step::Answer => world.answer(),
+                Step::Refuse => world.refuse(),
                 Step::Cut => world.cut(),
                 Step::Fail => world.fail(),
                 Step::Kill => world.kill(),
