@@ -41,6 +41,8 @@ struct Owed {
     what: What,
     number: u64,
     due: bool,
+    /// The QoS 2 exchange that it is about, 0 if none.
+    exchange: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +58,12 @@ enum What {
 /// What was submitted to the log.
 #[derive(Clone, Copy, Debug)]
 enum Record {
-    Event { receipt: Option<u16>, acked: bool },
-    Release(u16),
+    /// The receipt is of a packet id and an exchange.
+    Event {
+        receipt: Option<(u16, u64)>,
+        acked: bool,
+    },
+    Release(u16, u64),
     Received,
     Change,
 }
@@ -86,8 +92,14 @@ struct World {
     out: BytesMut,
     owed: VecDeque<Owed>,
     pending: Vec<(Record, u64)>,
-    /// Receipts that are durable.
-    receipts: BTreeSet<u16>,
+    /// Receipts that are durable, each of an exchange: a packet id may be in use for another one
+    /// already when an answer to a repeated packet of the last one leaves.
+    receipts: BTreeMap<u16, u64>,
+    /// The last exchange of each packet id.
+    exchanges: BTreeMap<u16, u64>,
+    last_exchange: u64,
+    /// Exchanges whose event was durable at some time.
+    stored: BTreeSet<u64>,
     downlink: BTreeMap<u16, Downlink>,
     next_id: u16,
 }
@@ -107,7 +119,10 @@ impl World {
             out: BytesMut::new(),
             owed: VecDeque::new(),
             pending: Vec::new(),
-            receipts: BTreeSet::new(),
+            receipts: BTreeMap::new(),
+            exchanges: BTreeMap::new(),
+            last_exchange: 0,
+            stored: BTreeSet::new(),
             downlink: BTreeMap::new(),
             next_id: 1,
         };
@@ -177,8 +192,10 @@ impl World {
             Some(Effect::Publish(publishing)) => {
                 if let Some(receipt) = publishing.receipt {
                     assert_eq!((receipt, qos), (id, QoS::ExactlyOnce));
-                    assert!(!self.receipts.contains(&id), "a second event of a packet id");
+                    assert!(!self.receipts.contains_key(&id), "a second event of a packet id");
                     assert!(!self.is_pending(id), "a second event of a packet id on its way");
+                    self.last_exchange += 1;
+                    self.exchanges.insert(id, self.last_exchange);
                 }
                 let Some(number) = publishing.number else { return };
                 let what = match qos {
@@ -187,12 +204,13 @@ impl World {
                     QoS::ExactlyOnce => What::Packet(PUBREC, id),
                 };
                 let acked = qos != QoS::AtMostOnce;
-                self.owe(what, number);
-                self.pending.push((Record::Event { receipt: publishing.receipt, acked }, number));
+                let receipt = publishing.receipt.map(|id| (id, self.last_exchange));
+                self.owe_of(what, number, receipt.map_or(0, |(_, exchange)| exchange));
+                self.pending.push((Record::Event { receipt, acked }, number));
             }
             Some(Effect::None) => {
                 assert_eq!(qos, QoS::ExactlyOnce, "only a repetition has no event");
-                self.owe_now(What::Packet(PUBREC, id));
+                self.owe_now_of(What::Packet(PUBREC, id), self.exchanges[&id]);
             }
             Some(other) => panic!("{other:?} of a PUBLISH"),
             None => {}
@@ -206,14 +224,15 @@ impl World {
         match self.receive_unless_full(Packet::PubRel(id)) {
             Some(Effect::Release { packet_id, number }) => {
                 assert!(self.keeps && packet_id == id);
-                self.owe(What::Packet(PUBCOMP, id), number);
-                self.pending.push((Record::Release(id), number));
+                let exchange = self.exchanges[&id];
+                self.owe_of(What::Packet(PUBCOMP, id), number, exchange);
+                self.pending.push((Record::Release(id, exchange), number));
             }
             Some(Effect::None) if known => {
                 if !self.keeps {
                     self.receipts.remove(&id);
                 }
-                self.owe_now(What::Packet(PUBCOMP, id));
+                self.owe_now_of(What::Packet(PUBCOMP, id), self.exchanges[&id]);
             }
             // It has no turn to wait for.
             Some(Effect::None) => {
@@ -333,8 +352,14 @@ impl World {
     fn durable(&mut self, which: usize) {
         let (record, number) = self.pending.remove(which);
         match record {
-            Record::Event { receipt: Some(id), .. } => drop(self.receipts.insert(id)),
-            Record::Release(id) => drop(self.receipts.remove(&id)),
+            Record::Event { receipt: Some((id, exchange)), .. } => {
+                self.receipts.insert(id, exchange);
+                self.stored.insert(exchange);
+            }
+            Record::Release(id, exchange) => {
+                let released = self.receipts.remove(&id);
+                assert_eq!(released, Some(exchange), "a release of another receipt");
+            }
             Record::Event { .. } | Record::Received | Record::Change => {}
         }
         self.is_due(number);
@@ -439,7 +464,7 @@ impl World {
         self.part();
         self.pending.clear();
         self.owed.clear();
-        let restored = Inbound::restored(self.receipts.iter().copied());
+        let restored = Inbound::restored(self.receipts.keys().copied());
         self.connect(self.keeps.then_some(restored));
     }
 
@@ -489,17 +514,25 @@ impl World {
     }
 
     fn owe(&mut self, what: What, number: u64) {
-        self.owed.push_back(Owed { what, number, due: false });
+        self.owe_of(what, number, 0);
+    }
+
+    fn owe_of(&mut self, what: What, number: u64, exchange: u64) {
+        self.owed.push_back(Owed { what, number, due: false, exchange });
     }
 
     /// Owes what waits for nothing but its turn.
     fn owe_now(&mut self, what: What) {
-        self.owed.push_back(Owed { what, number: u64::MAX, due: true });
+        self.owe_now_of(what, 0);
+    }
+
+    fn owe_now_of(&mut self, what: What, exchange: u64) {
+        self.owed.push_back(Owed { what, number: u64::MAX, due: true, exchange });
     }
 
     /// Whether the event of a packet id is on its way to the log.
     fn is_pending(&self, id: u16) -> bool {
-        let event_of = |record: &Record| matches!(record, Record::Event { receipt: Some(used), .. } if *used == id);
+        let event_of = |record: &Record| matches!(record, Record::Event { receipt: Some((used, _)), .. } if *used == id);
         self.pending.iter().any(|(record, _)| event_of(record))
     }
 
@@ -526,11 +559,14 @@ impl World {
                         said = after;
                         let taken = code.is_empty();
                         match first {
+                            // v3 has no other: it must not get one of an event that was refused.
                             PUBREC if taken => {
-                                assert!(!self.is_pending(id), "a PUBREC before its event");
+                                let stored = self.stored.contains(&owed.exchange);
+                                assert!(stored, "a PUBREC before its event");
                             }
                             PUBCOMP if taken => {
-                                assert!(!self.receipts.contains(&id), "a PUBCOMP too early");
+                                let durable = self.receipts.get(&id) == Some(&owed.exchange);
+                                assert!(!durable, "a PUBCOMP too early");
                             }
                             _ => {}
                         }
