@@ -424,7 +424,10 @@ async fn a_parked_device_waits_behind_its_refused_event_and_then_goes_on_in_orde
     bench.drain(fleet).await;
     let status = gateway.until_delivered("up").await;
     assert!(freed(&status));
-    let seen = std::mem::take(&mut *upstream.seen());
+    let mut seen = std::mem::take(&mut *upstream.seen());
+    // The kill may have taken back the last moves of the cursor: what arrived before comes again.
+    let mut known = BTreeSet::new();
+    seen.taken.retain(|(id, _)| known.insert(id.clone()));
     assert_in_order(&seen.taken);
     let sequence_of = |id: &String| -> u64 { id.rsplit('/').next().unwrap().parse().unwrap() };
     let requeued: Vec<u64> = seen.requeued.iter().map(sequence_of).collect();
