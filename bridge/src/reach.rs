@@ -4,7 +4,7 @@
 //! Invariant: a reach only grows: what it has once held stays in it.
 //! Deliberately absent: what is kept in the store (`storage::SinkProgress`, which counts as well).
 
-use storage::{Ahead, Lanes, StoredEvent};
+use storage::{Ahead, Lanes};
 
 /// A set of events: all below an offset, and some beyond it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,8 +22,19 @@ impl From<u64> for Reach {
 }
 
 impl Reach {
+    /// Where streams of these lanes begin that run ahead of others.
+    pub(crate) fn splits(&self, lanes: Lanes) -> impl Iterator<Item = u64> {
+        let after = self.cursor;
+        let begun = move |ahead: &&Ahead| ahead.lanes.covers(lanes) && ahead.offsets.start > after;
+        self.ahead.iter().filter(begun).map(|ahead| ahead.offsets.start)
+    }
+}
+
+/// What a sink does with it that keeps its cursor upstream: Kafka's alone.
+#[cfg(any(feature = "kafka", test))]
+impl Reach {
     /// Whether an event is in it.
-    pub(crate) fn has(&self, stored: &StoredEvent) -> bool {
+    pub(crate) fn has(&self, stored: &storage::StoredEvent) -> bool {
         stored.offset < self.cursor
             || !self.ahead.is_empty() && {
                 let lane = stored.event.attributes.lane();
@@ -35,13 +46,6 @@ impl Reach {
     /// Where the log must end at least.
     pub(crate) fn end(&self) -> u64 {
         self.ahead.iter().map(|ahead| ahead.offsets.end).fold(self.cursor, u64::max)
-    }
-
-    /// Where streams of these lanes begin that run ahead of others.
-    pub(crate) fn splits(&self, lanes: Lanes) -> impl Iterator<Item = u64> {
-        let after = self.cursor;
-        let begun = move |ahead: &&Ahead| ahead.lanes.covers(lanes) && ahead.offsets.start > after;
-        self.ahead.iter().filter(begun).map(|ahead| ahead.offsets.start)
     }
 
     /// Takes in another.
@@ -70,7 +74,7 @@ mod tests {
     use std::ops::Range;
 
     use proptest::prelude::*;
-    use storage::{Attribute, Attributes, Event, Lane, Lanes};
+    use storage::{Attribute, Attributes, Event, Lane, Lanes, StoredEvent};
 
     use super::*;
     use crate::fake;

@@ -28,7 +28,8 @@
 //!   then one request goes alone, from a stream that failed. A request that is suspected of holding
 //!   poison goes alone, too. So the contract of [`Sink`](crate::sink::Sink) holds per stream.
 //! - There are at most [`BACKLOGS_MAX`] backlogs: an outage beyond that is not split any more until
-//!   one of them has drained.
+//!   one of them has drained. Only what an earlier process has split comes on top, up to
+//!   [`BACKLOGS_FOUND_MAX`].
 //!
 //! Deliberately absent: reading, writing, time (the forwarder), and what makes a cursor durable.
 
@@ -48,6 +49,9 @@ use crate::sink::{Answer, Mark, OUTSIDE_ORDER, Request, RequestId, Window};
 
 /// Backlogs that may be owed at once.
 const BACKLOGS_MAX: usize = 4;
+/// The same where an earlier process has split: one more with each start whose store knows less than
+/// the upstream. What was found beyond that splits nothing.
+const BACKLOGS_FOUND_MAX: usize = 2 * BACKLOGS_MAX;
 /// What a replay gets of the requests, by bytes, beside the weights of live events and of what can
 /// wait, which are 1 together.
 const REPLAY_WEIGHT: f64 = 0.1;
@@ -415,17 +419,18 @@ impl Streams {
     fn lay_out(&mut self, progress: &SinkProgress, found: &Reach) {
         for (class, lanes) in self.plan.groups() {
             let mut gaps = progress.passed.gaps(lanes, progress.cursor);
-            for split in found.splits(lanes) {
-                let inside = |gap: &Range<u64>| gap.start < split && split < gap.end;
-                if let Some(place) = gaps.iter().position(inside) {
-                    gaps.insert(place + 1, split..gaps[place].end);
-                    gaps[place].end = split;
-                }
-            }
-            // Nobody splits so often; and what is between two of them may well go twice.
-            while gaps.len() > BACKLOGS_MAX + 1 {
-                gaps[1].start = gaps[0].start;
-                gaps.remove(0);
+            // Backlogs go one after the other, however they are split: of what was found only the last
+            // split matters, with which events go ahead of all of them. And two gaps never become
+            // one: what lies between them is done, and counted.
+            if class == Class::Live
+                && gaps.len() <= BACKLOGS_FOUND_MAX
+                && let Some(split) = found.splits(lanes).max()
+                && let Some(live) = gaps.last_mut()
+                && live.start < split
+            {
+                let ahead = split..live.end;
+                live.end = split;
+                gaps.push(ahead);
             }
             let mut start = progress.cursor;
             for gap in gaps {
@@ -650,7 +655,7 @@ impl Streams {
             }
             _ => {
                 let backlogs = self.all.iter().filter(|s| s.class == Class::Backlog).count();
-                if backlogs == BACKLOGS_MAX || backlogs > 0 && self.splitting == Splitting::Still {
+                if backlogs >= BACKLOGS_MAX || backlogs > 0 && self.splitting == Splitting::Still {
                     return;
                 }
                 let live = &mut self.all[place];
