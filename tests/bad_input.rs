@@ -143,12 +143,12 @@ async fn a_store_of_a_newer_format_is_refused_and_loses_nothing() {
     assert_eq!(gateway.terminate().await, Some(0));
 
     let state = bench.path("data/state.redb");
-    set_format(&state, 3);
+    let format = set_format(&state, u32::MAX);
     let ended = run_to_end("run", &config).await;
     let data_dir = bench.path("data").display().to_string();
-    assert_one_line(&ended, FAILED, &[&data_dir, "format 3", "install the version that wrote it"]);
+    assert_one_line(&ended, FAILED, &[&data_dir, "format 4294967295", "install the version that wrote it"]);
 
-    set_format(&state, 2);
+    set_format(&state, format);
     let gateway = bench.start().await;
     assert_eq!(gateway.status().await.store.watermark, stored);
     assert_eq!(gateway.terminate().await, Some(0));
@@ -156,21 +156,24 @@ async fn a_store_of_a_newer_format_is_refused_and_loses_nothing() {
 
 /// Changes the format number in the head row of a state database, as a version would have written it
 /// whose row is the same otherwise. Magic, checksum and format stay where they are in every format to
-/// come; the checksum covers what follows it.
-fn set_format(path: &Path, format: u32) {
+/// come; the checksum covers what follows it. Gives the number that was there.
+fn set_format(path: &Path, format: u32) -> u32 {
     const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
     let database = redb::Database::open(path).unwrap();
     let transaction = database.begin_write().unwrap();
-    {
+    let before = {
         let mut meta = transaction.open_table(META).unwrap();
         let mut row = meta.get("head").unwrap().expect("a head row").value().to_vec();
         assert_eq!(&row[..4], b"EGhd");
+        let before = u32::from_le_bytes(row[8..12].try_into().unwrap());
         row[8..12].copy_from_slice(&format.to_le_bytes());
         let crc = crc32c::crc32c(&row[8..]);
         row[4..8].copy_from_slice(&crc.to_le_bytes());
         meta.insert("head", &row[..]).unwrap();
-    }
+        before
+    };
     transaction.commit().unwrap();
+    before
 }
 
 /// A file system of a few megabytes, unmounted when dropped.
