@@ -146,7 +146,11 @@ async fn a_store_of_a_newer_format_is_refused_and_loses_nothing() {
     let format = set_format(&state, u32::MAX);
     let ended = run_to_end("run", &config).await;
     let data_dir = bench.path("data").display().to_string();
-    assert_one_line(&ended, FAILED, &[&data_dir, "format 4294967295", "install the version that wrote it"]);
+    assert_one_line(
+        &ended,
+        FAILED,
+        &[&data_dir, "format 4294967295", "install the version that wrote it"],
+    );
 
     set_format(&state, format);
     let gateway = bench.start().await;
