@@ -64,7 +64,7 @@ use redb::StorageBackend;
 pub(crate) use self::home::{HomeBackend, HomeFile};
 use self::homeward::Homeward;
 use self::record::{BLOCK_BYTES, DATA_START, Look, Mark, Record};
-pub(crate) use self::replay::{Rings, recover};
+pub(crate) use self::replay::{Rings, recover, replaced};
 use crate::disk::SharedDisk;
 
 /// The smallest ring: it must take a small transaction in a quarter.

@@ -288,7 +288,10 @@ impl Log {
         // Whatever was left behind comes first, also where no journal is wanted any more.
         let rings = match journaled {
             Journaled::LookedAt => Rings::look(&disk),
-            _ => journal::recover(&disk),
+            _ => {
+                finish_takeover(&disk).map_err(|error| io(UNFINISHED, error))?;
+                journal::recover(&disk)
+            }
         };
         let mut rings = rings.map_err(|(name, error)| io(&name, error))?;
         let pays = match journaled {
@@ -578,24 +581,35 @@ impl Log {
     /// the checkpoint. Everything that was appended must be durable, see [`Log::settle`].
     pub(crate) fn roll(&self, head: &Head) -> Result<(), LogError> {
         let first = head.tail.position.offset;
-        let journal = {
+        let (journal, replaces) = {
             let mut files = self.files_mut();
             let journal = self.journal(&mut files)?;
-            if files.list.back().is_some_and(|last| last.first == first) {
-                // The new file has the old one's name: none of its records may be replayed into it.
+            let replaces = files.list.back().is_some_and(|last| last.first == first);
+            if replaces {
                 files.active = None;
                 if let Some(journal) = &journal {
                     journal
                         .checkpoint()
                         .map_err(|error| self.journal_error(Some(journal), error))?;
                 }
-                self.rings().replace(first).map_err(|error| self.journal_error(None, error))?;
             }
-            journal
+            (journal, replaces)
         };
         let active = self.create(head, first).inspect_err(|_| {
             // Best effort: else it goes when the next one is made, or at the next open.
             let _ = self.disk.remove(UNFINISHED);
+        })?;
+        if replaces {
+            // The new file has the old one's name: none of its records may be replayed into it. The old
+            // one may be worth nothing without them, so the new one is whole by now: from here on
+            // `finish_takeover` gives it its name.
+            self.rings().replace(first).map_err(|error| self.journal_error(None, error))?;
+        }
+        self.disk.rename(UNFINISHED, &name(first)).map_err(|error| {
+            // It may have its name all the same, also after a crash: then the file before it ends
+            // here, and nothing may be added to that.
+            self.files_mut().active = None;
+            self.error(first, redb::Error::Io(error))
         })?;
         let mut files = self.files_mut();
         // Dropping its handle closes the old file. The lock keeps readers off until it is closed.
@@ -616,6 +630,7 @@ impl Log {
         Ok(())
     }
 
+    /// A file that begins with `head`, synced. It has no name yet.
     fn create(&self, head: &Head, first: u64) -> Result<OpenFile, LogError> {
         let created = OpenFile::create(&*self.disk, UNFINISHED, self.active_cache_bytes);
         let active = created.map_err(|error| self.error(first, error))?;
@@ -625,12 +640,6 @@ impl Log {
             Ok(())
         });
         written.map_err(|error| self.error(first, error))?;
-        self.disk.rename(UNFINISHED, &name(first)).map_err(|error| {
-            // It may have its name all the same, also after a crash: then the file before it ends
-            // here, and nothing may be added to that.
-            self.files_mut().active = None;
-            self.error(first, redb::Error::Io(error))
-        })?;
         Ok(active)
     }
 
@@ -996,6 +1005,23 @@ fn floor(source: Source<'_>, offset: u64) -> Result<Position, redb::Error> {
             Position { offset, ordinal }
         }))
     })
+}
+
+/// Ends what was cut short between the two renames of a file that takes over from one of its name, see
+/// [`Log::roll`].
+fn finish_takeover(disk: &SharedDisk) -> io::Result<()> {
+    const CACHE_BYTES: usize = 1 << 20;
+    let Some(first) = journal::replaced(disk)? else {
+        return Ok(());
+    };
+    let head = OpenFile::overlaid(&**disk, UNFINISHED, CACHE_BYTES)
+        .and_then(|new| head_row(Source::Tree(&new)));
+    if matches!(head, Ok(Ok(head)) if head.tail.position.offset == first) {
+        // Perhaps it was a later try that is there, and not yet synced.
+        disk.open(UNFINISHED)?.sync_data()?;
+        disk.rename(UNFINISHED, &name(first))?;
+    }
+    Ok(())
 }
 
 fn head_row(source: Source<'_>) -> Result<Result<Head, BadHead>, redb::Error> {

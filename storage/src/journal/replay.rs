@@ -2,8 +2,8 @@
 //!
 //! Owns: `log/journal-<number>.ring`. One of them is in use; others are there after a failure only,
 //! as long as they may hold what a log file lacks. A log file whose journal failed before it had an
-//! event is replaced by one of the same name: then that ring's name ends in `-without-<file>`, before
-//! the new file is there, so that nothing of the old one is replayed into it.
+//! event is replaced by one of the same name: then that ring's name ends in `-without-<file>` once the
+//! new file is whole and before it gets its name, so that nothing of the old one is replayed into it.
 //! Invariant: a ring is given up only once what it holds is synced in its home files.
 
 use std::collections::HashMap;
@@ -70,6 +70,12 @@ fn list(disk: &SharedDisk) -> Result<Vec<RingName>, (String, io::Error)> {
     let mut rings: Vec<RingName> = files.iter().filter_map(|file| RingName::parse(file)).collect();
     rings.sort_unstable();
     Ok(rings)
+}
+
+/// The log file that the last ring's records are not for any more, because another one takes its place.
+pub(crate) fn replaced(disk: &SharedDisk) -> io::Result<Option<u64>> {
+    let rings = list(disk).map_err(|(_, error)| error)?;
+    Ok(rings.last().and_then(|ring| ring.without))
 }
 
 /// Replays whatever rings are there into the log files, and syncs those.
