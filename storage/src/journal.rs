@@ -14,7 +14,8 @@
 //! Say that records 0 to *d* are durable: a sync of the ring has covered them. Acks, readers and
 //! cursors follow *d*, never redb's own idea of what it has committed.
 //!
-//! 1. *A home file holds nothing of a record beyond d*: it is written home after its sync.
+//! 1. *A home file holds nothing of a record beyond d*: it is written home after its sync. (For large
+//!    transactions see below.)
 //! 2. *The ring holds every record that a home file may lack*: a record's blocks are written anew
 //!    only after a mark behind it is durable, and that mark is written after a sync of every home
 //!    file that had been written before.
@@ -29,6 +30,17 @@
 //! is missing, and nothing is there by half. Replay can be cut short and begun again, as it only
 //! writes what is in the ring, which it leaves alone until the home files are synced.
 //!
+//! # Large transactions
+//!
+//! What is large goes home by itself (`write_through`): a second copy would cost more than it saves. The
+//! thread that flushes does it in the record's turn, once nothing is left to replay: everything before is
+//! home and synced, and a mark says so. The record has its place in the stream and no bytes in the ring.
+//! Until its own sync has come back it is not durable, and a power cut leaves its pages at home in part:
+//! redb wrote them where the state before has none, and makes a commit atomic by checksums of its own; and
+//! what the transaction cuts off the file stays until after that sync. As the ring has nothing behind that mark, a cut replays nothing over it. What follows in the ring
+//! comes with a mark that says where it begins, under the same sync: before that, there is nothing
+//! behind the old mark that a replay could find.
+//!
 //! # When something fails
 //!
 //! After a failed sync of the ring, what it covered may be lost even if it reads back well; after a
@@ -42,8 +54,8 @@
 //! behind those that a sync has taken, which are one more at most: so a commit is durable with the
 //! sync after the one under way. Memory: the records that are not home yet, which are all those and
 //! 256 KB that wait to be written home, and 2 MB of room for the next ones.
-//! A transaction that would fill a quarter of the ring goes home by itself, as it would without a
-//! journal.
+//! Of large transactions, the first in a row goes through the ring, unless it would fill a quarter of it:
+//! a single one is not worth the wait until nothing is left to replay.
 //!
 //! Deliberately absent: what the pages mean.
 
@@ -73,6 +85,9 @@ const RING_BYTES_MIN: u64 = 128 << 10;
 /// So much that is durable may wait to be written home: it goes together, see `homeward`. More would
 /// save little, and the next sync waits for it.
 const HOMEWARD_BYTES_MAX: u64 = 256 << 10;
+
+/// From so many bytes on a transaction is large.
+const LARGE_BYTES: u64 = 512 << 10;
 
 /// So much room of records that are done is kept for the next ones: memory that is given back and taken
 /// again costs more than what is written to it.
@@ -166,6 +181,10 @@ struct State {
     /// To be written by the next flush.
     mark: Option<Mark>,
     marks: u64,
+    /// What the last mark says, in the ring or about to be.
+    said: u64,
+    /// Bytes of the last record.
+    last_bytes: u64,
     /// Length of the ring's file.
     ring_len: u64,
     /// Somebody waits for everything to be home.
@@ -224,15 +243,35 @@ impl State {
         self.records.len() - self.records.partition_point(|record| record.place < self.taken)
     }
 
-    /// What the next flush can take: the records that are not durable and fit into the ring.
+    /// What the next flush can take: the records that are not durable and fit into the ring, up to one
+    /// that goes through.
     fn to_flush(&self, capacity: u64) -> Range<usize> {
-        let fitting = self.records.partition_point(|record| record.end() - self.tail <= capacity);
         let first = self.homeward();
-        first..fitting.max(first)
+        let fits = |record: &&Arc<Record>| !record.through && record.end() - self.tail <= capacity;
+        first..first + self.records.range(first..).take_while(fits).count()
+    }
+
+    /// The next record, if that is one that goes through.
+    fn through(&self) -> Option<&Arc<Record>> {
+        self.records.get(self.homeward()).filter(|record| record.through)
+    }
+
+    /// The same, if its time has come: nothing before it is left to replay.
+    fn to_write_through(&self) -> Option<&Arc<Record>> {
+        self.through().filter(|record| record.place == self.tail)
     }
 
     fn can_flush(&self, capacity: u64) -> bool {
-        self.mark.is_some() || !self.to_flush(capacity).is_empty()
+        self.mark.is_some()
+            || !self.to_flush(capacity).is_empty()
+            || self.to_write_through().is_some()
+    }
+
+    /// Has the next flush write a mark that says where the tail is going to be.
+    fn mark(&mut self, epoch: u64, capacity: u64, place: u64) {
+        self.marks += 1;
+        self.said = place;
+        self.mark = Some(Mark { epoch, number: self.marks, place, capacity });
     }
 
     /// Whether what is durable has to go home before anything else is done.
@@ -244,7 +283,8 @@ impl State {
 
     fn checkpoint_due(&self, capacity: u64) -> bool {
         let due = self.homed - self.marked > capacity / 2;
-        due || self.checkpoint_wanted && self.homed > self.marked
+        let wanted = self.checkpoint_wanted || self.through().is_some();
+        due || wanted && self.homed > self.marked
     }
 }
 
@@ -281,6 +321,8 @@ impl Journal {
             files: BTreeMap::new(),
             mark: None,
             marks: mark.number,
+            said: place,
+            last_bytes: 0,
             ring_len,
             home_wanted: false,
             checkpoint_wanted: false,
@@ -464,6 +506,9 @@ impl Ring {
     fn enqueue(&self, mut record: Record) -> io::Result<()> {
         let mut state = self.lock();
         state.check()?;
+        let bytes = record.ring_bytes();
+        record.through = bytes.min(state.last_bytes) > LARGE_BYTES || bytes > self.capacity / 4;
+        state.last_bytes = bytes;
         record.place_at(self.epoch, state.queued);
         let Some(joined) = state.files.get_mut(&record.file) else {
             return Err(io::Error::other("the journal of this file has ended"));
@@ -477,12 +522,6 @@ impl Ring {
             self.queued.notify_one();
         }
         Ok(())
-    }
-
-    /// Tells that everything is durable that was queued, and what went home beside it.
-    fn tell_durable(&self) {
-        let place = self.lock().queued;
-        (self.on_progress)(Progress::Durable(place));
     }
 
     /// Waits until no more than the permitted number of commits wait for a sync to take them.
@@ -555,6 +594,11 @@ impl Ring {
             } else if homeward && (idle || state.stopping || state.durable < state.queued) {
                 drop(state);
                 self.bring_home()
+            } else if state.checkpoint_due(self.capacity) && state.through().is_some() {
+                state.waiting.flusher = true;
+                self.due.notify_one();
+                drop(wait(&self.queued, state));
+                continue;
             } else if state.stopping && state.records.is_empty() {
                 return;
             } else if homeward {
@@ -598,8 +642,17 @@ impl Ring {
         let (records, mark, ring_len) = {
             let mut state = self.lock();
             state.check()?;
+            if let Some(record) = state.to_write_through().cloned() {
+                drop(state);
+                return self.write_through(&record).map(|()| true);
+            }
             let records: Vec<_> =
                 state.records.range(state.to_flush(self.capacity)).cloned().collect();
+            if !records.is_empty() && state.said < state.tail {
+                // What went through has left the old mark behind.
+                let tail = state.tail;
+                state.mark(self.epoch, self.capacity, tail);
+            }
             let (mark, ring_len) = (state.mark.take(), state.ring_len);
             if let Some(last) = records.last() {
                 state.taken = last.end();
@@ -629,6 +682,27 @@ impl Ring {
             (self.on_progress)(Progress::Durable(last.end()));
         }
         Ok(true)
+    }
+
+    /// Makes a record durable at home: see the module. Only the thread that flushes does this.
+    fn write_through(&self, record: &Arc<Record>) -> io::Result<()> {
+        let home = {
+            let mut state = self.lock();
+            state.taken = record.end();
+            let home = state.files[&record.file].home.clone();
+            self.done(state);
+            home
+        };
+        home.write_through(record)
+            .map_err(|error| self.fail("writing a log file failed", &error, true))?;
+        let mut state = self.lock();
+        state.records.pop_front();
+        let end = record.end();
+        (state.tail, state.marked, state.homed, state.durable) = (end, end, end, end);
+        state.files.retain(|_, joined| !joined.closed || joined.end > end);
+        self.done(state);
+        (self.on_progress)(Progress::Durable(end));
+        Ok(())
     }
 
     /// Writes home what is durable. Says whether there was anything. Only one thread at a time does
@@ -710,9 +784,7 @@ impl Ring {
         state.files.retain(|_, joined| !joined.closed || joined.end > homed);
         if homed > state.marked {
             state.marked = homed;
-            state.marks += 1;
-            let (epoch, number, capacity) = (self.epoch, state.marks, self.capacity);
-            state.mark = Some(Mark { epoch, number, place: homed, capacity });
+            state.mark(self.epoch, self.capacity, homed);
         }
         drop(state);
         self.queued.notify_one();

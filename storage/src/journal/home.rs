@@ -18,7 +18,7 @@ use redb::{BackendError, StorageBackend};
 
 use super::Ring;
 use super::homeward::Homeward;
-use super::record::{Draft, Look};
+use super::record::{Draft, Look, Record};
 use crate::disk::{Fenced, SharedDisk};
 use crate::log;
 
@@ -93,20 +93,40 @@ impl HomeFile {
         Ok(())
     }
 
-    /// Writes what records leave of it.
+    /// Writes what durable records leave of it.
     pub(super) fn bring_home(&self, homeward: &Homeward<'_>) -> io::Result<()> {
-        let joined = self.joined.get().expect("its records come from the journal");
-        let before = joined.home_len.load(Ordering::Acquire);
-        let kept = before.min(homeward.len_min);
-        if kept < before {
-            joined.home_len.store(kept, Ordering::Release);
-            self.file.set_len(kept)?;
-        }
-        if kept < homeward.len {
+        self.shrink(homeward.len_min)?;
+        self.grow_and_write(homeward)
+    }
+
+    /// Makes a record durable here: see "Large transactions" in the journal. What it cuts off the file
+    /// is needed by the state before it, until the sync has come back.
+    pub(super) fn write_through(&self, record: &Arc<Record>) -> io::Result<()> {
+        self.grow_and_write(&Homeward::of(std::slice::from_ref(record)))?;
+        self.sync()?;
+        self.shrink(record.file_len)
+    }
+
+    fn grow_and_write(&self, homeward: &Homeward<'_>) -> io::Result<()> {
+        let joined = self.joined();
+        if joined.home_len.load(Ordering::Acquire) < homeward.len {
             self.file.set_len(homeward.len)?;
             joined.home_len.store(homeward.len, Ordering::Release);
         }
         homeward.writes().try_for_each(|(offset, data)| self.file.write(offset, data))
+    }
+
+    fn shrink(&self, len: u64) -> io::Result<()> {
+        let joined = self.joined();
+        if len < joined.home_len.load(Ordering::Acquire) {
+            joined.home_len.store(len, Ordering::Release);
+            self.file.set_len(len)?;
+        }
+        Ok(())
+    }
+
+    fn joined(&self) -> &Joined {
+        self.joined.get().expect("its records come from the journal")
     }
 
     /// Syncs what is home.
@@ -175,25 +195,17 @@ impl HomeFile {
         let Some(joined) = self.joined.get() else {
             return self.file.sync_data();
         };
-        let too_large = {
+        {
             // Held until the record can be seen: a reader finds the writes in one of the two.
             let mut open = joined.draft();
             if open.is_empty() {
                 return Ok(());
             }
             let draft = std::mem::replace(&mut *open, Draft::new(joined.ring.spare()));
-            if draft.ring_bytes() <= joined.ring.capacity / 4 {
-                let len = joined.len.load(Ordering::Relaxed);
-                joined.ring.enqueue(draft.finish(joined.first, len))?;
-                None
-            } else {
-                Some(draft)
-            }
-        };
-        match too_large {
-            None => joined.ring.wait_for_room(),
-            Some(draft) => self.write_through(joined, draft),
+            let len = joined.len.load(Ordering::Relaxed);
+            joined.ring.enqueue(draft.finish(joined.first, len))?;
         }
+        joined.ring.wait_for_room()
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -213,18 +225,6 @@ impl HomeFile {
                 Ok(())
             }
         }
-    }
-
-    /// Sends a transaction that is too large for the ring home by itself. Nothing is left to replay
-    /// when it begins, so from there on redb's own order of writes is what makes it atomic.
-    fn write_through(&self, joined: &Joined, draft: Draft) -> io::Result<()> {
-        joined.ring.settle()?;
-        let record = draft.finish(joined.first, joined.len.load(Ordering::Relaxed));
-        self.bring_home(&Homeward::of(&[Arc::new(record)]))
-            .and_then(|()| self.sync())
-            .map_err(|error| joined.ring.fail("writing a log file failed", &error, true))?;
-        joined.ring.tell_durable();
-        Ok(())
     }
 }
 

@@ -197,7 +197,8 @@ impl Draft {
         };
         self.bytes[..HEADER_BYTES].copy_from_slice(header.as_bytes());
         self.bytes.resize(self.ring_bytes() as usize, 0);
-        Record { place: 0, file, file_len, bytes: self.bytes, extents: self.extents }
+        let (bytes, extents) = (self.bytes, self.extents);
+        Record { place: 0, through: false, file, file_len, bytes, extents }
     }
 }
 
@@ -206,6 +207,8 @@ impl Draft {
 pub(super) struct Record {
     /// Where it begins in the stream.
     pub(super) place: u64,
+    /// It goes home by itself and has no bytes in the ring.
+    pub(super) through: bool,
     /// The home file: its first offset.
     pub(super) file: u64,
     /// Length of the home file after it.
@@ -236,9 +239,14 @@ impl Record {
         header.crc = crc32c::crc32c(&header.as_bytes()[CRC_END..]).into();
     }
 
+    /// Bytes of its place.
+    pub(super) fn ring_bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
     /// End of its place.
     pub(super) fn end(&self) -> u64 {
-        self.place + self.bytes.len() as u64
+        self.place + self.ring_bytes()
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
@@ -267,7 +275,7 @@ impl Record {
 
     /// Bytes that the record at the front of `block` takes in the ring, if one of this life begins
     /// at this place.
-    pub(super) fn ring_bytes(block: &[u8], epoch: u64, place: u64) -> Option<u64> {
+    pub(super) fn stored_bytes(block: &[u8], epoch: u64, place: u64) -> Option<u64> {
         let header = header(block, epoch, place)?;
         let len = HEADER_BYTES as u64 + u64::from(header.body_len.get());
         Some(len.next_multiple_of(BLOCK_BYTES))
@@ -288,7 +296,7 @@ impl Record {
             at = start.checked_add(stored.len.get() as usize).filter(|&at| at <= end)?;
             extents.push(Extent { offset: stored.offset.get(), data: start..at });
         }
-        Some(Self { place, file, file_len, bytes, extents })
+        Some(Self { place, through: false, file, file_len, bytes, extents })
     }
 }
 
@@ -347,7 +355,7 @@ mod tests {
         let record = record();
         let bytes = record.bytes().to_vec();
         assert_eq!(bytes.len() as u64 % BLOCK_BYTES, 0);
-        assert_eq!(Record::ring_bytes(&bytes[..4096], EPOCH, PLACE), Some(bytes.len() as u64));
+        assert_eq!(Record::stored_bytes(&bytes[..4096], EPOCH, PLACE), Some(bytes.len() as u64));
         let read = Record::decode(bytes, EPOCH, PLACE).unwrap();
         assert_eq!((read.file, read.file_len, read.end()), (77, 65_536, record.end()));
         assert!(read.writes().eq(record.writes()));

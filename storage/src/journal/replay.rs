@@ -252,7 +252,7 @@ fn visit(
         if !read_round(ring, mark.capacity, place, &mut block)? {
             return Ok(());
         }
-        let len = match Record::ring_bytes(&block, mark.epoch, place) {
+        let len = match Record::stored_bytes(&block, mark.epoch, place) {
             Some(len) if len <= mark.capacity => len as usize,
             _ => return Ok(()),
         };

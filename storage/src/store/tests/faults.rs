@@ -534,8 +534,8 @@ fn a_file_that_was_replaced_takes_nothing_from_a_journal_that_failed() {
     assert!(replaced > 0, "no sync of a log file has failed");
 }
 
-/// The first commit to a new journal once waited for the one after it: too large for the journal, it
-/// had no record whose sync would have told that it is durable.
+/// The first commit to a new journal once waited for the one after it: it is too large for the journal,
+/// and no sync of the ring tells that it is durable.
 #[test]
 fn a_commit_that_is_too_large_for_a_new_journal_is_acked() {
     let options = StoreOptions { journal: JournalMode::On, ..world::options() };
@@ -547,6 +547,7 @@ fn a_commit_that_is_too_large_for_a_new_journal_is_acked() {
     world.commit(events, vec![]).unwrap_err();
     let watermark = world.watermark();
     world.commit_events(57, 2000);
+    world.step(false);
     assert_eq!(world.store.mark().watermark, watermark + 57);
     world.check();
 }
