@@ -1,7 +1,7 @@
 //! Where work is done for clients that are not let in yet: handshakes of TLS and WebSocket, checks of
 //! passwords. Both cost a thousand times as much as a publish, and anybody can ask for them.
 //!
-//! Invariant: devices that are at work go before. The threads here have [`NICENESS`]: while others
+//! Invariant: devices that are at work go before. The threads here have `NICENESS`: while others
 //! want the processors they get about a tenth of what one of those gets, and whatever is idle
 //! otherwise. A storm of reconnects takes longer by that, and nobody else notices it.
 //! Nothing is locked here that a connection at work waits for.

@@ -1,7 +1,7 @@
 //! The clocks of this machine, in the unit of the log.
 //!
 //! Owns: the time of the wall ([`now_us`]), how long the machine is up and in which boot, whether the
-//! wall clock was set, and which time an event gets ([`Times`], pure).
+//! wall clock was set, and which time an event gets (`Times`, pure).
 //! Invariant: an event is stamped by a clock that nobody sets: the uptime, on top of what the time
 //! seemed to be when the process began. The committer puts it where the wall clock stands by then. So a
 //! clock that is set between the two moves no event against another, and the uptime of every event is

@@ -6,7 +6,7 @@
 //!
 //! Invariants:
 //! - an event is called a duplicate only if one of the same device with the same id stands before it in
-//!   the log: what a failed commit took along is forgotten with it ([`Dedup::void`]), and a row is
+//!   the log: what a failed commit took along is forgotten with it (`Dedup::void`), and a row is
 //!   never durable before the events whose ids it has;
 //! - what was stored is known after a restart: the rows tell what came before an offset, and the log
 //!   itself the rest, which is read again.
