@@ -7,6 +7,8 @@
 //!
 //! `cargo bench -p gateway --bench footprint [-- --quick]`. Figures are reported, never asserted.
 
+mod device;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
@@ -24,6 +26,7 @@ const QUICK_BACKLOG_BYTES: u64 = 50_000_000;
 const CONNECTIONS: usize = 8;
 const WINDOW: usize = 100;
 const PAYLOAD_BYTES: usize = 1_000;
+const PAYLOAD: [u8; PAYLOAD_BYTES] = [b'x'; PAYLOAD_BYTES];
 
 struct Server {
     process: Child,
@@ -176,8 +179,9 @@ bind = "127.0.0.1:0"
 /// Publishes in windows for as long as there is a gateway.
 fn publish(mqtt: SocketAddr, n: usize) -> std::io::Result<()> {
     let (mut stream, topic) = connect(mqtt, n)?;
-    let window: Vec<u8> = (1..=WINDOW as u16).flat_map(|id| publish_packet(&topic, id)).collect();
-    let mut acks = [0; 4 * WINDOW];
+    let window: Vec<u8> =
+        (1..=WINDOW as u16).flat_map(|id| device::publish(&topic, id, &PAYLOAD)).collect();
+    let mut acks = [0; device::PUBACK_BYTES * WINDOW];
     loop {
         stream.write_all(&window)?;
         stream.read_exact(&mut acks)?;
@@ -187,47 +191,13 @@ fn publish(mqtt: SocketAddr, n: usize) -> std::io::Result<()> {
 /// Publishes an event and waits for its ack.
 fn publish_one(mqtt: SocketAddr) -> std::io::Result<()> {
     let (mut stream, topic) = connect(mqtt, 0)?;
-    stream.write_all(&publish_packet(&topic, 1))?;
-    stream.read_exact(&mut [0; 4])?;
-    stream.write_all(&packet(0xe0, &[]))
+    stream.write_all(&device::publish(&topic, 1, &PAYLOAD))?;
+    stream.read_exact(&mut [0; device::PUBACK_BYTES])?;
+    stream.write_all(&device::DISCONNECT)
 }
 
 /// A connection, and the topic to publish to.
 fn connect(mqtt: SocketAddr, n: usize) -> std::io::Result<(TcpStream, String)> {
-    let device = format!("dev-{n:06}");
-    let mut stream = TcpStream::connect(mqtt)?;
-    stream.set_nodelay(true)?;
-    let mut connect = b"\x00\x04MQTT\x04\x02\x00\x00".to_vec();
-    put_text(&mut connect, &device);
-    stream.write_all(&packet(0x10, &connect))?;
-    stream.read_exact(&mut [0; 4])?;
-    Ok((stream, format!("devices/{device}/telemetry")))
-}
-
-fn publish_packet(topic: &str, id: u16) -> Vec<u8> {
-    let mut publish = Vec::new();
-    put_text(&mut publish, topic);
-    publish.extend(id.to_be_bytes());
-    publish.extend(vec![b'x'; PAYLOAD_BYTES]);
-    packet(0x32, &publish)
-}
-
-fn put_text(out: &mut Vec<u8>, text: &str) {
-    out.extend((text.len() as u16).to_be_bytes());
-    out.extend(text.as_bytes());
-}
-
-fn packet(kind: u8, body: &[u8]) -> Vec<u8> {
-    let mut out = vec![kind];
-    let mut left = body.len();
-    loop {
-        let more = if left > 127 { 0x80 } else { 0 };
-        out.push((left % 128) as u8 | more);
-        left /= 128;
-        if left == 0 {
-            break;
-        }
-    }
-    out.extend(body);
-    out
+    let client_id = format!("dev-{n:06}");
+    Ok((device::connect(mqtt, &client_id)?, format!("devices/{client_id}/telemetry")))
 }

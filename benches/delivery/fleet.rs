@@ -1,7 +1,7 @@
 //! A gateway as a process of its own, and publishers at a steady rate.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,6 +15,7 @@ use gateway::admin::status::{SinkStatus, Status};
 use tokio::runtime::Runtime;
 
 use super::backlog::now_us;
+use super::device;
 
 const CONNECTIONS: u64 = 8;
 /// Publishes of one connection that wait for their ack at most.
@@ -138,17 +139,11 @@ fn publish(
     stop: &AtomicBool,
     acked: &AtomicU64,
 ) -> io::Result<()> {
-    let device = format!("live-{n:06}");
-    let topic = format!("devices/{device}/telemetry");
-    let mut stream = TcpStream::connect(mqtt)?;
-    stream.set_nodelay(true)?;
-    let mut connect = b"\x00\x04MQTT\x04\x02\x00\x00".to_vec();
-    put_text(&mut connect, &device);
-    stream.write_all(&packet(0x10, &connect))?;
-    let mut answer = [0; 4];
-    stream.read_exact(&mut answer)?;
+    let client_id = format!("live-{n:06}");
+    let topic = format!("devices/{client_id}/telemetry");
+    let mut stream = device::connect(mqtt, &client_id)?;
     let (began, mut sent) = (Instant::now(), 0);
-    let mut acks = vec![0; 4 * WINDOW as usize];
+    let mut acks = vec![0; device::PUBACK_BYTES * WINDOW as usize];
     while !stop.load(Ordering::Relaxed) {
         let due = (began.elapsed().as_secs_f64() * rate) as u64;
         let count = (due - sent).min(WINDOW);
@@ -158,39 +153,15 @@ fn publish(
         }
         let mut burst = Vec::new();
         for id in 1..=count as u16 {
-            let mut publish = Vec::new();
-            put_text(&mut publish, &topic);
-            publish.extend(id.to_be_bytes());
             let mut payload = format!(r#"{{"sent_us":{},"noise":""#, now_us()).into_bytes();
             payload.resize(payload_bytes.max(payload.len() + 2) - 2, b'x');
-            publish.extend(payload);
-            publish.extend(b"\"}");
-            burst.extend(packet(0x32, &publish));
+            payload.extend(b"\"}");
+            burst.extend(device::publish(&topic, id, &payload));
         }
         stream.write_all(&burst)?;
-        stream.read_exact(&mut acks[..4 * count as usize])?;
+        stream.read_exact(&mut acks[..device::PUBACK_BYTES * count as usize])?;
         sent += count;
         acked.fetch_add(count, Ordering::Relaxed);
     }
-    stream.write_all(&packet(0xe0, &[]))
-}
-
-fn put_text(out: &mut Vec<u8>, text: &str) {
-    out.extend((text.len() as u16).to_be_bytes());
-    out.extend(text.as_bytes());
-}
-
-fn packet(kind: u8, body: &[u8]) -> Vec<u8> {
-    let mut out = vec![kind];
-    let mut left = body.len();
-    loop {
-        let more = if left > 127 { 0x80 } else { 0 };
-        out.push((left % 128) as u8 | more);
-        left /= 128;
-        if left == 0 {
-            break;
-        }
-    }
-    out.extend(body);
-    out
+    stream.write_all(&device::DISCONNECT)
 }

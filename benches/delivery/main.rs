@@ -20,6 +20,8 @@
 
 mod backlog;
 mod ceiling;
+#[path = "../device.rs"]
+mod device;
 mod fleet;
 mod isolation;
 mod live_first;
