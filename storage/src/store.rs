@@ -40,7 +40,8 @@ use crate::{Compression, DeadLetterStats, Loss, LossReason, ReadError, StateErro
 /// What happens when the quota is reached and every stored byte is still needed by a sink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AtQuota {
-    /// Commits fail with [`CommitError::Quota`] until there is room; the front holds its devices.
+    /// Commits fail with [`CommitError::Quota`](crate::CommitError::Quota) until there is room; the
+    /// front holds its devices.
     Hold,
     /// As `Hold`; the front refuses publishes with a reason instead of holding them.
     Refuse,

@@ -103,8 +103,8 @@ impl Writer {
 
     /// Numbers the events in slice order and commits them with the control records in one
     /// transaction. They are durable when a [`Mark`] says so: without a journal before it returns; with
-    /// one perhaps later, see [`StoreOptions::commits_ahead_max`], but at the latest with the sync that
-    /// follows the one under way.
+    /// one perhaps later (see [`commits_ahead_max`](super::StoreOptions::commits_ahead_max)), but at the
+    /// latest with the sync that follows the one under way.
     ///
     /// # Errors
     /// See [`CommitError`]. After one, nothing of this commit may be acked, and nothing of it was
@@ -112,8 +112,8 @@ impl Writer {
     /// [`CommitError::Io`] that is true also of all commits that no mark has covered.
     ///
     /// # Panics
-    /// If an event's partition is not below [`StoreOptions::partitions`], or a cursor passes the
-    /// end of the log.
+    /// If an event's partition is not below the store's number of
+    /// [`partitions`](super::StoreOptions::partitions), or a cursor passes the end of the log.
     pub fn commit(
         &mut self,
         events: &[Event],
