@@ -416,7 +416,7 @@ impl World {
             dup: false,
             retain: false,
             expiry_s: None,
-            subscription_id: None,
+            subscription_ids: &[],
             topic_alias: None,
         };
         let before = self.out.len();

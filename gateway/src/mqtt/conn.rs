@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use super::auth::{self, Peer};
 use super::clients::{Clients, Seat};
 use super::codec::{self, Connect, Refused, Version};
-use super::downlink::{Downlink, Inbox, Interrupted, Options, PUBLISHER};
+use super::downlink::{Downlink, Inbox, Interrupted};
 use super::pace::{Pace, Paces};
 use super::reason::{self, Violation};
 use super::retained::Retained;
@@ -38,6 +38,7 @@ use super::rows::StoredWill;
 use super::session::{Effect, Limits, Publishing, Session};
 use super::sessions::{Attached, Kept, Sessions, Unattached};
 use super::stats::{FrontStats, LogLimit};
+use super::subscriptions::{Options, PUBLISHER};
 use super::topic;
 use crate::access::{Access, Grant};
 use crate::config::SessionsConfig;
@@ -296,6 +297,7 @@ pub async fn serve<R, W>(
     };
     session.welcome(before, kept.is_some(), expiry_s, &mut out);
     tracing::debug!(peer, client = %session.client_id(), version = ?session.version(), "connected");
+    let inbox = shared.downlink.inbox(session.client_id());
 
     let mut conn = Conn {
         shared,
@@ -307,7 +309,7 @@ pub async fn serve<R, W>(
         out,
         hold: Hold { queue: VecDeque::new(), budget: shared.held.clone() },
         mailbox: kept.as_ref().map(|kept| kept.mailbox()).unwrap_or_default(),
-        inbox: shared.downlink.inbox(),
+        inbox,
         marks_publisher: kept.as_ref().is_some_and(|kept| kept.has_no_local()),
         kept,
         retained_due: VecDeque::new(),

@@ -30,10 +30,11 @@ use storage::{Control, Event, StateError, Store};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::downlink::{Downlink, Options};
+use super::downlink::Downlink;
 use super::retained::Retained;
 use super::rows::{self, Message, Queued, SessionRow, StoredWill};
 use super::session::{Inbound, NEVER_S};
+use super::subscriptions::Options;
 use crate::access::Access;
 use crate::config::SessionsConfig;
 use crate::ingest::clock::SET_US;
@@ -132,7 +133,7 @@ impl Kept {
         if inner.ended {
             return None;
         }
-        if queued.qos == 0 {
+        if queued.manner.qos == 0 {
             if inner.online && inner.passing.len() < PASSING_MAX {
                 inner.passing.push_back(queued);
                 self.wake.notify_one();
