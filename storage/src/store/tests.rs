@@ -12,8 +12,12 @@ mod world;
 
 use redb::ReadableTable;
 
+use super::open::Opening;
 use super::*;
-use crate::Attributes;
+use crate::batch::Encoder;
+use crate::head::FORMAT;
+use crate::passed::Lanes;
+use crate::{Attributes, CommitError, Control, Event, OpenError, journal, log};
 
 const NOW_US: u64 = 1_700_000_000_000_000;
 
