@@ -11,6 +11,7 @@
 
 mod bench;
 mod client;
+mod failing_syncs;
 mod fault_proxy;
 mod gateway_process;
 pub(crate) mod kafka;
@@ -28,6 +29,7 @@ use firmware_sim::audit::{AuditReport, audit};
 
 pub(crate) use bench::{Bench, http_sink, stable_address};
 pub(crate) use client::Subscriber;
+pub(crate) use failing_syncs::FailingSyncs;
 pub(crate) use fault_proxy::{Fault, FaultProxy};
 pub(crate) use gateway_process::{Ended, GatewayProcess, command, run_to_end, run_words, sink};
 
