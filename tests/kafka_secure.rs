@@ -29,11 +29,12 @@ retry_backoff_max = "500ms"
 }
 
 fn tls(files: &str, identity: bool) -> String {
-    let mut text = format!("[sink.tls]\nca_file = \"{files}/ca.pem\"\n");
-    if identity {
-        text += &format!("cert_file = \"{files}/client.pem\"\nkey_file = \"{files}/client.key\"\n");
-    }
-    text
+    let identity = if identity {
+        format!("cert_file = \"{files}/client.pem\"\nkey_file = \"{files}/client.key\"\n")
+    } else {
+        String::new()
+    };
+    format!("[sink.tls]\nca_file = \"{files}/ca.pem\"\n{identity}")
 }
 
 fn sasl(mechanism: &str, password: &str) -> String {
