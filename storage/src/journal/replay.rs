@@ -72,10 +72,24 @@ fn list(disk: &SharedDisk) -> Result<Vec<RingName>, (String, io::Error)> {
     Ok(rings)
 }
 
-/// The log file that the last ring's records are not for any more, because another one takes its place.
+/// The log file that another one was about to take the place of, by the name of a ring. A ring that was
+/// begun for the other one holds nothing of that name yet; one that does is of a file that has had its
+/// name, and stays.
 pub(crate) fn replaced(disk: &SharedDisk) -> io::Result<Option<u64>> {
-    let rings = list(disk).map_err(|(_, error)| error)?;
-    Ok(rings.last().and_then(|ring| ring.without))
+    let mut replaced = None;
+    for ring in list(disk).map_err(|(_, error)| error)? {
+        if ring.without.is_some() {
+            replaced = ring.without;
+        } else if let Some(first) = replaced {
+            visit(&*disk.open(&ring.path())?, |record| {
+                if record.file == first {
+                    replaced = None;
+                }
+                Ok(())
+            })?;
+        }
+    }
+    Ok(replaced)
 }
 
 /// Replays whatever rings are there into the log files, and syncs those.

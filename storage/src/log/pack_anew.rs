@@ -6,12 +6,19 @@
 //! the head row of the file after it; nothing is left in a journal that would be replayed into it; what
 //! is trimmed meanwhile does not come back.
 
-use super::{
-    BATCHES, Batch, Bytes, Encoder, Event, HEAD, Head, Log, LogError, OpenFile, Ordering, PACKED,
-    PoisonError, Position, Source, Tail, name,
-};
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+
+use super::sealed::Source;
+use super::{BATCHES, HEAD, Log, LogError, PACKED, name};
+use crate::batch::{Batch, Encoder};
 use crate::clock::Clock;
 use crate::codec::Compression;
+use crate::disk::OpenFile;
+use crate::event::Event;
+use crate::head::{Head, Position, Tail};
 
 /// What the new file is called until it takes the old one's name.
 pub(super) const UNFINISHED: &str = "log/packing";

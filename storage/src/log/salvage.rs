@@ -19,12 +19,12 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::ControlFlow;
 
+use bytes::Bytes;
 use redb::StorageBackend;
 
-use super::{BadHead, Batch, BatchHead, Bytes, Head, Position};
-use crate::batch;
+use crate::batch::{self, Batch, BatchHead};
 use crate::disk::Overlay;
-use crate::head;
+use crate::head::{self, BadHead, Head, Position};
 
 /// Searched at once.
 const WINDOW_BYTES: usize = 1 << 20;

@@ -4,10 +4,12 @@
 //! Owns: walking a file in pieces, so that nobody who appends waits for a walk.
 //! Deliberately absent: any judgement of what is found.
 
-use super::{
-    BadHead, ControlFlow, Head, Log, LogError, Position, Range, batches, head_row, name, rows,
-};
+use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
+
+use super::sealed::{batches, head_row, rows};
+use super::{Log, LogError, name};
+use crate::head::{BadHead, Head, Position};
 
 /// A walk lets go of its file after this many bytes: while it looks at the one that is appended to,
 /// the log cannot start a new one.

@@ -9,8 +9,10 @@
 //! sequence numbers, event bytes, receive time) and that takes less room; one that is damaged is left
 //! alone. A crash leaves the old file or the new one.
 
-use super::{CommitError, Encoder, StateError, Writer};
+use super::Writer;
+use crate::batch::Encoder;
 use crate::log::Packing;
+use crate::{CommitError, StateError};
 
 /// What [`Writer::compact`] gained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -4,17 +4,19 @@
 //! that leaves the loss ledger alone.
 //! Deliberately absent: checking what the batches hold (see `verify`).
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{Mark, OpenError, Opening, Read, ReadError, Store, StoreOptions, TryLockError};
+use super::open::Opening;
+use super::{Mark, Read, Store, StoreOptions};
 use crate::disk::{FileDisk, SharedDisk};
 use crate::frozen::Frozen;
 use crate::head::Tail;
 use crate::state;
+use crate::{OpenError, ReadError};
 
 /// What one log file holds.
 #[derive(Clone, Debug, PartialEq, Eq)]

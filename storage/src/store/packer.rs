@@ -14,8 +14,10 @@
 //! - a crash leaves the old file or the new one.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 
-use super::{Encoder, Ordering, ReadError, Store};
+use super::{ReadError, Store};
+use crate::batch::Encoder;
 use crate::codec::Compression;
 use crate::log::Packing;
 

@@ -10,13 +10,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{
-    FileDisk, Loss, LossReason, OpenError, State, StateError, Store, StoreOptions, Writer,
-    database_error, log, take_lock,
-};
-use crate::disk::SharedDisk;
-use crate::log::first_head;
-use crate::state;
+use super::open::{database_error, take_lock};
+use super::{Store, StoreOptions, Writer};
+use crate::disk::{FileDisk, SharedDisk};
+use crate::log::{self, first_head};
+use crate::state::{self, State};
+use crate::{Loss, LossReason, OpenError, StateError};
 
 /// What [`Store::rebuild_state`] brought back.
 #[derive(Clone, Debug, PartialEq, Eq)]

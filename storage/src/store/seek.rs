@@ -5,8 +5,9 @@
 
 use bytes::Bytes;
 
-use super::{ReadError, Span, Store, StoredEvent};
+use super::{ReadError, Store, StoredEvent};
 use crate::batch::{Batch, BatchHead};
+use crate::log::Span;
 
 /// A place in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
