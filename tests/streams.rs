@@ -89,6 +89,13 @@ impl Upstream {
         Self { address, permits, arrived, _server: server }
     }
 
+    /// One that takes everything at once.
+    async fn open() -> Self {
+        let upstream = Self::start().await;
+        upstream.take_all();
+        upstream
+    }
+
     fn arrived(&self) -> Vec<Arrival> {
         self.arrived.lock().unwrap().clone()
     }
@@ -389,8 +396,7 @@ fn alarms(upstream: &Upstream) -> usize {
 async fn a_budget_that_is_used_up_holds_all_or_all_but_alarms_also_after_a_kill() {
     let bench = Bench::new(65);
     let [held, alarmed, free] =
-        [Upstream::start().await, Upstream::start().await, Upstream::start().await];
-    [&held, &alarmed, &free].iter().for_each(|upstream| upstream.take_all());
+        [Upstream::open().await, Upstream::open().await, Upstream::open().await];
     let sinks = |budget: &str| {
         let budget = format!("budget_bytes_month = \"{budget}\"\n");
         sink_to("held", &held, &format!("{budget}at_budget = \"hold\""))
@@ -448,8 +454,7 @@ fn window(begins_in_minutes: u64) -> String {
 async fn outside_of_its_windows_a_sink_has_alarms_only() {
     const DAY_MINUTES: u64 = 24 * 60;
     let bench = Bench::new(66);
-    let [night, day] = [Upstream::start().await, Upstream::start().await];
-    [&night, &day].iter().for_each(|upstream| upstream.take_all());
+    let [night, day] = [Upstream::open().await, Upstream::open().await];
     let (closed, open) = (window(60), window(DAY_MINUTES - 60));
     bench.configure(&(sink_to("night", &night, &closed) + &sink_to("day", &day, &open)));
     bench.route_first(ALARM_ROUTE);
