@@ -126,3 +126,65 @@ async fn a_flooding_device_is_slowed_and_starves_nobody() {
         assert_eq!(gateway.terminate().await, Some(0));
     }
 }
+
+/// What a route allows a client holds for that route alone, and for each of its clients.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_route_slows_who_is_over_its_rate_and_nobody_else() {
+    for (limit, topic, events) in [
+        ("events_per_second_max = 200", "slow/flooding/t".to_owned(), 300),
+        ("bytes_per_second_max = \"40KiB\"", format!("slow/flooding/{}", "t".repeat(1000)), 60),
+    ] {
+        let (bench, addr) = limited(
+            74,
+            &format!(
+                "[[route]]\nfilter = \"slow/{{device}}/#\"\n{limit}\n\
+                 [[route]]\nfilter = \"{{device}}/#\""
+            ),
+        );
+        let gateway = bench.start().await;
+        let mut flooding = welcome(TcpStream::connect(addr).await.unwrap(), "flooding").await;
+        // Far more than the rate, by another route.
+        let other = topic.replacen("slow", "fast", 1);
+        flooding.flood(&other, 2 * events).await;
+        assert_eq!(gateway.status().await.mqtt.paced_total, 0);
+        let mut flood = JoinSet::new();
+        flood.spawn(async move { flooding.flood(&topic, events).await });
+        gateway.until("it is slowed", |status| status.mqtt.paced_total > 0).await;
+        let mut good = welcome(TcpStream::connect(addr).await.unwrap(), "good").await;
+        for _ in 0..20 {
+            assert_eq!(good.publish("slow/good/t", "1").await, Some(0));
+        }
+        flood.join_next().await.unwrap().unwrap();
+        let status = gateway.status().await;
+        let stored = 3 * u64::from(events) + 20;
+        assert_eq!((status.store.watermark, status.mqtt.publishes_refused_total), (stored, 0));
+        assert_eq!(gateway.terminate().await, Some(0));
+    }
+}
+
+/// A payload beyond the bound of its route is refused by the book of each version, counted, and stored
+/// nowhere; other routes take it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_payload_beyond_its_route_is_refused() {
+    let (bench, addr) = limited(
+        75,
+        "[[route]]\nfilter = \"small/{device}/#\"\npayload_bytes_max = \"1KiB\"\n\
+         [[route]]\nfilter = \"{device}/#\"",
+    );
+    let gateway = bench.start().await;
+    let (fits, large) = ("x".repeat(1024), "x".repeat(1025));
+    let mut v5 = welcome(TcpStream::connect(addr).await.unwrap(), "five").await;
+    let stream = TcpStream::connect(addr).await.unwrap();
+    let hello = Hello { client_id: "three", ..Hello::default() };
+    let mut v3 = Raw::welcome(stream, false, hello).await;
+    for client in [&mut v5, &mut v3] {
+        assert_eq!(client.publish("small/d/t", &fits).await, Some(0));
+        assert_eq!(client.publish("large/d/t", &large).await, Some(0));
+    }
+    assert_eq!(v5.publish("small/d/t", &large).await, Some(0x97));
+    v5.ping().await;
+    assert_eq!(v3.publish("small/d/t", &large).await, None, "it has no other way to be told");
+    let status = gateway.status().await;
+    assert_eq!((status.store.watermark, status.mqtt.publishes_refused_total), (4, 2));
+    assert_eq!(gateway.terminate().await, Some(0));
+}

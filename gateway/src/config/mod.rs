@@ -26,6 +26,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key::{self, DeviceFrom};
 use crate::ingest::event_id::EventIdFrom;
+use crate::mqtt::pace::Rate;
 pub use auth::{AclConfig, AuthConfig, JwtConfig, JwtKeys};
 pub use listeners::{Bind, ClientIdentity, ListenerConfig, TlsConfig, Transport};
 pub use reader::{Env, Problem};
@@ -91,6 +92,10 @@ pub struct RouteConfig {
     pub event_type: Option<String>,
     /// Priority class of its events.
     pub lane: Lane,
+    /// How fast one client may publish by it, beside what its listener says.
+    pub client_rate: Rate,
+    /// Largest payload that it takes, in bytes; `usize::MAX`: whatever the listener takes.
+    pub payload_bytes_max: usize,
 }
 
 /// `[ingest]`.
@@ -391,9 +396,22 @@ fn read_routes(root: &Section<'_, '_>) -> Vec<RouteConfig> {
             event_id: read_event_id(&section),
             event_type,
             lane: section.choice("lane", &lanes, Lane::default()),
+            client_rate: read_rate(&section),
+            payload_bytes_max: match section.size("payload_bytes_max", 0..=64 * MIB, 0) {
+                0 => usize::MAX,
+                bytes => bytes as usize,
+            },
         });
     }
     routes
+}
+
+/// How fast one client may publish, of a listener or a route.
+fn read_rate(section: &Section<'_, '_>) -> Rate {
+    Rate {
+        events: section.integer("events_per_second_max", 0..=1_000_000, 0),
+        bytes: section.size("bytes_per_second_max", 0..=GIB, 0),
+    }
 }
 
 /// `in_topic`: the filter has `{device}`.

@@ -11,6 +11,7 @@ use storage::Lane;
 
 use super::event_id::EventIdFrom;
 use crate::config::RouteConfig;
+use crate::mqtt::pace::Rate;
 
 /// What the topic said about an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +28,12 @@ pub struct Resolved<'a> {
     pub device: &'a DeviceFrom,
     /// Where the route says that an event's own id stands.
     pub event_id: Option<&'a EventIdFrom>,
+    /// The route's place among the routes.
+    pub number: usize,
+    /// How fast one client may publish by the route.
+    pub client_rate: Rate,
+    /// Largest payload that the route takes, in bytes.
+    pub payload_bytes_max: usize,
 }
 
 /// Where a device key stands. What has none there goes under the client id.
@@ -79,6 +86,8 @@ struct Route {
     lane: Lane,
     device: DeviceFrom,
     event_id: Option<EventIdFrom>,
+    client_rate: Rate,
+    payload_bytes_max: usize,
 }
 
 impl Routes {
@@ -91,7 +100,17 @@ impl Routes {
             let filter = RouteFilter::parse(&config.filter)?;
             let RouteConfig { content_type, device, event_id, event_type, lane, .. } =
                 config.clone();
-            Ok(Route { filter, content_type, event_type, lane, device, event_id })
+            let RouteConfig { client_rate, payload_bytes_max, .. } = *config;
+            Ok(Route {
+                filter,
+                content_type,
+                event_type,
+                lane,
+                device,
+                event_id,
+                client_rate,
+                payload_bytes_max,
+            })
         };
         routes.iter().map(route).collect::<Result<_, _>>().map(Self)
     }
@@ -99,6 +118,11 @@ impl Routes {
     /// Whether any route says where an event's own id stands.
     pub fn knows_ids(&self) -> bool {
         self.0.iter().any(|route| route.event_id.is_some())
+    }
+
+    /// Whether any route says how fast a client may publish by it.
+    pub fn have_rates(&self) -> bool {
+        self.0.iter().any(|route| route.client_rate != Rate::default())
     }
 
     /// Where the id of an event on this topic stands.
@@ -116,9 +140,12 @@ impl Routes {
                 event_id: None,
                 event_type: None,
                 lane: Lane::default(),
+                number: 0,
+                client_rate: Rate::default(),
+                payload_bytes_max: usize::MAX,
             });
         }
-        self.0.iter().find_map(|route| {
+        self.0.iter().enumerate().find_map(|(number, route)| {
             let device_key = route.filter.device_key(topic, client_id)?;
             Some(Resolved {
                 device_key,
@@ -127,6 +154,9 @@ impl Routes {
                 event_id: route.event_id.as_ref(),
                 event_type: route.event_type.as_deref(),
                 lane: route.lane,
+                number,
+                client_rate: route.client_rate,
+                payload_bytes_max: route.payload_bytes_max,
             })
         })
     }
@@ -282,6 +312,8 @@ mod tests {
                 event_id: None,
                 event_type: Some(format!("type of {filter}")),
                 lane: if filter.ends_with("alarm") { Lane::Alarm } else { Lane::Live },
+                client_rate: Rate::default(),
+                payload_bytes_max: filter.len(),
             })
             .collect();
         Routes::new(&configs).expect("valid filters")
@@ -352,6 +384,7 @@ mod tests {
             assert_eq!(resolved.content_type, Some(by), "{topic}");
             assert_eq!(resolved.event_type, Some(&*by.replace("by/", "type of ")), "{topic}");
             assert_eq!(resolved.lane == Lane::Alarm, topic.ends_with("alarm"), "{topic}");
+            assert_eq!(resolved.payload_bytes_max, by.len() - "by/".len(), "{topic}");
         }
     }
 

@@ -31,7 +31,7 @@ use super::auth::{self, Peer};
 use super::clients::{Clients, Seat};
 use super::codec::{self, Connect, Refused, Version};
 use super::downlink::{Downlink, Inbox, Interrupted, Options, PUBLISHER};
-use super::pace::{Pace, Paces};
+use super::pace::{ClientPace, Paces, Rate};
 use super::reason::{self, Violation};
 use super::retained::Retained;
 use super::rows::StoredWill;
@@ -124,6 +124,7 @@ impl Shared {
             retained,
             has_sinks,
             keep_alive_s_max: u16::try_from(keep_alive_s_max).unwrap_or(u16::MAX),
+            paces: Paces::new(routes.have_rates()),
             ingest,
             routes,
             access,
@@ -133,7 +134,6 @@ impl Shared {
             shutdown_grace,
             write_stall: WRITE_STALL,
             clients: Clients::default(),
-            paces: Paces::default(),
             log_limit: LogLimit::default(),
         }
     }
@@ -439,6 +439,11 @@ struct Device {
     event_id: Option<EventIdFrom>,
     /// Attributes of a publish that says nothing beyond its QoS: 0, 1 and 2.
     plain: [Attributes; 3],
+    /// The route's place among the routes, and how fast this client may publish by it.
+    route: usize,
+    client_rate: Rate,
+    /// Largest payload, in bytes.
+    payload_bytes_max: usize,
 }
 
 struct Conn<'a> {
@@ -447,7 +452,7 @@ struct Conn<'a> {
     /// Who it is, and what it may do.
     grant: Grant,
     /// How fast it may publish.
-    pace: Option<Pace>,
+    pace: Option<ClientPace>,
     session: Session,
     buf: BytesMut,
     out: BytesMut,
@@ -731,6 +736,14 @@ impl Conn<'_> {
             let why = format!("topic {:?} is not taken by any route", shorten(&publish.topic));
             return self.refuse(number, Violation { code: reason::TOPIC_INVALID, why: why.into() });
         }
+        self.pace_by_route(&publish);
+        if !self.takes_payload(&publish) {
+            let (bytes, topic) = (publish.payload.len(), shorten(&publish.topic));
+            let why = format!("topic {topic:?} takes no payload of {bytes} bytes");
+            // PUBACK and PUBREC have no 0x95 (3.4.2.1, 3.5.2.1).
+            return self
+                .refuse(number, Violation { code: reason::QUOTA_EXCEEDED, why: why.into() });
+        }
         if !self.admits(number)? {
             return Ok(());
         }
@@ -758,6 +771,23 @@ impl Conn<'_> {
             self.hold.push_back(pending);
         }
         Ok(())
+    }
+
+    /// Counts a publish whose topic was resolved last into the rate of its route, if there is one.
+    fn pace_by_route(&mut self, publish: &Publish) {
+        let device = self.device.as_ref().expect("resolved before");
+        if let Some(pace) = &mut self.pace
+            && device.client_rate != Rate::default()
+        {
+            let bytes = publish.topic.len() + publish.payload.len();
+            pace.take_by_route(device.route, device.client_rate, bytes, self.paced_at);
+        }
+    }
+
+    /// Whether the route of the topic that was resolved last takes a payload of this size.
+    fn takes_payload(&self, publish: &Publish) -> bool {
+        let device = self.device.as_ref().expect("resolved before");
+        publish.payload.len() <= device.payload_bytes_max
     }
 
     /// What tells an event from its resends, where the route says so and the event has it.
@@ -869,6 +899,9 @@ impl Conn<'_> {
             lane: resolved.lane,
             event_id: resolved.event_id.cloned(),
             plain,
+            route: resolved.number,
+            client_rate: resolved.client_rate,
+            payload_bytes_max: resolved.payload_bytes_max,
         })
     }
 
@@ -974,7 +1007,7 @@ impl Conn<'_> {
     fn leave_will(&mut self) {
         let Some(will) = self.session.will() else { return };
         let (publish, delay_s) = ((*will.publish).clone(), will.delay_s);
-        if self.resolve(&publish.topic) {
+        if self.resolve(&publish.topic) && self.takes_payload(&publish) {
             let event = self.event(publish);
             let will = StoredWill { event, delay_s, user: self.grant.user().cloned() };
             self.shared.sessions.leave_will(self.session.client_id(), &will);
@@ -983,7 +1016,7 @@ impl Conn<'_> {
             FrontStats::add(&self.shared.stats.publishes_refused, 1);
             if let Some(unlogged) = self.shared.log_limit.allows(Instant::now()) {
                 let (client, topic) = (self.session.client_id(), shorten(&publish.topic));
-                tracing::warn!(%client, topic, unlogged, "no route takes the will");
+                tracing::warn!(%client, topic, unlogged, "no route takes the will, or not its size");
             }
         }
     }
@@ -1016,7 +1049,7 @@ impl Conn<'_> {
     /// Sends the last words, and stores what must outlive the connection: held publishes, the will.
     async fn end<W: AsyncWrite + Unpin>(mut self, end: End, writer: &mut W, peer: &str) {
         let client = self.session.client_id().clone();
-        if let Some(pace) = self.pace {
+        if let Some(pace) = self.pace.take() {
             self.shared.paces.leave(&client, pace, Instant::now());
         }
         match &end {

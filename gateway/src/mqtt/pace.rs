@@ -1,9 +1,12 @@
-//! How fast one client may publish: two buckets, of events and of bytes. Pure; time is an argument.
+//! How fast one client may publish: two buckets, of events and of bytes, for its listener and for each
+//! route that has a rate of its own. Pure; time is an argument.
 //!
 //! Invariant: over any time a client is read no faster than its rate, but for one second's worth that
 //! it may have saved up, and the last publish, which is taken whole and paid for afterwards. Nothing
 //! is dropped: who is over its rate is not read for a while, and slows down by itself.
 //! A client that comes back finds its pace as it left it ([`Paces`]).
+//! Deliberately absent: a socket is read as a whole or not at all, so that whoever is over the rate of
+//! one route waits with all that it publishes: what it sends keeps its order.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,7 +21,7 @@ const BURST: Duration = Duration::from_secs(1);
 /// what they took is paid for.
 const REMEMBERED_MAX: usize = 4096;
 
-/// What a listener allows each client. 0: as much as it likes.
+/// What a listener or a route allows each client. 0: as much as it likes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rate {
     /// Publishes per second.
@@ -66,22 +69,72 @@ fn charge(paid: &mut Instant, n: u64, per_second: u64, now: Instant) {
     }
 }
 
+/// All that slows one client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientPace {
+    listener: Pace,
+    /// By number of the route: those with a rate by which it has published, and so no more than there
+    /// are routes.
+    routes: Vec<(usize, Pace)>,
+}
+
+impl ClientPace {
+    /// A publish was taken, whatever becomes of it.
+    pub fn take(&mut self, bytes: usize, now: Instant) {
+        self.listener.take(bytes, now);
+    }
+
+    /// It goes by this route, which has a rate.
+    pub fn take_by_route(&mut self, number: usize, rate: Rate, bytes: usize, now: Instant) {
+        let at = self.routes.iter().position(|(other, _)| *other == number).unwrap_or_else(|| {
+            self.routes.push((number, Pace::new(rate, now)));
+            self.routes.len() - 1
+        });
+        self.routes[at].1.take(bytes, now);
+    }
+
+    /// When the next publish may be taken; `None`: now.
+    pub fn opens_at(&self, now: Instant) -> Option<Instant> {
+        self.paces().filter_map(|pace| pace.opens_at(now)).max()
+    }
+
+    fn is_paid(&self, now: Instant) -> bool {
+        self.paces().all(|pace| pace.is_paid(now))
+    }
+
+    fn paces(&self) -> impl Iterator<Item = &Pace> {
+        std::iter::once(&self.listener).chain(self.routes.iter().map(|(_, pace)| pace))
+    }
+}
+
 /// The paces of clients that are gone, so that nobody gains by coming back.
 #[derive(Debug, Default)]
-pub struct Paces(Mutex<HashMap<ByteString, Pace>>);
+pub struct Paces {
+    gone: Mutex<HashMap<ByteString, ClientPace>>,
+    /// Whether any route has a rate.
+    routes_have_rates: bool,
+}
 
 impl Paces {
-    /// The pace of a client that comes; `None` where its listener sets no rate.
-    pub fn enter(&self, client_id: &ByteString, rate: Rate, now: Instant) -> Option<Pace> {
-        if rate == Rate::default() {
+    /// Nobody has gone yet.
+    pub fn new(routes_have_rates: bool) -> Self {
+        Self { routes_have_rates, ..Self::default() }
+    }
+
+    /// The pace of a client that comes; `None` where neither its listener nor any route sets a rate.
+    pub fn enter(&self, client_id: &ByteString, rate: Rate, now: Instant) -> Option<ClientPace> {
+        if rate == Rate::default() && !self.routes_have_rates {
             return None;
         }
         let left = self.lock().remove(client_id);
-        Some(left.map_or_else(|| Pace::new(rate, now), |left| Pace { rate, ..left }))
+        Some(left.map_or_else(
+            || ClientPace { listener: Pace::new(rate, now), routes: Vec::new() },
+            |left| ClientPace { listener: Pace { rate, ..left.listener }, ..left },
+        ))
     }
 
     /// A client has gone. When too many are remembered, it is not.
-    pub fn leave(&self, client_id: &ByteString, pace: Pace, now: Instant) {
+    pub fn leave(&self, client_id: &ByteString, pace: ClientPace, now: Instant) {
         if pace.is_paid(now) {
             return;
         }
@@ -94,8 +147,8 @@ impl Paces {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<ByteString, Pace>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashMap<ByteString, ClientPace>> {
+        self.gone.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -137,18 +190,40 @@ mod tests {
         let id = ByteString::from_static("d");
         let mut pace = paces.enter(&id, rate, now).unwrap();
         pace.take(5000, now);
-        paces.leave(&id, pace, now);
-        assert_eq!(paces.enter(&id, rate, now), Some(pace));
-        paces.leave(&id, pace, now + 5000 * MS);
-        assert_eq!(paces.enter(&id, rate, now), Some(Pace::new(rate, now)), "it was paid for");
+        paces.leave(&id, pace.clone(), now);
+        assert_eq!(paces.enter(&id, rate, now), Some(pace.clone()));
+        paces.leave(&id, pace.clone(), now + 5000 * MS);
+        let new = ClientPace { listener: Pace::new(rate, now), routes: Vec::new() };
+        assert_eq!(paces.enter(&id, rate, now), Some(new), "it was paid for");
         assert_eq!(paces.enter(&id, Rate::default(), now), None);
 
         for n in 0..2 * REMEMBERED_MAX {
-            paces.leave(&ByteString::from(n.to_string()), pace, now);
+            paces.leave(&ByteString::from(n.to_string()), pace.clone(), now);
         }
         assert_eq!(paces.lock().len(), REMEMBERED_MAX);
-        paces.leave(&id, Pace { bytes_paid: now + 6000 * MS, ..pace }, now + 5000 * MS);
+        pace.take(1000, now);
+        paces.leave(&id, pace, now + 5000 * MS);
         assert_eq!(paces.lock().len(), 1, "those who have paid make room");
+    }
+
+    #[test]
+    fn each_route_has_a_pace_of_its_own_and_the_slowest_holds() {
+        let (paces, now) = (Paces::new(true), Instant::now());
+        let id = ByteString::from_static("d");
+        let mut pace = paces.enter(&id, Rate::default(), now).unwrap();
+        pace.take(5000, now);
+        assert_eq!(pace.opens_at(now), None, "its listener has no rate");
+        let (few, small) = (Rate { events: 1, bytes: 0 }, Rate { events: 0, bytes: 1000 });
+        pace.take_by_route(4, few, 5000, now);
+        pace.take_by_route(2, small, 1000, now);
+        assert_eq!(pace.opens_at(now), None, "a second is saved up for each");
+        pace.take_by_route(2, small, 500, now);
+        assert_eq!(pace.opens_at(now), Some(now + 500 * MS));
+        pace.take_by_route(4, few, 5000, now);
+        assert_eq!(pace.opens_at(now), Some(now + 1000 * MS));
+
+        paces.leave(&id, pace.clone(), now);
+        assert_eq!(paces.enter(&id, Rate::default(), now), Some(pace), "coming back gains nothing");
     }
 
     proptest! {

@@ -170,6 +170,8 @@ impl Rig {
                 event_id: None,
                 event_type: None,
                 lane: storage::Lane::Live,
+                client_rate: Rate::default(),
+                payload_bytes_max: usize::MAX,
             })
             .collect();
         let downlink = Downlink::new(ingest.watermark(), 16);
