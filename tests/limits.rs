@@ -1,6 +1,6 @@
-//! What one listener allows at most, and that nobody else suffers from whoever wants more: connections,
-//! the time until CONNECT, packets, the rate of a device. (How many publishes are under way: see
-//! `conformance`; slow handshakes: see `access`.)
+//! What a listener or a route allows at most, and that nobody else suffers from whoever wants more:
+//! connections, the time until CONNECT, packets and payloads, the rate of a device. (How many publishes
+//! are under way: see `conformance`; slow handshakes: see `access`.)
 
 mod harness;
 
@@ -100,6 +100,41 @@ async fn a_packet_beyond_the_limit_ends_its_connection_alone() {
     assert_eq!(gateway.terminate().await, Some(0));
 }
 
+/// What a route allows holds for its topics alone: who is over its rate is slowed and loses nothing,
+/// and a payload that is too large is refused by the book, beside those that fit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_route_has_limits_of_its_own() {
+    let (bench, addr) = limited(94, "");
+    bench.route_first(
+        "[[route]]\nfilter = \"meters/{device}/#\"\n\
+         events_per_second_max = 200\npayload_bytes_max = 100\n",
+    );
+    let gateway = bench.start().await;
+    let connect = async |id| welcome(TcpStream::connect(addr).await.unwrap(), id).await;
+
+    let mut client = connect("large").await;
+    let (fits, too_large) = ("x".repeat(100), "x".repeat(101));
+    assert_eq!(client.publish("meters/m/t", &too_large).await, Some(0x97));
+    assert_eq!(client.publish("meters/m/t", &fits).await, Some(0));
+    assert_eq!(client.publish("devices/d/t", &too_large).await, Some(0), "another route");
+    // Before MQTT 5 no ack can say no.
+    let stream = TcpStream::connect(addr).await.unwrap();
+    let mut old = Raw::welcome(stream, false, Hello { client_id: "old", ..Hello::default() }).await;
+    assert_eq!(old.publish("meters/m/t", &too_large).await, None);
+
+    let mut fast = connect("fast").await;
+    fast.flood("devices/fast/t", 300).await;
+    assert_eq!(gateway.status().await.mqtt.paced_total, 0, "this route has no rate");
+    let (mut slow, mut flood) = (connect("slow").await, JoinSet::new());
+    flood.spawn(async move { slow.flood("meters/slow/t", 300).await });
+    gateway.until("it is slowed", |status| status.mqtt.paced_total > 0).await;
+    flood.join_next().await.unwrap().unwrap();
+
+    let status = gateway.status().await;
+    assert_eq!((status.store.watermark, status.mqtt.publishes_refused_total), (602, 2));
+    assert_eq!(gateway.terminate().await, Some(0));
+}
+
 /// A device over its rate, of events or of bytes, is slowed and loses nothing, and others do not
 /// notice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -125,66 +160,4 @@ async fn a_flooding_device_is_slowed_and_starves_nobody() {
         assert_eq!((status.store.watermark, status.mqtt.publishes_refused_total), (stored, 0));
         assert_eq!(gateway.terminate().await, Some(0));
     }
-}
-
-/// What a route allows a client holds for that route alone, and for each of its clients.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_route_slows_who_is_over_its_rate_and_nobody_else() {
-    for (limit, topic, events) in [
-        ("events_per_second_max = 200", "slow/flooding/t".to_owned(), 300),
-        ("bytes_per_second_max = \"40KiB\"", format!("slow/flooding/{}", "t".repeat(1000)), 60),
-    ] {
-        let (bench, addr) = limited(
-            74,
-            &format!(
-                "[[route]]\nfilter = \"slow/{{device}}/#\"\n{limit}\n\
-                 [[route]]\nfilter = \"{{device}}/#\""
-            ),
-        );
-        let gateway = bench.start().await;
-        let mut flooding = welcome(TcpStream::connect(addr).await.unwrap(), "flooding").await;
-        // Far more than the rate, by another route.
-        let other = topic.replacen("slow", "fast", 1);
-        flooding.flood(&other, 2 * events).await;
-        assert_eq!(gateway.status().await.mqtt.paced_total, 0);
-        let mut flood = JoinSet::new();
-        flood.spawn(async move { flooding.flood(&topic, events).await });
-        gateway.until("it is slowed", |status| status.mqtt.paced_total > 0).await;
-        let mut good = welcome(TcpStream::connect(addr).await.unwrap(), "good").await;
-        for _ in 0..20 {
-            assert_eq!(good.publish("slow/good/t", "1").await, Some(0));
-        }
-        flood.join_next().await.unwrap().unwrap();
-        let status = gateway.status().await;
-        let stored = 3 * u64::from(events) + 20;
-        assert_eq!((status.store.watermark, status.mqtt.publishes_refused_total), (stored, 0));
-        assert_eq!(gateway.terminate().await, Some(0));
-    }
-}
-
-/// A payload beyond the bound of its route is refused by the book of each version, counted, and stored
-/// nowhere; other routes take it.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_payload_beyond_its_route_is_refused() {
-    let (bench, addr) = limited(
-        75,
-        "[[route]]\nfilter = \"small/{device}/#\"\npayload_bytes_max = \"1KiB\"\n\
-         [[route]]\nfilter = \"{device}/#\"",
-    );
-    let gateway = bench.start().await;
-    let (fits, large) = ("x".repeat(1024), "x".repeat(1025));
-    let mut v5 = welcome(TcpStream::connect(addr).await.unwrap(), "five").await;
-    let stream = TcpStream::connect(addr).await.unwrap();
-    let hello = Hello { client_id: "three", ..Hello::default() };
-    let mut v3 = Raw::welcome(stream, false, hello).await;
-    for client in [&mut v5, &mut v3] {
-        assert_eq!(client.publish("small/d/t", &fits).await, Some(0));
-        assert_eq!(client.publish("large/d/t", &large).await, Some(0));
-    }
-    assert_eq!(v5.publish("small/d/t", &large).await, Some(0x97));
-    v5.ping().await;
-    assert_eq!(v3.publish("small/d/t", &large).await, None, "it has no other way to be told");
-    let status = gateway.status().await;
-    assert_eq!((status.store.watermark, status.mqtt.publishes_refused_total), (4, 2));
-    assert_eq!(gateway.terminate().await, Some(0));
 }

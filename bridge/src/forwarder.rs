@@ -186,8 +186,9 @@ impl Forwarder {
             #[cfg(feature = "kafka")]
             Target::Kafka(config) if config.delivery == KafkaDelivery::ExactlyOnce => {
                 let place = Place::new(&self.origin, &self.config.name, &config);
-                let log_end = *self.watermark.borrow();
-                let sink = TransactionalSink::new(config, envelope, place, log_end, timeout);
+                let store = self.store.clone();
+                let log = Arc::new(move |from| store.read(from, 1, 1));
+                let sink = TransactionalSink::new(config, envelope, place, log, timeout);
                 self.drive(sink, shutdown).await;
             }
             #[cfg(feature = "kafka")]

@@ -92,9 +92,16 @@ pub struct RouteConfig {
     pub event_type: Option<String>,
     /// Priority class of its events.
     pub lane: Lane,
-    /// How fast one client may publish by it, beside what its listener says.
+    /// What may come over it.
+    pub limits: RouteLimits,
+}
+
+/// What may come over a route.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RouteLimits {
+    /// How fast each client may publish over it, beside what its listener allows.
     pub client_rate: Rate,
-    /// Largest payload that it takes, in bytes; `usize::MAX`: whatever the listener takes.
+    /// Bytes of one payload, at most. 0: as many as the listener's packets hold.
     pub payload_bytes_max: usize,
 }
 
@@ -396,22 +403,13 @@ fn read_routes(root: &Section<'_, '_>) -> Vec<RouteConfig> {
             event_id: read_event_id(&section),
             event_type,
             lane: section.choice("lane", &lanes, Lane::default()),
-            client_rate: read_rate(&section),
-            payload_bytes_max: match section.size("payload_bytes_max", 0..=64 * MIB, 0) {
-                0 => usize::MAX,
-                bytes => bytes as usize,
+            limits: RouteLimits {
+                client_rate: listeners::read_rate(&section),
+                payload_bytes_max: section.size("payload_bytes_max", 0..=64 * MIB, 0) as usize,
             },
         });
     }
     routes
-}
-
-/// How fast one client may publish, of a listener or a route.
-fn read_rate(section: &Section<'_, '_>) -> Rate {
-    Rate {
-        events: section.integer("events_per_second_max", 0..=1_000_000, 0),
-        bytes: section.size("bytes_per_second_max", 0..=GIB, 0),
-    }
 }
 
 /// `in_topic`: the filter has `{device}`.

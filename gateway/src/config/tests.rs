@@ -237,23 +237,6 @@ bearer_token = "hunter2"
     assert!(parse(&twice).unwrap_err().contains("only one of"));
 }
 
-#[test]
-fn a_route_has_limits_of_its_own() {
-    let route = |keys: &str| parse(&format!("[[route]]\nfilter = \"a\"\n{keys}"));
-    let none = route("").unwrap().routes.remove(0);
-    assert_eq!((none.client_rate, none.payload_bytes_max), (Rate::default(), usize::MAX));
-    let keys = "payload_bytes_max = \"1KiB\"\nevents_per_second_max = 7\n\
-                bytes_per_second_max = \"2KiB\"";
-    let limited = route(keys).unwrap().routes.remove(0);
-    assert_eq!(limited.client_rate, Rate { events: 7, bytes: 2048 });
-    assert_eq!(limited.payload_bytes_max, 1024);
-    for wrong in ["payload_bytes_max = \"1GiB\"", "events_per_second_max = -1"] {
-        let key = wrong.split(' ').next().unwrap();
-        let problems = route(wrong).unwrap_err();
-        assert!(problems.starts_with(&format!("t.toml:3: route.{key}: ")), "{problems}");
-    }
-}
-
 /// An HTTP sink with these keys.
 fn http_sink(keys: &str) -> Result<Config, String> {
     parse(&format!(

@@ -10,7 +10,7 @@ use bytestring::ByteString;
 use storage::Lane;
 
 use super::event_id::EventIdFrom;
-use crate::config::RouteConfig;
+use crate::config::{RouteConfig, RouteLimits};
 use crate::mqtt::pace::Rate;
 
 /// What the topic said about an event.
@@ -28,12 +28,10 @@ pub struct Resolved<'a> {
     pub device: &'a DeviceFrom,
     /// Where the route says that an event's own id stands.
     pub event_id: Option<&'a EventIdFrom>,
-    /// The route's place among the routes.
-    pub number: usize,
-    /// How fast one client may publish by the route.
-    pub client_rate: Rate,
-    /// Largest payload that the route takes, in bytes.
-    pub payload_bytes_max: usize,
+    /// Which route it is: its place in the configuration.
+    pub route: usize,
+    /// What may come over the route.
+    pub limits: RouteLimits,
 }
 
 /// Where a device key stands. What has none there goes under the client id.
@@ -86,8 +84,7 @@ struct Route {
     lane: Lane,
     device: DeviceFrom,
     event_id: Option<EventIdFrom>,
-    client_rate: Rate,
-    payload_bytes_max: usize,
+    limits: RouteLimits,
 }
 
 impl Routes {
@@ -98,19 +95,9 @@ impl Routes {
     pub fn new(routes: &[RouteConfig]) -> Result<Self, RouteFilterError> {
         let route = |config: &RouteConfig| {
             let filter = RouteFilter::parse(&config.filter)?;
-            let RouteConfig { content_type, device, event_id, event_type, lane, .. } =
+            let RouteConfig { content_type, device, event_id, event_type, lane, limits, .. } =
                 config.clone();
-            let RouteConfig { client_rate, payload_bytes_max, .. } = *config;
-            Ok(Route {
-                filter,
-                content_type,
-                event_type,
-                lane,
-                device,
-                event_id,
-                client_rate,
-                payload_bytes_max,
-            })
+            Ok(Route { filter, content_type, event_type, lane, device, event_id, limits })
         };
         routes.iter().map(route).collect::<Result<_, _>>().map(Self)
     }
@@ -120,9 +107,9 @@ impl Routes {
         self.0.iter().any(|route| route.event_id.is_some())
     }
 
-    /// Whether any route says how fast a client may publish by it.
-    pub fn have_rates(&self) -> bool {
-        self.0.iter().any(|route| route.client_rate != Rate::default())
+    /// Whether any route limits how fast a client may publish.
+    pub fn limit_rates(&self) -> bool {
+        self.0.iter().any(|route| route.limits.client_rate != Rate::default())
     }
 
     /// Where the id of an event on this topic stands.
@@ -140,12 +127,11 @@ impl Routes {
                 event_id: None,
                 event_type: None,
                 lane: Lane::default(),
-                number: 0,
-                client_rate: Rate::default(),
-                payload_bytes_max: usize::MAX,
+                route: 0,
+                limits: RouteLimits::default(),
             });
         }
-        self.0.iter().enumerate().find_map(|(number, route)| {
+        self.0.iter().enumerate().find_map(|(at, route)| {
             let device_key = route.filter.device_key(topic, client_id)?;
             Some(Resolved {
                 device_key,
@@ -154,9 +140,8 @@ impl Routes {
                 event_id: route.event_id.as_ref(),
                 event_type: route.event_type.as_deref(),
                 lane: route.lane,
-                number,
-                client_rate: route.client_rate,
-                payload_bytes_max: route.payload_bytes_max,
+                route: at,
+                limits: route.limits,
             })
         })
     }
@@ -312,8 +297,7 @@ mod tests {
                 event_id: None,
                 event_type: Some(format!("type of {filter}")),
                 lane: if filter.ends_with("alarm") { Lane::Alarm } else { Lane::Live },
-                client_rate: Rate::default(),
-                payload_bytes_max: filter.len(),
+                limits: RouteLimits::default(),
             })
             .collect();
         Routes::new(&configs).expect("valid filters")
@@ -384,7 +368,6 @@ mod tests {
             assert_eq!(resolved.content_type, Some(by), "{topic}");
             assert_eq!(resolved.event_type, Some(&*by.replace("by/", "type of ")), "{topic}");
             assert_eq!(resolved.lane == Lane::Alarm, topic.ends_with("alarm"), "{topic}");
-            assert_eq!(resolved.payload_bytes_max, by.len() - "by/".len(), "{topic}");
         }
     }
 

@@ -40,7 +40,7 @@ use super::sessions::{Attached, Kept, Sessions, Unattached};
 use super::stats::{FrontStats, LogLimit};
 use super::topic;
 use crate::access::{Access, Grant};
-use crate::config::SessionsConfig;
+use crate::config::{RouteLimits, SessionsConfig};
 use crate::ingest::device_key::{DeviceFrom, Routes};
 use crate::ingest::event_id::EventIdFrom;
 use crate::ingest::{AckMailbox, Admission, Identity, Ingest, Pending, Ticket, partition};
@@ -124,7 +124,6 @@ impl Shared {
             retained,
             has_sinks,
             keep_alive_s_max: u16::try_from(keep_alive_s_max).unwrap_or(u16::MAX),
-            paces: Paces::new(routes.have_rates()),
             ingest,
             routes,
             access,
@@ -134,8 +133,14 @@ impl Shared {
             shutdown_grace,
             write_stall: WRITE_STALL,
             clients: Clients::default(),
+            paces: Paces::default(),
             log_limit: LogLimit::default(),
         }
+    }
+
+    /// The pace of a client that comes over a listener of this rate.
+    fn pace_of(&self, client_id: &ByteString, rate: Rate) -> Option<ClientPace> {
+        self.paces.enter(client_id, rate, self.routes.limit_rates(), Instant::now())
     }
 
     /// Whether a line may be logged that a client has caused, and how many were not of late.
@@ -301,7 +306,7 @@ pub async fn serve<R, W>(
         shared,
         limits,
         grant,
-        pace: shared.paces.enter(session.client_id(), from.rate, Instant::now()),
+        pace: shared.pace_of(session.client_id(), from.rate),
         session,
         buf,
         out,
@@ -437,13 +442,11 @@ struct Device {
     heard: (u64, bool),
     /// Where the id of an event stands.
     event_id: Option<EventIdFrom>,
+    /// The route, and what may come over it.
+    route: usize,
+    limits: RouteLimits,
     /// Attributes of a publish that says nothing beyond its QoS: 0, 1 and 2.
     plain: [Attributes; 3],
-    /// The route's place among the routes, and how fast this client may publish by it.
-    route: usize,
-    client_rate: Rate,
-    /// Largest payload, in bytes.
-    payload_bytes_max: usize,
 }
 
 struct Conn<'a> {
@@ -736,15 +739,7 @@ impl Conn<'_> {
             let why = format!("topic {:?} is not taken by any route", shorten(&publish.topic));
             return self.refuse(number, Violation { code: reason::TOPIC_INVALID, why: why.into() });
         }
-        self.pace_by_route(&publish);
-        if !self.takes_payload(&publish) {
-            let (bytes, topic) = (publish.payload.len(), shorten(&publish.topic));
-            let why = format!("topic {topic:?} takes no payload of {bytes} bytes");
-            // PUBACK and PUBREC have no 0x95 (3.4.2.1, 3.5.2.1).
-            return self
-                .refuse(number, Violation { code: reason::QUOTA_EXCEEDED, why: why.into() });
-        }
-        if !self.admits(number)? {
+        if !self.is_within_limits(&publish, number)? || !self.admits(number)? {
             return Ok(());
         }
         if let (Some(number), None) = (number, receipt)
@@ -773,21 +768,38 @@ impl Conn<'_> {
         Ok(())
     }
 
-    /// Counts a publish whose topic was resolved last into the rate of its route, if there is one.
-    fn pace_by_route(&mut self, publish: &Publish) {
+    /// Whether its route takes a publish as large as this; refuses it if not. Charges what it takes of
+    /// the client's pace over the route.
+    fn is_within_limits(
+        &mut self,
+        publish: &Publish,
+        number: Option<u64>,
+    ) -> Result<bool, Violation> {
         let device = self.device.as_ref().expect("resolved before");
-        if let Some(pace) = &mut self.pace
-            && device.client_rate != Rate::default()
-        {
+        let RouteLimits { client_rate, payload_bytes_max } = device.limits;
+        let route = device.route;
+        if let Some(pace) = &mut self.pace {
             let bytes = publish.topic.len() + publish.payload.len();
-            pace.take_by_route(device.route, device.client_rate, bytes, self.paced_at);
+            pace.take_over_route(route, client_rate, bytes, self.paced_at);
         }
+        if !self.fits(publish) {
+            let why = format!(
+                "a payload of {} bytes on topic {:?}, where the route takes {payload_bytes_max}",
+                publish.payload.len(),
+                shorten(&publish.topic),
+            );
+            let violation = Violation { code: reason::QUOTA_EXCEEDED, why: why.into() };
+            self.refuse(number, violation)?;
+            return Ok(false);
+        }
+        Ok(true)
     }
 
-    /// Whether the route of the topic that was resolved last takes a payload of this size.
-    fn takes_payload(&self, publish: &Publish) -> bool {
+    /// Whether the route that was resolved last takes a payload as large as this.
+    fn fits(&self, publish: &Publish) -> bool {
         let device = self.device.as_ref().expect("resolved before");
-        publish.payload.len() <= device.payload_bytes_max
+        let bytes_max = device.limits.payload_bytes_max;
+        bytes_max == 0 || publish.payload.len() <= bytes_max
     }
 
     /// What tells an event from its resends, where the route says so and the event has it.
@@ -898,10 +910,9 @@ impl Conn<'_> {
             event_type,
             lane: resolved.lane,
             event_id: resolved.event_id.cloned(),
+            route: resolved.route,
+            limits: resolved.limits,
             plain,
-            route: resolved.number,
-            client_rate: resolved.client_rate,
-            payload_bytes_max: resolved.payload_bytes_max,
         })
     }
 
@@ -1007,7 +1018,7 @@ impl Conn<'_> {
     fn leave_will(&mut self) {
         let Some(will) = self.session.will() else { return };
         let (publish, delay_s) = ((*will.publish).clone(), will.delay_s);
-        if self.resolve(&publish.topic) && self.takes_payload(&publish) {
+        if self.resolve(&publish.topic) && self.fits(&publish) {
             let event = self.event(publish);
             let will = StoredWill { event, delay_s, user: self.grant.user().cloned() };
             self.shared.sessions.leave_will(self.session.client_id(), &will);
@@ -1016,7 +1027,7 @@ impl Conn<'_> {
             FrontStats::add(&self.shared.stats.publishes_refused, 1);
             if let Some(unlogged) = self.shared.log_limit.allows(Instant::now()) {
                 let (client, topic) = (self.session.client_id(), shorten(&publish.topic));
-                tracing::warn!(%client, topic, unlogged, "no route takes the will, or not its size");
+                tracing::warn!(%client, topic, unlogged, "no route takes the will, or not one as large");
             }
         }
     }

@@ -13,8 +13,8 @@ use tokio::task::JoinSet;
 
 use super::*;
 use crate::config::{
-    AclConfig, AuthConfig, Bind, IngestConfig, ListenerConfig, RouteConfig, SessionsConfig,
-    Transport,
+    AclConfig, AuthConfig, Bind, IngestConfig, ListenerConfig, RouteConfig, RouteLimits,
+    SessionsConfig, Transport,
 };
 use crate::ingest::device_key::DeviceFrom;
 use crate::ingest::{Append, CommitterHandle};
@@ -170,8 +170,7 @@ impl Rig {
                 event_id: None,
                 event_type: None,
                 lane: storage::Lane::Live,
-                client_rate: Rate::default(),
-                payload_bytes_max: usize::MAX,
+                limits: RouteLimits::default(),
             })
             .collect();
         let downlink = Downlink::new(ingest.watermark(), 16);
