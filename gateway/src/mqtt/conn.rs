@@ -11,6 +11,7 @@
 //! past the byte budget over all connections, the socket is not read, and the keep-alive timer rests.
 
 mod deliver;
+mod shared;
 
 use std::collections::VecDeque;
 use std::pin::pin;
@@ -28,22 +29,22 @@ use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::auth::{self, Peer};
-use super::clients::{Clients, Seat};
+use super::clients::Seat;
 use super::codec::{self, Connect, Refused, Version};
-use super::downlink::{Downlink, Inbox, Interrupted, Options, PUBLISHER};
-use super::pace::{ClientPace, Paces, Rate};
+use super::downlink::{Inbox, Interrupted, Options, PUBLISHER};
+use super::pace::ClientPace;
 use super::reason::{self, Violation};
-use super::retained::Retained;
 use super::rows::StoredWill;
 use super::session::{Effect, Limits, Publishing, Session};
-use super::sessions::{Attached, Kept, Sessions, Unattached};
-use super::stats::{FrontStats, LogLimit};
+use super::sessions::{Attached, Kept, Unattached};
+use super::stats::FrontStats;
 use super::topic;
-use crate::access::{Access, Grant};
-use crate::config::{RouteLimits, SessionsConfig};
-use crate::ingest::device_key::{DeviceFrom, Routes};
+use crate::access::Grant;
+use crate::config::RouteLimits;
+use crate::ingest::device_key::DeviceFrom;
 use crate::ingest::event_id::EventIdFrom;
-use crate::ingest::{AckMailbox, Admission, Identity, Ingest, Pending, Ticket, partition};
+use crate::ingest::{AckMailbox, Admission, Identity, Pending, Ticket, partition};
+pub use shared::{Bounds, Shared};
 
 /// Bytes that may wait for a client to read them. Past it neither its packets nor messages for it
 /// are taken.
@@ -60,94 +61,6 @@ const LINGER_BYTES_MAX: usize = 1024 * 1024;
 
 /// Smallest and largest buffer for what is read: it doubles when a piece fills it.
 const READ_BYTES: std::ops::RangeInclusive<usize> = 2 * 1024..=32 * 1024;
-
-/// What all connections share.
-pub struct Shared {
-    /// Where publishes go.
-    pub ingest: Ingest,
-    /// Device keys by topic.
-    pub routes: Routes,
-    /// Who is let in.
-    pub access: Arc<Access>,
-    /// Where subscriptions are.
-    pub downlink: Downlink,
-    /// Sessions that outlive their connections.
-    pub sessions: Sessions,
-    /// Retained messages.
-    pub retained: Retained,
-    /// Byte budget of held publishes.
-    pub held: Arc<Held>,
-    /// Counters.
-    pub stats: FrontStats,
-    /// How long a shutdown may wait for acks.
-    pub shutdown_grace: Duration,
-    /// See [`Limits::keep_alive_s_max`].
-    pub keep_alive_s_max: u16,
-    /// Whether what is published goes upstream.
-    pub has_sinks: bool,
-    /// See [`WRITE_STALL`].
-    write_stall: Duration,
-    clients: Clients,
-    paces: Paces,
-    log_limit: LogLimit,
-}
-
-/// Bounds over all connections.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounds<'a> {
-    /// `[sessions]`.
-    pub sessions: &'a SessionsConfig,
-    /// Whether what is published goes upstream.
-    pub has_sinks: bool,
-    /// Bytes of publishes held for connections whose ring is full.
-    pub held_bytes_max: usize,
-    /// How long a shutdown may wait for acks.
-    pub shutdown_grace: Duration,
-}
-
-impl Shared {
-    /// For all listeners of a process.
-    pub fn new(
-        ingest: Ingest,
-        routes: Routes,
-        access: Access,
-        downlink: Downlink,
-        retained: Retained,
-        bounds: Bounds<'_>,
-    ) -> Self {
-        let Bounds { sessions, has_sinks, held_bytes_max, shutdown_grace } = bounds;
-        let keep_alive_s_max = sessions.keep_alive_max.as_secs();
-        let access = Arc::new(access);
-        let (downlinks, retains, ingests) = (downlink.clone(), retained.clone(), ingest.clone());
-        Self {
-            sessions: Sessions::new(sessions, downlinks, retains, ingests, access.clone()),
-            retained,
-            has_sinks,
-            keep_alive_s_max: u16::try_from(keep_alive_s_max).unwrap_or(u16::MAX),
-            ingest,
-            routes,
-            access,
-            downlink,
-            held: Arc::new(Held { bytes: AtomicUsize::new(0), bytes_max: held_bytes_max }),
-            stats: FrontStats::default(),
-            shutdown_grace,
-            write_stall: WRITE_STALL,
-            clients: Clients::default(),
-            paces: Paces::default(),
-            log_limit: LogLimit::default(),
-        }
-    }
-
-    /// The pace of a client that comes over a listener of this rate.
-    fn pace_of(&self, client_id: &ByteString, rate: Rate) -> Option<ClientPace> {
-        self.paces.enter(client_id, rate, self.routes.limit_rates(), Instant::now())
-    }
-
-    /// Whether a line may be logged that a client has caused, and how many were not of late.
-    pub(super) fn may_log(&self) -> Option<u64> {
-        self.log_limit.allows(Instant::now())
-    }
-}
 
 /// Bytes of the publishes held back over all connections.
 #[derive(Debug)]
