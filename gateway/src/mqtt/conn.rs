@@ -11,12 +11,12 @@
 //! past the byte budget over all connections, the socket is not read, and the keep-alive timer rests.
 
 mod deliver;
+mod hold;
 mod shared;
 
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -44,6 +44,8 @@ use crate::config::RouteLimits;
 use crate::ingest::device_key::DeviceFrom;
 use crate::ingest::event_id::EventIdFrom;
 use crate::ingest::{AckMailbox, Admission, Identity, Pending, Ticket, partition};
+pub use hold::Held;
+use hold::Hold;
 pub use shared::{Bounds, Shared};
 
 /// Bytes that may wait for a client to read them. Past it neither its packets nor messages for it
@@ -61,56 +63,6 @@ const LINGER_BYTES_MAX: usize = 1024 * 1024;
 
 /// Smallest and largest buffer for what is read: it doubles when a piece fills it.
 const READ_BYTES: std::ops::RangeInclusive<usize> = 2 * 1024..=32 * 1024;
-
-/// Bytes of the publishes held back over all connections.
-#[derive(Debug)]
-pub struct Held {
-    bytes: AtomicUsize,
-    bytes_max: usize,
-}
-
-impl Held {
-    /// Event bytes held now.
-    pub fn bytes(&self) -> usize {
-        self.bytes.load(Ordering::Relaxed)
-    }
-}
-
-/// One connection's publishes that wait for room in their ring, in order.
-struct Hold {
-    queue: VecDeque<Pending>,
-    budget: Arc<Held>,
-}
-
-impl Hold {
-    fn push_back(&mut self, pending: Pending) {
-        self.budget.bytes.fetch_add(pending.event.size_bytes(), Ordering::Relaxed);
-        self.queue.push_back(pending);
-    }
-
-    fn pop_front(&mut self) -> Option<Pending> {
-        let pending = self.queue.pop_front()?;
-        self.budget.bytes.fetch_sub(pending.event.size_bytes(), Ordering::Relaxed);
-        Some(pending)
-    }
-
-    fn push_front(&mut self, pending: Pending) {
-        self.budget.bytes.fetch_add(pending.event.size_bytes(), Ordering::Relaxed);
-        self.queue.push_front(pending);
-    }
-
-    /// Whether one more may be decoded. Who holds nothing may always: it is one event over at most.
-    fn has_room(&self, events_max: usize) -> bool {
-        self.queue.is_empty()
-            || (self.queue.len() < events_max && self.budget.bytes() < self.budget.bytes_max)
-    }
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        while self.pop_front().is_some() {}
-    }
-}
 
 /// How a connection ends.
 #[derive(Debug)]
