@@ -18,7 +18,11 @@ mod publish;
 mod server;
 #[path = "conformance/sessions.rs"]
 mod sessions;
+#[path = "conformance/statements.rs"]
+mod statements;
 #[path = "conformance/subscribe.rs"]
 mod subscribe;
+#[path = "conformance/websocket.rs"]
+mod websocket;
 #[path = "conformance/wills.rs"]
 mod wills;

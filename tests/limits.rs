@@ -1,6 +1,6 @@
-//! What one listener allows at most, and that nobody else suffers from whoever wants more: connections,
-//! the time until CONNECT, packets, the rate of a device. (How many publishes are under way: see
-//! `conformance`; slow handshakes: see `access`.)
+//! What a listener or a route allows at most, and that nobody else suffers from whoever wants more:
+//! connections, the time until CONNECT, packets and payloads, the rate of a device. (How many publishes
+//! are under way: see `conformance`; slow handshakes: see `access`.)
 
 mod harness;
 
@@ -97,6 +97,41 @@ async fn a_packet_beyond_the_limit_ends_its_connection_alone() {
     assert_eq!(large.publish(topic, &(payload + "x")).await, None);
     assert_eq!(good.publish("devices/good/t", "1").await, Some(0));
     assert_eq!(gateway.status().await.store.watermark, 2);
+    assert_eq!(gateway.terminate().await, Some(0));
+}
+
+/// What a route allows holds for its topics alone: who is over its rate is slowed and loses nothing,
+/// and a payload that is too large is refused by the book, beside those that fit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_route_has_limits_of_its_own() {
+    let (bench, addr) = limited(94, "");
+    bench.route_first(
+        "[[route]]\nfilter = \"meters/{device}/#\"\n\
+         events_per_second_max = 200\npayload_bytes_max = 100\n",
+    );
+    let gateway = bench.start().await;
+    let connect = async |id| welcome(TcpStream::connect(addr).await.unwrap(), id).await;
+
+    let mut client = connect("large").await;
+    let (fits, too_large) = ("x".repeat(100), "x".repeat(101));
+    assert_eq!(client.publish("meters/m/t", &too_large).await, Some(0x97));
+    assert_eq!(client.publish("meters/m/t", &fits).await, Some(0));
+    assert_eq!(client.publish("devices/d/t", &too_large).await, Some(0), "another route");
+    // Before MQTT 5 no ack can say no.
+    let stream = TcpStream::connect(addr).await.unwrap();
+    let mut old = Raw::welcome(stream, false, Hello { client_id: "old", ..Hello::default() }).await;
+    assert_eq!(old.publish("meters/m/t", &too_large).await, None);
+
+    let mut fast = connect("fast").await;
+    fast.flood("devices/fast/t", 300).await;
+    assert_eq!(gateway.status().await.mqtt.paced_total, 0, "this route has no rate");
+    let (mut slow, mut flood) = (connect("slow").await, JoinSet::new());
+    flood.spawn(async move { slow.flood("meters/slow/t", 300).await });
+    gateway.until("it is slowed", |status| status.mqtt.paced_total > 0).await;
+    flood.join_next().await.unwrap().unwrap();
+
+    let status = gateway.status().await;
+    assert_eq!((status.store.watermark, status.mqtt.publishes_refused_total), (602, 2));
     assert_eq!(gateway.terminate().await, Some(0));
 }
 

@@ -25,6 +25,8 @@
 //!
 //! Deliberately absent: where attributes go in binary mode (each sink).
 
+use std::io::Write as _;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::de::IgnoredAny;
@@ -180,7 +182,7 @@ impl Envelope {
             out.extend_from_slice(br#","requeued":true"#);
         }
         for (name, value) in clock_extensions(stored).into_iter().flatten() {
-            out.extend_from_slice(format!(",\"{name}\":\"{value}\"").as_bytes());
+            out.extend_from_slice(format!(",\"{}\":\"{value}\"", name.plain()).as_bytes());
         }
         out.extend_from_slice(br#","datacontenttype":"#);
         write_string(out, context.content_type);
@@ -197,47 +199,51 @@ impl Envelope {
     }
 
     /// Gives the attributes of an event with their values, for binary mode; `datacontenttype` is not
-    /// among them, as every transport has a place of its own for it.
+    /// among them, as every transport has a place of its own for it. What has to be written first is
+    /// written into `scratch`.
     pub(crate) fn for_each_attribute(
         &self,
         stored: &StoredEvent,
         context: &Context<'_>,
         stream: Option<Mark>,
-        mut give: impl FnMut(&'static str, &str),
+        scratch: &mut Vec<u8>,
+        mut give: impl FnMut(Name, &str),
     ) {
-        fn text(write: impl FnOnce(&mut Vec<u8>)) -> String {
-            let mut out = Vec::new();
-            write(&mut out);
-            String::from_utf8(out).expect("attributes are text")
+        fn text(scratch: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) -> &str {
+            scratch.clear();
+            write(scratch);
+            str::from_utf8(scratch).expect("attributes are text")
         }
         let event = &stored.event;
-        let received = text(|out| write_time(out, stored.received_us()));
-        give("specversion", "1.0");
-        give("id", &self.id(stored).to_string());
-        give("source", &text(|out| self.write_source(out, event)));
-        give("type", self.event_type(event));
+        let id = |out: &mut Vec<u8>| write!(out, "{}", self.id(stored)).expect("it grows");
+        give(Name("ce_specversion"), "1.0");
+        give(Name("ce_id"), text(scratch, id));
+        give(Name("ce_source"), text(scratch, |out| self.write_source(out, event)));
+        give(Name("ce_type"), self.event_type(event));
         if !event.topic.is_empty() {
-            give("subject", &event.topic);
+            give(Name("ce_subject"), &event.topic);
         }
-        give("time", context.time.unwrap_or(&received));
-        if context.time.is_some() {
-            give("recordedtime", &received);
+        if let Some(time) = context.time {
+            give(Name("ce_time"), time);
         }
+        let received = text(scratch, |out| write_time(out, stored.received_us()));
+        let recorded = if context.time.is_some() { "ce_recordedtime" } else { "ce_time" };
+        give(Name(recorded), received);
         if !event.device_key.is_empty() {
-            give("partitionkey", &event.device_key);
+            give(Name::PARTITION_KEY, &event.device_key);
         }
-        give("sequence", &text(|out| write_decimal(out, stored.seq, 20)));
+        give(Name::SEQUENCE, text(scratch, |out| write_decimal(out, stored.seq, 20)));
         if let Some(traceparent) = context.traceparent {
-            give("traceparent", traceparent);
+            give(Name("ce_traceparent"), traceparent);
         }
         if context.lane != Lane::Live {
-            give("lane", context.lane.name());
+            give(Name("ce_lane"), context.lane.name());
         }
         if let Some(stream) = stream {
-            give("stream", stream.name());
+            give(Name("ce_stream"), stream.name());
         }
         if context.requeued {
-            give("requeued", "true");
+            give(Name("ce_requeued"), "true");
         }
         for (name, value) in clock_extensions(stored).into_iter().flatten() {
             give(name, &value);
@@ -268,9 +274,30 @@ impl Envelope {
     }
 }
 
+/// Name of an attribute, kept as Kafka's headers have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Name(&'static str);
+
+impl Name {
+    /// Device key.
+    pub(crate) const PARTITION_KEY: Self = Self("ce_partitionkey");
+    /// Sequence number.
+    pub(crate) const SEQUENCE: Self = Self("ce_sequence");
+
+    /// As the specification has it.
+    pub(crate) fn plain(self) -> &'static str {
+        &self.0["ce_".len()..]
+    }
+
+    /// As a header of Kafka's has it.
+    pub(crate) fn prefixed(self) -> &'static str {
+        self.0
+    }
+}
+
 /// What is to be said of a clock that was not set when the event came. Of one that was, nothing: it
 /// would be the same bytes on every event.
-pub(crate) fn clock_extensions(stored: &StoredEvent) -> Option<[(&'static str, String); 3]> {
+fn clock_extensions(stored: &StoredEvent) -> Option<[(Name, String); 3]> {
     let stamp = stored.stamp?;
     let quality = match stamp.quality {
         TimeQuality::Synchronised => return None,
@@ -278,9 +305,9 @@ pub(crate) fn clock_extensions(stored: &StoredEvent) -> Option<[(&'static str, S
         TimeQuality::Corrected => "corrected",
     };
     Some([
-        ("timequality", quality.to_owned()),
-        ("bootid", format!("{:016x}", stamp.boot)),
-        ("uptimemicros", stamp.uptime_us.to_string()),
+        (Name("ce_timequality"), quality.to_owned()),
+        (Name("ce_bootid"), format!("{:016x}", stamp.boot)),
+        (Name("ce_uptimemicros"), stamp.uptime_us.to_string()),
     ])
 }
 
@@ -610,14 +637,10 @@ mod tests {
             assert_eq!(stands("bootid"), told.map(|_| "00000000000000ab"));
             assert_eq!(stands("uptimemicros"), told.map(|_| "12"));
             let mut binary = Vec::new();
-            envelope().for_each_attribute(
-                &event,
-                &Context::of(&event.event),
-                None,
-                |name, value| {
-                    binary.push((name, value.to_owned()));
-                },
-            );
+            let (context, scratch) = (Context::of(&event.event), &mut Vec::new());
+            envelope().for_each_attribute(&event, &context, None, scratch, |name, value| {
+                binary.push((name.plain(), value.to_owned()));
+            });
             let said = binary.iter().find(|(name, _)| *name == "timequality");
             assert_eq!(said.map(|(_, value)| &value[..]), told);
         }

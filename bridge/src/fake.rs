@@ -34,6 +34,14 @@ pub(crate) fn stored(offset: u64, device: &str, payload: &str) -> StoredEvent {
     StoredEvent { offset, seq: offset, event: event(device, payload), stamp: None }
 }
 
+/// What a log gives from an offset on: one event, if there is one.
+#[cfg(feature = "kafka")]
+pub(crate) fn read(log: &[StoredEvent], from: u64) -> storage::Read {
+    let event = log.iter().find(|stored| stored.offset >= from);
+    let next = event.map_or(from, |stored| stored.offset + 1);
+    storage::Read { events: event.cloned().into_iter().collect(), next, missing: Vec::new() }
+}
+
 /// A POST that arrived, its body decoded.
 #[derive(Clone, Debug)]
 pub(crate) struct Received {

@@ -186,8 +186,9 @@ impl Forwarder {
             #[cfg(feature = "kafka")]
             Target::Kafka(config) if config.delivery == KafkaDelivery::ExactlyOnce => {
                 let place = Place::new(&self.origin, &self.config.name, &config);
-                let log_end = *self.watermark.borrow();
-                let sink = TransactionalSink::new(config, envelope, place, log_end, timeout);
+                let store = self.store.clone();
+                let log = Arc::new(move |from| store.read(from, 1, 1));
+                let sink = TransactionalSink::new(config, envelope, place, log, timeout);
                 self.drive(sink, shutdown).await;
             }
             #[cfg(feature = "kafka")]
@@ -427,8 +428,7 @@ impl<S: Sink> Task<S> {
                 return;
             }
             if let Some(request) = self.requeue.next_request(now) {
-                let size_bytes = request.events.iter().map(|e| e.event.size_bytes()).sum();
-                self.streams.others_sent(size_bytes, now);
+                self.streams.others_sent(request.size_bytes(), now);
                 self.sink.begin(request);
                 return;
             }

@@ -1,7 +1,7 @@
 //! How far a sink is, lane by lane: for a sink that keeps its cursor upstream, beside the data.
 //!
 //! Owns: [`Reach`], a cursor and what is done ahead of it, and how two of them are joined. Pure.
-//! Invariant: a reach only grows: what it has once held stays in it.
+//! Invariant: a reach that others join only grows: what it has once held stays in it.
 //! Deliberately absent: what is kept in the store (`storage::SinkProgress`, which counts as well).
 
 use storage::{Ahead, Lanes};
@@ -22,10 +22,12 @@ impl From<u64> for Reach {
 }
 
 impl Reach {
-    /// Where streams of these lanes begin that run ahead of others.
+    /// Where streams of any of these lanes begin that run ahead of others.
     pub(crate) fn splits(&self, lanes: Lanes) -> impl Iterator<Item = u64> {
         let after = self.cursor;
-        let begun = move |ahead: &&Ahead| ahead.lanes.covers(lanes) && ahead.offsets.start > after;
+        let begun = move |ahead: &&Ahead| {
+            lanes.without(ahead.lanes) != lanes && ahead.offsets.start > after
+        };
         self.ahead.iter().filter(begun).map(|ahead| ahead.offsets.start)
     }
 }
@@ -36,16 +38,22 @@ impl Reach {
     /// Whether an event is in it.
     pub(crate) fn has(&self, stored: &storage::StoredEvent) -> bool {
         stored.offset < self.cursor
-            || !self.ahead.is_empty() && {
-                let lane = stored.event.attributes.lane();
-                let has = |a: &Ahead| a.lanes.contains(lane) && a.offsets.contains(&stored.offset);
-                self.ahead.iter().any(has)
-            }
+            || !self.ahead.is_empty() && self.holds(stored.offset, stored.event.attributes.lane())
     }
 
-    /// Where the log must end at least.
-    pub(crate) fn end(&self) -> u64 {
-        self.ahead.iter().map(|ahead| ahead.offsets.end).fold(self.cursor, u64::max)
+    /// Whether an event of this lane is in it.
+    pub(crate) fn holds(&self, offset: u64, lane: storage::Lane) -> bool {
+        let holds = |a: &Ahead| a.lanes.contains(lane) && a.offsets.contains(&offset);
+        offset < self.cursor || self.ahead.iter().any(holds)
+    }
+
+    /// Leaves what is below an offset.
+    pub(crate) fn cut(&mut self, end: u64) {
+        self.cursor = self.cursor.min(end);
+        for ahead in &mut self.ahead {
+            ahead.offsets.end = ahead.offsets.end.min(end);
+        }
+        self.ahead.retain(|ahead| ahead.offsets.end > self.cursor && !ahead.offsets.is_empty());
     }
 
     /// Takes in another.
@@ -93,7 +101,6 @@ mod tests {
     fn what_is_ahead_is_so_in_its_lanes_alone() {
         let alarm = Lanes::NONE.with(Lane::Alarm);
         let reach = Reach { cursor: 10, ahead: vec![ahead(alarm, 15..20)] };
-        assert_eq!(reach.end(), 20);
         for (offset, lane, has) in [
             (9, Lane::Live, true),
             (10, Lane::Alarm, false),
@@ -130,6 +137,20 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_cut_leaves_what_is_below(mut reach in any_reach(), end in 0_u64..45) {
+            let before = reach.clone();
+            reach.cut(end);
+            for offset in 0..45 {
+                for lane in Lane::ALL {
+                    let event = stored(offset, lane);
+                    let kept = offset < end && before.has(&event);
+                    prop_assert_eq!(reach.has(&event), kept, "{} {:?} in {:?}", offset, lane, reach);
+                }
+            }
+            prop_assert!(reach.ahead.iter().all(|ahead| ahead.offsets.end > reach.cursor));
+        }
+
         #[test]
         fn two_together_hold_what_either_held(mut a in any_reach(), b in any_reach()) {
             let (before, other) = (a.clone(), b.clone());

@@ -1,7 +1,10 @@
 //! CONNECT and CONNACK: sections 3.1, 3.2, 4.12, 4.13.
 
+use std::io::Write;
+
 use crate::harness::wire::{
-    BOTH, Connect, V5, V31, V311, Version, field, packet, properties, subscribe, unsubscribe,
+    BOTH, Connect, V5, V31, V311, Version, field, packet, properties, publish, subscribe,
+    unsubscribe,
 };
 use crate::server::{Server, name, server};
 
@@ -19,12 +22,18 @@ fn refusal(version: Version, bytes: &[u8]) -> Option<u8> {
     Some(connack[3])
 }
 
+/// Nor is there a DISCONNECT before a CONNACK [MQTT-3.14.0-1].
 #[test]
 fn mqtt_3_1_0_1_the_first_packet_is_connect() {
-    for first in
-        [&[0xC0, 0][..], &[0xE0, 0], &[0x30, 3, 0, 1, b't'], &[0x82, 6, 0, 1, 0, 1, b't', 0]]
-    {
-        assert_eq!(refusal(V311, first), None, "{first:x?}");
+    for version in BOTH {
+        for first in [
+            &[0xC0, 0][..],
+            &[0xE0, 0],
+            &publish(version, 0x30, "t", 0, &[], ""),
+            &subscribe(version, 1, &[("t", 0)]),
+        ] {
+            assert_eq!(refusal(version, first), None, "{first:x?}");
+        }
     }
 }
 
@@ -34,6 +43,7 @@ fn mqtt_3_1_0_2_a_second_connect_is_an_error() {
         let server = server();
         let mut raw = server.client(version, "3.1.0-2");
         raw.send(&Connect::new(version, "again").bytes());
+        // No second CONNACK [MQTT-3.2.0-2].
         raw.expect_end(0x82);
     }
 }
@@ -48,8 +58,11 @@ fn mqtt_3_1_2_1_another_protocol_name_is_closed() {
 
 #[test]
 fn mqtt_3_1_2_2_another_protocol_level_is_refused() {
-    for level in [0, 6, 0x84] {
-        assert_eq!(refusal(V311, &Connect::new(V311, "x").bytes_as("MQTT", level)), Some(1));
+    for version in BOTH {
+        for level in [0, 6, 0x84] {
+            let connect = Connect::new(version, "x").bytes_as("MQTT", level);
+            assert_eq!(refusal(version, &connect), Some(1));
+        }
     }
 }
 
@@ -126,6 +139,7 @@ fn mqtt_3_1_2_16_to_19_user_name_and_password_are_there_as_the_flags_say() {
     }
 }
 
+/// No return code says that: there is no CONNACK [MQTT-3.2.2-6 of 3.1.1].
 #[test]
 fn mqtt_3_1_2_22_of_3_1_1_a_password_needs_a_user_name() {
     let connect = Connect { flags: 0x42, rest: field("password"), ..Connect::new(V311, "x") };
@@ -139,9 +153,35 @@ fn mqtt_3_1_2_22_a_silent_client_is_closed_after_one_and_a_half_keep_alives() {
     for version in BOTH {
         let server = server();
         let connect = Connect { keep_alive: 1, ..Connect::new(version, name(version, "silent")) };
-        let (mut raw, _) = server.enter(&connect);
+        let (mut raw, connack) = server.enter(&connect);
+        // It was not told another one [MQTT-3.2.2-22].
+        assert_eq!(&connack[4..], if version.is_v5() { PLAIN } else { &[] });
         raw.expect_end(0x8D);
     }
+}
+
+/// The properties of a CONNACK for a client that asked for nothing: Receive Maximum, Maximum Packet
+/// Size (256 KiB), Topic Alias Maximum.
+const PLAIN: &[u8] = &[11, 0x21, 0, 20, 0x27, 0, 4, 0, 0, 0x22, 0, 10];
+
+#[test]
+fn mqtt_3_1_2_28_and_4_12_0_6_a_connack_has_no_response_information_and_no_method() {
+    for asked in [&[][..], &[0x19, 0], &[0x19, 1]] {
+        let connect = Connect { properties: asked.to_vec(), ..Connect::new(V5, "asks-nothing") };
+        assert_eq!(&server().enter(&connect).1[4..], PLAIN);
+    }
+}
+
+#[test]
+fn mqtt_3_1_2_29_who_wants_no_problem_information_gets_none_with_acks() {
+    let connect = Connect { properties: vec![0x17, 0], ..Connect::new(V5, "no-problems") };
+    let (mut raw, _) = server().enter(&connect);
+    for (first, ack) in [(0x32, 0x40), (0x34, 0x50)] {
+        raw.send(&publish(V5, first, "$SYS/not/ours", 7, &[], ""));
+        raw.expect(&[ack, 3, 0, 7, 0x90]);
+    }
+    raw.send(&unsubscribe(V5, 8, &["never/subscribed"]));
+    raw.expect(&[0xB0, 4, 0, 8, 0, 0x11]);
 }
 
 #[test]
@@ -161,7 +201,7 @@ fn mqtt_3_1_2_24_no_packet_is_larger_than_the_client_takes() {
     let mut other = server.client(V5, "large");
     let large = "x".repeat(40);
     for payload in [&*large, "fits"] {
-        other.send(&crate::harness::wire::publish(V5, 0x30, "small/t", 0, &[], payload));
+        other.send(&publish(V5, 0x30, "small/t", 0, &[], payload));
     }
     assert_eq!(raw.message().text(), "fits", "[MQTT-3.1.2-25]: as if it had been sent");
 }
@@ -183,11 +223,13 @@ fn mqtt_3_1_2_24_and_3_2_2_19_nor_is_an_answer() {
             Connect { properties: vec![0x27, 0, 0, 0, 30], ..Connect::new(V5, "no-suback") };
         let (mut raw, _) = server().enter(&small);
         raw.send(&bytes);
+        // Without a reason string, either [MQTT-3.14.2-3].
         raw.expect(&[0xE0, 1, 0x95]);
         raw.expect_closed();
     }
 }
 
+/// The client id is there, too [MQTT-3.1.3-3]; what is not as it must be is closed [MQTT-3.1.4-1].
 #[test]
 fn mqtt_3_1_3_1_the_payload_fields_are_there_and_nothing_else() {
     for version in BOTH {
@@ -215,27 +257,80 @@ fn mqtt_3_1_3_4_a_client_id_is_utf_8_without_u_0000() {
 }
 
 #[test]
-fn mqtt_3_1_3_5_client_ids_of_23_and_more_characters_are_taken() {
+fn mqtt_3_1_3_5_client_ids_of_1_to_23_and_of_more_characters_are_taken() {
+    let id = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
     for version in BOTH {
-        let id = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
-        server().enter(&Connect::new(version, name(version, id)));
+        for id in [&id[..1], &id[..23], &id[23..46], &id[46..], id] {
+            server().enter(&Connect::new(version, id));
+        }
     }
 }
 
 #[test]
-fn mqtt_3_1_3_6_and_7_an_empty_client_id_gets_one_and_v5_is_told() {
+fn mqtt_3_1_3_6_and_7_and_3_2_2_16_an_empty_client_id_gets_one_of_its_own_and_v5_is_told() {
     for version in BOTH {
-        let (_, connack) = server().enter(&Connect::new(version, ""));
-        assert_eq!(
-            connack.windows(8).any(|w| w[0] == 0x12 && &w[3..] == b"auto-"),
-            version.is_v5()
-        );
+        let server = server();
+        let mut both = [(); 2].map(|()| server.enter(&Connect::new(version, "")));
+        let told = both.each_ref().map(|(_, connack)| {
+            let at = connack.windows(8).position(|w| w[0] == 0x12 && &w[3..] == b"auto-");
+            at.map(|at| connack[at..at + 24].to_vec())
+        });
+        assert_eq!(told[0].is_some(), version.is_v5());
+        assert!(told[0].is_none() || told[0] != told[1], "{told:x?}");
+        // Neither took the other's place.
+        for (raw, _) in &mut both {
+            raw.ping();
+        }
     }
 }
 
 #[test]
-fn mqtt_3_1_3_8_of_3_1_1_an_empty_client_id_needs_a_clean_session() {
+fn mqtt_3_1_3_8_a_client_id_that_is_not_taken_is_refused_as_such() {
+    for version in BOTH {
+        let code = if version.is_v5() { 0x85 } else { 2 };
+        assert_eq!(refusal(version, &Connect::new(version, "x".repeat(1025)).bytes()), Some(code));
+    }
+}
+
+#[test]
+fn mqtt_3_1_3_11_and_12_will_topic_and_user_name_are_utf_8() {
+    for version in BOTH {
+        for bad in [&b"\xFF"[..], b"\xED\xA0\x80", b"a\0"] {
+            let rest = [properties(version, &[]), field(bad), field("x")].concat();
+            let will = Connect { flags: 0x06, rest, ..Connect::new(version, "x") };
+            let user = Connect { flags: 0x82, rest: field(bad), ..Connect::new(version, "x") };
+            for connect in [will, user] {
+                let code = refusal(version, &connect.bytes());
+                assert_eq!(code, version.is_v5().then_some(0x81), "{bad:x?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn mqtt_3_1_3_7_and_8_of_3_1_1_an_empty_client_id_needs_a_clean_session() {
     assert_eq!(refusal(V311, &Connect { flags: 0, ..Connect::new(V311, "") }.bytes()), Some(2));
+}
+
+#[test]
+fn mqtt_3_1_4_2_who_may_not_enter_is_told_so_and_closed() {
+    let mut key = tempfile::NamedTempFile::new().unwrap();
+    key.write_all(&[7; 32]).unwrap();
+    let path = key.path().display();
+    let server =
+        Server::start(&format!("allow_anonymous = false\n[auth.jwt]\nhmac_key_file = \"{path}\""));
+    for version in BOTH {
+        let nobody = Connect::new(version, "nobody");
+        let rest = [field(""), field("no token")].concat();
+        let forger = Connect { flags: 0xC2, rest, ..Connect::new(version, "forger") };
+        for (connect, code_v5, code_v3) in [(nobody, 0x87, 5), (forger, 0x86, 4)] {
+            let mut raw = server.open(version);
+            raw.send(&connect.bytes());
+            let connack = raw.packet();
+            assert_eq!(connack[2..4], [0, if version.is_v5() { code_v5 } else { code_v3 }]);
+            raw.expect_closed();
+        }
+    }
 }
 
 #[test]
@@ -249,6 +344,7 @@ fn mqtt_3_1_4_3_a_second_connection_takes_over() {
     }
 }
 
+/// [MQTT-3.2.0-1]
 #[test]
 fn mqtt_3_1_4_5_connack_comes_first_and_what_was_sent_with_connect_is_served() {
     for version in BOTH {
@@ -263,14 +359,38 @@ fn mqtt_3_1_4_5_connack_comes_first_and_what_was_sent_with_connect_is_served() {
 
 #[test]
 fn mqtt_3_1_4_6_nothing_is_served_after_a_refusal() {
-    let server = server();
-    let mut raw = server.open(V311);
-    let refused = Connect::new(V311, "x").bytes_as("MQTT", 9);
-    raw.send(&[refused, vec![0xC0, 0]].concat());
-    raw.expect(&[0x20, 2, 0, 1]);
-    raw.expect_closed();
+    for version in BOTH {
+        let server = server();
+        let topic = name(version, "after-refusal");
+        let mut watcher = server.client(version, "after-refusal");
+        watcher.subscribe(&topic, 0);
+        let mut raw = server.open(version);
+        let refused = Connect::new(version, "x").bytes_as("MQTT", 9);
+        let unread = publish(version, 0x30, &topic, 0, &[], "x");
+        raw.send(&[refused, unread, vec![0xC0, 0]].concat());
+        raw.expect(&[0x20, 2, 0, 1]);
+        raw.expect_closed();
+        watcher.ping();
+    }
 }
 
+/// One of the codes that there are [MQTT-3.2.2-8].
+#[test]
+fn mqtt_3_2_2_6_and_7_a_refusal_knows_no_session_and_closes() {
+    for version in BOTH {
+        let mut connect = Connect::kept(version, name(version, "known"));
+        server().enter(&connect).0.cut();
+        let refused = if version.is_v5() {
+            connect.properties.extend([&[0x15][..], &field("none")].concat());
+            (connect.bytes(), 0x8C)
+        } else {
+            (connect.bytes_as("MQTT", 9), 1)
+        };
+        assert_eq!(refusal(version, &refused.0), Some(refused.1));
+    }
+}
+
+/// So a clean start is processed [MQTT-3.1.4-4].
 #[test]
 fn mqtt_3_2_2_1_and_3_session_present_says_whether_there_is_one() {
     for version in BOTH {
@@ -279,15 +399,35 @@ fn mqtt_3_2_2_1_and_3_session_present_says_whether_there_is_one() {
         let present = |connect: &Connect| server.enter(connect).1[2];
         assert_eq!(present(&Connect::kept(version, id.clone())), 0);
         assert_eq!(present(&Connect::kept(version, id.clone())), 1);
+        let other = Connect::kept(version, id.to_uppercase());
+        assert_eq!(present(&other), 0, "another client's [MQTT-3.1.3-2]");
         assert_eq!(present(&Connect::new(version, id.clone())), 0, "clean start [MQTT-3.2.2-2]");
         assert_eq!(present(&Connect::kept(version, id)), 0, "and it ended what there was");
     }
 }
 
 #[test]
-fn mqtt_3_2_2_7_to_9_receive_maximum_is_told() {
+fn mqtt_5_connack_tells_receive_maximum() {
     let (_, connack) = server().enter(&Connect::new(V5, "limits"));
     assert!(connack.windows(3).any(|property| property == [0x21, 0, 20]), "{connack:x?}");
+}
+
+#[test]
+fn mqtt_3_2_2_15_a_packet_larger_than_what_the_server_takes_is_an_error() {
+    for version in BOTH {
+        // 256 KiB, of which the header takes four bytes.
+        for (length, fits) in [([0xFC, 0xFF, 0x0F], true), ([0xFD, 0xFF, 0x0F], false)] {
+            let mut raw = server().client(version, "too-large");
+            raw.send(&[&[0x30][..], &length].concat());
+            if fits {
+                let rest = [field("too-large"), properties(version, &[])].concat();
+                raw.send(&[&rest[..], &vec![b'x'; (256 << 10) - 4 - rest.len()]].concat());
+                raw.ping();
+            } else {
+                raw.expect_end(0x95);
+            }
+        }
+    }
 }
 
 #[test]
@@ -298,14 +438,14 @@ fn mqtt_4_12_0_1_an_unknown_authentication_method_is_refused() {
 }
 
 #[test]
-fn mqtt_4_12_0_6_auth_without_a_method_is_an_error() {
+fn mqtt_4_12_0_7_auth_without_a_method_is_an_error() {
     let mut raw = server().client(V5, "no-method");
     raw.send(&packet(0xF0, [0x18, 0]));
     raw.expect_end(0x82);
 }
 
 #[test]
-fn mqtt_3_1_2_11_2_properties_that_come_twice_or_do_not_belong_are_errors() {
+fn mqtt_5_connect_properties_that_come_twice_or_do_not_belong_are_errors() {
     for (list, code) in [
         (&[0x11, 0, 0, 0, 1, 0x11, 0, 0, 0, 1][..], 0x82), // session expiry twice
         (&[0x21, 0, 0], 0x82),                             // receive maximum 0

@@ -2,7 +2,7 @@
 //! it, so that nothing is left behind.
 
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::ops::{Deref, DerefMut};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -10,12 +10,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use gateway::Addresses;
 use tempfile::TempDir;
 
+use crate::harness::PATIENCE;
 use crate::harness::wire::{Connect, Raw, Version};
 
 /// A running gateway.
 pub(crate) struct Server {
     process: Child,
-    address: SocketAddr,
+    addresses: Vec<SocketAddr>,
     _folder: TempDir,
 }
 
@@ -53,12 +54,20 @@ impl Server {
         let mut line = String::new();
         BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let addresses = Addresses::from_ready_line(line.trim_end()).expect("it gets ready");
-        Arc::new(Self { process, address: addresses.mqtt[0], _folder: folder })
+        Arc::new(Self { process, addresses: addresses.mqtt, _folder: folder })
     }
 
     /// A connection that has said nothing yet.
     pub(crate) fn open(self: &Arc<Self>, version: Version) -> Client {
-        Client { raw: Raw::open(self.address, version).unwrap(), _server: self.clone() }
+        Client { raw: Raw::open(self.addresses[0], version).unwrap(), _server: self.clone() }
+    }
+
+    /// A stream to the listener of this number.
+    pub(crate) fn dial(&self, listener: usize) -> TcpStream {
+        let stream = TcpStream::connect(self.addresses[listener]).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream
     }
 
     /// Connects; gives the CONNACK, too.

@@ -1,8 +1,9 @@
 //! Sessions: sections 3.1.2.4, 3.1.2.11.2, 4.1, 4.4.
 
 use crate::harness::wire::{BOTH, Connect, V5, ack, packet, publish};
-use crate::server::{name, server};
+use crate::server::{Client, name, server};
 
+/// Messages are added to the session while its client is away [MQTT-4.5.0-1].
 #[test]
 fn mqtt_3_1_2_5_and_6_what_was_subscribed_is_there_when_the_client_is_back() {
     for version in BOTH {
@@ -29,6 +30,8 @@ fn mqtt_3_1_2_5_and_6_what_was_subscribed_is_there_when_the_client_is_back() {
     }
 }
 
+/// In their order [MQTT-4.6.0-1], marked [MQTT-3.3.1-1], and as long as their exchange is not at its end:
+/// [MQTT-4.3.2-3], [MQTT-4.3.3-3], [MQTT-4.3.3-5], [MQTT-4.3.3-6].
 #[test]
 fn mqtt_4_4_0_1_what_was_not_acked_is_sent_again_with_its_id() {
     for version in BOTH {
@@ -60,6 +63,101 @@ fn mqtt_4_4_0_1_what_was_not_acked_is_sent_again_with_its_id() {
         raw.cut();
         let (mut raw, _) = server.enter(&connect);
         raw.ping();
+    }
+}
+
+#[test]
+fn mqtt_4_4_0_2_what_the_client_has_refused_is_not_sent_again() {
+    let server = server();
+    let connect = Connect::kept(V5, "refusing");
+    let (mut raw, _) = server.enter(&connect);
+    raw.subscribe("refusing", 2);
+    let mut publisher = server.client(V5, "refusing-pub");
+    for (first, id) in [(0x32, 1), (0x34, 2)] {
+        publisher.send(&publish(V5, first, "refusing", id, &[], ""));
+    }
+    let ids = [raw.message().id, raw.message().id];
+    for (first, id) in [0x40, 0x50].into_iter().zip(ids) {
+        raw.send(&packet(first, [&id.to_be_bytes()[..], &[0x83]].concat()));
+    }
+    // No PUBREL, either.
+    raw.ping();
+    raw.cut();
+    let (mut raw, connack) = server.enter(&connect);
+    assert_eq!(connack[2], 1);
+    raw.ping();
+}
+
+/// A retained message with a second to live, from now on: once it is gone, so is all that came before it
+/// with as much.
+fn let_a_second_pass(raw: &mut Client, topic: &str) {
+    raw.send(&publish(V5, 0x33, topic, 1, &[0x02, 0, 0, 0, 1], "tick"));
+    raw.expect_ack(0x40, 1);
+    let mut ticks = true;
+    while ticks {
+        raw.subscribe(topic, 0);
+        raw.send(&[0xC0, 0]);
+        // What is retained may come before the answer or behind it.
+        let first = raw.packet()[0];
+        ticks = first == 0x31;
+        if ticks {
+            raw.expect(&[0xD0, 0]);
+        }
+    }
+}
+
+#[test]
+fn mqtt_3_3_2_5_what_has_expired_while_the_client_was_away_does_not_reach_it() {
+    let server = server();
+    let connect = Connect::kept(V5, "away");
+    let (mut raw, _) = server.enter(&connect);
+    raw.subscribe("away", 1);
+    raw.cut();
+    let mut publisher = server.client(V5, "away-pub");
+    for (expiry_s, text) in [(1, "expired"), (100, "in time")] {
+        publisher.send(&publish(V5, 0x32, "away", 1, &[0x02, 0, 0, 0, expiry_s], text));
+        publisher.expect_ack(0x40, 1);
+    }
+    let_a_second_pass(&mut publisher, "away/clock");
+    let (mut raw, _) = server.enter(&connect);
+    assert_eq!(raw.message().text(), "in time");
+    raw.ping();
+}
+
+#[test]
+fn mqtt_4_3_3_7_what_was_sent_once_is_sent_again_even_when_it_has_expired() {
+    let server = server();
+    let connect = Connect::kept(V5, "sent-once");
+    let (mut raw, _) = server.enter(&connect);
+    raw.subscribe("sent-once", 2);
+    let mut publisher = server.client(V5, "sent-once-pub");
+    publisher.send(&publish(V5, 0x34, "sent-once", 1, &[0x02, 0, 0, 0, 1], "x"));
+    publisher.expect_ack(0x50, 1);
+    let sent = raw.message();
+    raw.cut();
+    let_a_second_pass(&mut publisher, "sent-once/clock");
+    let (mut raw, _) = server.enter(&connect);
+    let again = raw.message();
+    assert_eq!((again.first, again.id, again.text()), (0x3C, sent.id, "x"));
+    raw.send(&ack(0x50, again.id));
+    raw.expect_ack(0x62, again.id);
+}
+
+#[test]
+fn mqtt_3_1_2_7_of_3_1_1_retained_messages_outlive_the_session_of_their_publisher() {
+    for version in BOTH {
+        let server = server();
+        let topic = name(version, "outlives");
+        let id = name(version, "outlived");
+        let (mut raw, _) = server.enter(&Connect::kept(version, id.clone()));
+        raw.send(&publish(version, 0x33, &topic, 1, &[], "x"));
+        raw.expect_ack(0x40, 1);
+        raw.cut();
+        // A clean start ends that session, and its end this one.
+        server.enter(&Connect::new(version, id)).0.cut();
+        let mut late = server.client(version, "outlives-late");
+        late.subscribe(&topic, 1);
+        assert_eq!(late.message().text(), "x");
     }
 }
 
@@ -104,6 +202,7 @@ fn mqtt_3_1_2_4_a_clean_start_forgets_everything() {
     }
 }
 
+/// And not before [MQTT-4.1.0-2].
 #[test]
 fn mqtt_3_1_2_23_a_session_ends_when_it_expires() {
     let server = server();
@@ -119,7 +218,7 @@ fn mqtt_3_1_2_23_a_session_ends_when_it_expires() {
 }
 
 #[test]
-fn mqtt_3_14_2_2_2_a_disconnect_may_change_the_expiry() {
+fn mqtt_5_a_disconnect_may_change_the_expiry() {
     let server = server();
     let connect = Connect::kept(V5, "shortened");
     let (mut raw, _) = server.enter(&connect);
@@ -129,7 +228,7 @@ fn mqtt_3_14_2_2_2_a_disconnect_may_change_the_expiry() {
 }
 
 #[test]
-fn mqtt_3_1_2_11_2_a_client_is_told_when_it_gets_less_than_it_asked_for() {
+fn mqtt_5_a_client_is_told_when_it_gets_less_than_it_asked_for() {
     let mut connect = Connect::kept(V5, "for-ever");
     connect.properties = vec![0x11, 0xFF, 0xFF, 0xFF, 0xFF];
     let (_, connack) = server().enter(&connect);

@@ -3,6 +3,7 @@
 use crate::harness::wire::{BOTH, Connect, V5, field};
 use crate::server::{name, server};
 
+/// So it was stored [MQTT-3.1.2-7].
 #[test]
 fn mqtt_3_1_2_8_a_will_is_published_when_the_connection_is_lost() {
     for version in BOTH {
@@ -16,6 +17,24 @@ fn mqtt_3_1_2_8_a_will_is_published_when_the_connection_is_lost() {
             let message = watcher.message();
             assert_eq!((message.qos(), message.text()), (qos, "gone"));
         }
+    }
+}
+
+#[test]
+fn mqtt_3_1_2_12_of_3_1_1_who_has_no_will_leaves_none() {
+    for version in BOTH {
+        let server = server();
+        let topic = name(version, "will/none");
+        let mut watcher = server.client(version, "none-watcher");
+        watcher.subscribe(&topic, 0);
+        let connect = Connect::kept(version, name(version, "none"));
+        server.enter(&connect.clone().will(0, &[], &topic, "first")).0.cut();
+        assert_eq!(watcher.message().text(), "first");
+        // Its session goes on, without the will of the connection before.
+        server.enter(&connect).0.cut();
+        server.enter(&connect.will(0, &[], &topic, "second")).0.cut();
+        assert_eq!(watcher.message().text(), "second");
+        watcher.ping();
     }
 }
 
@@ -38,7 +57,7 @@ fn mqtt_3_1_2_10_and_3_14_4_3_a_disconnect_cancels_the_will() {
 }
 
 #[test]
-fn mqtt_3_14_2_1_a_disconnect_with_will() {
+fn mqtt_5_a_disconnect_with_will() {
     let server = server();
     let mut watcher = server.client(V5, "with-will-watcher");
     watcher.subscribe("will/asked", 0);
@@ -56,20 +75,31 @@ fn mqtt_3_1_2_14_and_15_a_will_may_be_retained() {
         let connect = Connect::new(version, name(version, "retained-will"));
         let mut watcher = server.client(version, "retained-watcher");
         watcher.subscribe(&topic, 0);
-        server.enter(&connect.will(0x20, &[], &topic, "gone")).0.cut();
-        assert_eq!(watcher.message().first, 0x30);
-        let mut late = server.client(version, "retained-late");
-        late.subscribe(&topic, 0);
-        assert_eq!((late.message().first), 0x31);
+        // One that is not retained leaves what is there, and one that is replaces it.
+        for (flags, retained) in [(0x00, None), (0x20, Some("2")), (0x00, Some("2"))] {
+            let text = if flags == 0 { "1" } else { "2" };
+            server.enter(&connect.clone().will(flags, &[], &topic, text)).0.cut();
+            let message = watcher.message();
+            assert_eq!((message.first, message.text()), (0x30, text));
+            let mut late = server.client(version, "retained-late");
+            late.subscribe(&topic, 0);
+            if let Some(text) = retained {
+                let message = late.message();
+                assert_eq!((message.first, message.text()), (0x31, text));
+            }
+            late.ping();
+        }
     }
 }
 
 #[test]
-fn mqtt_3_1_3_2_what_a_will_says_reaches_the_subscriber() {
+fn mqtt_3_1_3_10_what_a_will_says_reaches_the_subscriber() {
     let server = server();
     let mut watcher = server.client(V5, "said-watcher");
     watcher.subscribe("will/said", 0);
-    let said = [&[0x03][..], &field("a/b"), &[0x26], &field("k"), &field("v")].concat();
+    let user = |name, value| [&[0x26][..], &field(name), &field(value)].concat();
+    let users = [user("b", "1"), user("a", "2"), user("b", "3")].concat();
+    let said = [&[0x03][..], &field("a/b"), &users].concat();
     let list = [&[0x18, 0, 0, 0, 0][..], &said].concat();
     server.enter(&Connect::new(V5, "said-will").will(0, &list, "will/said", "x")).0.cut();
     assert_eq!(watcher.message().properties, said);
@@ -90,7 +120,7 @@ fn mqtt_3_1_3_9_a_client_that_is_back_in_time_has_no_will() {
 }
 
 #[test]
-fn mqtt_3_1_3_2_2_a_will_is_due_when_its_session_ends() {
+fn mqtt_5_a_will_is_due_when_its_session_ends() {
     let server = server();
     let mut watcher = server.client(V5, "ends-watcher");
     watcher.subscribe("will/ends", 0);

@@ -83,13 +83,23 @@ impl Broker {
     }
 
     pub(crate) async fn create_topic(&self, name: &str, partitions: i32) {
-        let admin: AdminClient<DefaultClientContext> =
-            ClientConfig::new().set("bootstrap.servers", self.bootstrap()).create().unwrap();
         let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
         let options = AdminOptions::new().operation_timeout(Some(PATIENCE));
-        for created in admin.create_topics([&topic], &options).await.unwrap() {
+        for created in self.admin().create_topics([&topic], &options).await.unwrap() {
             created.unwrap();
         }
+    }
+
+    /// Forgets where a consumer group is.
+    pub(crate) async fn delete_group(&self, name: &str) {
+        let deleted = self.admin().delete_groups(&[name], &AdminOptions::new()).await.unwrap();
+        for deleted in deleted {
+            deleted.unwrap();
+        }
+    }
+
+    fn admin(&self) -> AdminClient<DefaultClientContext> {
+        ClientConfig::new().set("bootstrap.servers", self.bootstrap()).create().unwrap()
     }
 }
 

@@ -251,8 +251,7 @@ impl Raw {
         assert_eq!(packet, bytes, "expected {bytes:x?}, not {packet:x?}");
     }
 
-    /// The next packet is an ack of this kind and id, with success.
-    /// An ack that says success. A PUBACK of v5 may say beside that nobody subscribes.
+    /// The next packet is an ack of this kind and id that says success. A PUBACK of v5 may say beside that nobody subscribes.
     pub(crate) fn expect_ack(&mut self, first: u8, id: u16) {
         let packet = self.packet();
         let unheard = [&[0x40, 3][..], &id.to_be_bytes(), &[0x10]].concat();
@@ -276,6 +275,16 @@ impl Raw {
             let disconnect = self.packet();
             assert_eq!(disconnect.first(), Some(&0xE0), "no DISCONNECT: {disconnect:x?}");
             assert_eq!(disconnect[2], code, "another reason: {disconnect:x?}");
+        }
+        self.expect_closed();
+    }
+
+    /// As [`Raw::expect_end`], where one of several reasons will do.
+    pub(crate) fn expect_end_of(&mut self, codes: &[u8]) {
+        if self.version.is_v5() {
+            let disconnect = self.packet();
+            assert_eq!(disconnect.first(), Some(&0xE0), "no DISCONNECT: {disconnect:x?}");
+            assert!(codes.contains(&disconnect[2]), "another reason: {disconnect:x?}");
         }
         self.expect_closed();
     }

@@ -51,9 +51,10 @@ pub(super) fn write(
         }
         HttpFormat::CloudEventBinary => {
             let context = Context::of(&first.event);
-            envelope.for_each_attribute(first, &context, stream, |name, value| {
-                let name =
-                    HeaderName::try_from(format!("ce-{name}")).expect("attributes are names");
+            let scratch = &mut Vec::new();
+            envelope.for_each_attribute(first, &context, stream, scratch, |name, value| {
+                let name = format!("ce-{}", name.plain());
+                let name = HeaderName::try_from(name).expect("attributes are names");
                 headers.insert(name, percent_encoded(value));
             });
             body.extend_from_slice(&first.event.payload);

@@ -2,8 +2,8 @@
 //!
 //! - The value is the payload, untouched; the key is the device key, spread as Java's clients do
 //!   (`murmur2_random`), so a device stays in one Kafka partition and in order.
-//! - Headers are CloudEvents in binary mode, or `id` alone, or none. `partitionkey` and `sequence` are left out: the record's
-//!   key is the one, the end of `ce_id` the other, and each header costs CPU.
+//! - Headers are CloudEvents in binary mode, or `id` alone, or none. `partitionkey` and `sequence` are
+//!   left out: the record's key is the one, the end of `ce_id` the other, and each header costs CPU.
 //! - The record's timestamp is the time of sending, as a topic's retention goes by it; the event's
 //!   time is `ce_time`.
 
@@ -12,16 +12,18 @@ use std::io::Write as _;
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::BaseRecord;
-use storage::{Lane, StoredEvent};
+use storage::StoredEvent;
 
 use super::client::{Producer, code};
 use super::ledger::Ticket;
-use crate::cloudevents::{Context, Envelope, clock_extensions, write_time};
+use crate::cloudevents::{Context, Envelope, Name};
 use crate::config::{KafkaConfig, KafkaHeaders, KafkaTopic};
 use crate::sink::Mark;
 
 /// librdkafka's default of `message.max.bytes`.
 const RECORD_BYTES_MAX: usize = 1_000_000;
+/// Headers of most events.
+const HEADERS: usize = 7;
 /// Longest name of a topic.
 const TOPIC_BYTES_MAX: usize = 249;
 
@@ -50,7 +52,7 @@ pub(super) struct Recorder {
     headers: KafkaHeaders,
     envelope: Envelope,
     record_bytes_max: usize,
-    /// Header values of one event; kept for its capacity.
+    /// A header's value; kept for its capacity.
     scratch: Vec<u8>,
 }
 
@@ -114,52 +116,88 @@ fn headers(
     stream: Option<Mark>,
     scratch: &mut Vec<u8>,
 ) -> OwnedHeaders {
-    let event = &stored.event;
-    let context = Context::of(event);
-    scratch.clear();
-    let _ = write!(scratch, "{}", envelope.id(stored));
-    let id_end = scratch.len();
-    envelope.write_source(scratch, event);
-    let source_end = scratch.len();
-    match context.time {
-        Some(time) => scratch.extend_from_slice(time.as_bytes()),
-        None => write_time(scratch, stored.received_us()),
-    }
-    let (rest, time) = scratch.split_at(source_end);
-    let (id, source) = rest.split_at(id_end);
-    let mut headers = OwnedHeaders::new_with_capacity(9);
-    for (key, value) in [
-        ("ce_specversion", &b"1.0"[..]),
-        ("ce_id", id),
-        ("ce_source", source),
-        ("ce_type", envelope.event_type(event).as_bytes()),
-        ("ce_subject", event.topic.as_bytes()),
-        ("ce_time", time),
-        ("content-type", context.content_type.as_bytes()),
-    ] {
-        headers = headers.insert(Header { key, value: Some(value) });
-    }
-    if let Some(traceparent) = context.traceparent {
-        headers = headers.insert(Header { key: "ce_traceparent", value: Some(traceparent) });
-    }
-    if context.lane != Lane::Live {
-        headers = headers.insert(Header { key: "ce_lane", value: Some(context.lane.name()) });
-    }
-    if let Some(stream) = stream {
-        headers = headers.insert(Header { key: "ce_stream", value: Some(stream.name()) });
-    }
-    if context.requeued {
-        headers = headers.insert(Header { key: "ce_requeued", value: Some("true") });
-    }
-    for (name, value) in clock_extensions(stored).into_iter().flatten() {
-        headers = headers.insert(Header { key: &format!("ce_{name}"), value: Some(&value) });
-    }
-    headers
+    let context = Context::of(&stored.event);
+    let mut headers = Some(OwnedHeaders::new_with_capacity(HEADERS));
+    let mut insert = |key: &str, value: &str| {
+        headers = headers.take().map(|headers| headers.insert(Header { key, value: Some(value) }));
+    };
+    envelope.for_each_attribute(stored, &context, stream, scratch, |name, value| {
+        if name != Name::PARTITION_KEY && name != Name::SEQUENCE {
+            insert(name.prefixed(), value);
+        }
+    });
+    insert("content-type", context.content_type);
+    headers.expect("put back each time")
 }
 
 #[cfg(test)]
 mod tests {
+    use rdkafka::message::Headers as _;
+    use storage::{Attribute, Attributes, Lane, Stamp, TimeQuality};
+
     use super::*;
+    use crate::config::SinkConfig;
+    use crate::fake;
+
+    /// The headers of an event whose publish said this, but for those that every event has.
+    fn told(
+        attributes: &[Attribute<'_>],
+        stamp: Option<Stamp>,
+        stream: Option<Mark>,
+    ) -> Vec<(String, String)> {
+        let always = ["ce_specversion", "ce_id", "ce_source", "ce_type", "ce_subject", "ce_time"];
+        let mut stored = StoredEvent { stamp, ..fake::stored(42, "dev", "{}") };
+        stored.event.attributes = Attributes::encode(attributes.iter().cloned());
+        let envelope = Envelope::new(&fake::origin(), SinkConfig::EVENT_TYPE);
+        let headers = headers(&envelope, &stored, stream, &mut b"left over".to_vec());
+        let text = |value: Option<&[u8]>| String::from_utf8(value.unwrap().to_vec()).unwrap();
+        let all: Vec<_> = headers.iter().map(|h| (h.key.to_owned(), text(h.value))).collect();
+        let (same, other): (Vec<_>, _) =
+            all.into_iter().partition(|(key, _)| always.contains(&&**key));
+        assert_eq!(same.len(), always.len(), "{same:?}");
+        other
+    }
+
+    #[test]
+    fn what_an_event_is_beside_the_usual_is_in_its_headers() {
+        let stamp = |quality| Stamp { boot: 0xb, uptime_us: 9, received_us: 1, quality };
+        let time = "2026-01-02T03:04:05.678+01:00";
+        let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let told = |attributes: &[Attribute<'_>], stamp, stream| {
+            let mut told = told(attributes, stamp, stream);
+            assert_eq!(told.pop().unwrap().0, "content-type");
+            told.into_iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>()
+        };
+        assert!(told(&[], Some(stamp(TimeQuality::Synchronised)), None).is_empty());
+        for (attribute, expected) in [
+            (Attribute::Lane(Lane::Alarm), "ce_lane=alarm"),
+            (Attribute::Lane(Lane::Backfill), "ce_lane=backfill"),
+            (Attribute::Requeued, "ce_requeued=true"),
+            (Attribute::UserProperty("time", time), "ce_recordedtime=2023-11-14T22:13:20.000000Z"),
+            (Attribute::UserProperty("traceparent", trace), &format!("ce_traceparent={trace}")),
+        ] {
+            assert_eq!(told(&[attribute], None, None), [expected]);
+        }
+        for (stream, expected) in [
+            (Mark::Live, "ce_stream=live"),
+            (Mark::Backfill, "ce_stream=backfill"),
+            (Mark::Replay, "ce_stream=replay"),
+        ] {
+            assert_eq!(told(&[], None, Some(stream)), [expected]);
+        }
+        let unset = Some(stamp(TimeQuality::Unsynchronised));
+        assert_eq!(
+            told(&[Attribute::Lane(Lane::Alarm), Attribute::Requeued], unset, Some(Mark::Live)),
+            [
+                "ce_lane=alarm",
+                "ce_stream=live",
+                "ce_requeued=true",
+                "ce_timequality=unsynchronised",
+                "ce_bootid=000000000000000b",
+                "ce_uptimemicros=9",
+            ]
+        );
+    }
 
     #[test]
     fn a_made_topic_is_one_that_kafka_takes() {

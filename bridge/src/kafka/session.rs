@@ -25,12 +25,13 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::Producer as _;
 use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Offset, TopicPartitionList};
+use storage::{Read, ReadError};
 
 use super::cannot_start;
 use super::client::{
     Producer, Quiet, Reports, Shared, Tokens, client_config, code, producer_config,
 };
-use super::cursor::{Mark, Place};
+use super::cursor::{Mark, NoCursor, Place};
 use super::ledger::{FENCED, describe, is_fenced, sort};
 use crate::config::KafkaConfig;
 use crate::reach::Reach;
@@ -78,6 +79,9 @@ impl Setback {
     }
 }
 
+/// Reads the store's log from an offset on, an event at least if there is one. Blocks.
+pub(crate) type Log = Arc<dyn Fn(u64) -> Result<Read, ReadError> + Send + Sync>;
+
 /// Everything that it takes to begin a session.
 pub(super) struct Start {
     pub(super) config: KafkaConfig,
@@ -86,8 +90,7 @@ pub(super) struct Start {
     pub(super) place: Arc<Place>,
     pub(super) patience: Patience,
     pub(super) claim: Claim,
-    /// Where the log ended when this process started.
-    pub(super) log_end: u64,
+    pub(super) log: Log,
 }
 
 /// What a session begins with.
@@ -95,8 +98,6 @@ pub(super) struct Started {
     pub(super) session: Session,
     /// The mark that stands in Kafka: its own.
     pub(super) mark: Mark,
-    /// What it says that Kafka has of this store.
-    pub(super) reach: Option<Reach>,
 }
 
 /// Whether the name is ours to take.
@@ -152,19 +153,22 @@ impl Start {
         self.patience.wait(|slice| producer.init_transactions(slice))?;
         let consumer = self.consumer(name, Pending::Awaited)?;
         let mark = self.read_mark(&consumer)?.or(inherited);
-        let reach = self.resume(mark.as_ref())?;
+        let resumed = self.resume(mark.as_ref())?;
         let group = consumer.group_metadata().expect("the consumer has a group");
         let session = Session { producer, group };
-        let claim = self.place.mark(reach.clone().unwrap_or_default());
+        let claim = resumed.unwrap_or_else(|| self.place.mark(Reach::default(), None));
         if !mark.is_some_and(|mark| mark.has_the_writer_of(&claim)) {
             session.begin()?;
             session.commit(&self.place, &claim, &self.patience)?;
         }
-        Ok(Started { session, mark: claim, reach })
+        Ok(Started { session, mark: claim })
     }
 
-    fn resume(&self, mark: Option<&Mark>) -> Result<Option<Reach>, Setback> {
-        self.place.resume(mark, self.log_end).map_err(Setback::hold)
+    fn resume(&self, mark: Option<&Mark>) -> Result<Option<Mark>, Setback> {
+        self.place.resume(mark, &*self.log).map_err(|error| match error {
+            NoCursor::Forked(told) => Setback::hold(told),
+            NoCursor::Unread(error) => Setback::retry(error.to_string()),
+        })
     }
 
     /// The mark that a former version left under another name, if it is of this store: what that left

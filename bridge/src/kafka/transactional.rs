@@ -29,21 +29,24 @@ use std::time::{Duration, Instant};
 
 use tokio::task::{JoinHandle, spawn_blocking};
 
+use super::WINDOW;
 use super::client::Shared;
-use super::cursor::{Mark, Place};
+use super::cursor::{Mark, Place, Witness};
 use super::ledger::FENCED;
 use super::record::{Recorder, TOO_LARGE};
-use super::session::{Claim, Patience, Session, Setback, Start, Started};
+use super::session::{Claim, Log, Patience, Session, Setback, Start, Started};
 use crate::cloudevents::Envelope;
 use crate::config::KafkaConfig;
 use crate::reach::Reach;
 use crate::sink::{Answer, Failed, Failure, Request, RequestId, Sink, Which, Window};
 
 const REQUESTS_MAX: usize = 512;
-const EVENTS_MAX: usize = 65_536;
-/// Events that librdkafka has at once, give or take a request: what it has delivered leaves it while
-/// the transaction stays open.
-const PENDING_MAX: usize = 10_000;
+/// Events that are begun at once, each of which takes some 300 bytes beside its own until its
+/// transaction is committed.
+const EVENTS_MAX: usize = 40_960;
+/// What librdkafka has at once, give or take a request: what it has delivered leaves it while the
+/// transaction stays open.
+const PENDING: Window = WINDOW;
 
 /// Sends requests to Kafka, exactly once.
 pub(crate) struct TransactionalSink {
@@ -68,8 +71,7 @@ pub(crate) struct TransactionalSink {
     resumed: bool,
     /// What Kafka had before, if streams were split: for the forwarder to know.
     found: Option<Reach>,
-    /// Where the log ended when this process started.
-    log_end: u64,
+    log: Log,
     /// The mark that stands in Kafka, as far as we know.
     mark: Option<Mark>,
     /// When the ledger was last seen to move, and how far it was.
@@ -97,7 +99,16 @@ struct Transaction {
     since: Instant,
     /// What Kafka has with it.
     reach: Reach,
+    /// The last event that Kafka has with it.
+    witness: Option<Witness>,
     size_bytes: usize,
+}
+
+impl Transaction {
+    /// What it leaves in Kafka.
+    fn mark(&self, place: &Place) -> Mark {
+        place.mark(self.reach.clone(), self.witness)
+    }
 }
 
 /// What there is to wait for.
@@ -107,13 +118,12 @@ enum Next {
 }
 
 impl TransactionalSink {
-    /// `log_end` is where the log ends now: no cursor that an earlier process left in Kafka can be
-    /// beyond it.
+    /// `log` is the store's: a cursor found in Kafka counts if it is of that very log.
     pub(crate) fn new(
         config: KafkaConfig,
         envelope: Envelope,
         place: Place,
-        log_end: u64,
+        log: Log,
         request_timeout: Duration,
     ) -> Self {
         Self {
@@ -131,7 +141,7 @@ impl TransactionalSink {
             done: Reach::default(),
             resumed: false,
             found: None,
-            log_end,
+            log,
             mark: None,
             alive: (Instant::now(), 0),
         }
@@ -167,13 +177,13 @@ impl TransactionalSink {
             place: Arc::clone(&self.place),
             patience: self.patience(),
             claim: if self.resumed { Claim::After(self.mark.clone()) } else { Claim::Ours },
-            log_end: self.log_end,
+            log: Arc::clone(&self.log),
         };
         self.state = State::Starting(spawn_blocking(move || start.run()));
     }
 
     fn started(&mut self, outcome: Result<Started, Setback>) {
-        let Started { session, mark, reach } = match outcome {
+        let Started { session, mark } = match outcome {
             Ok(started) => started,
             Err(setback) => {
                 self.state = State::Down;
@@ -181,9 +191,9 @@ impl TransactionalSink {
             }
         };
         self.state = State::Ready(session);
+        let reach = mark.reach().clone();
         self.mark = Some(mark);
         let first = !std::mem::replace(&mut self.resumed, true);
-        let Some(reach) = reach else { return };
         self.done.join(reach.clone());
         if first && !reach.ahead.is_empty() {
             self.take_back_waiting();
@@ -214,7 +224,7 @@ impl TransactionalSink {
                 let mut ledger = self.shared.ledger();
                 ledger.void();
                 for Begun { request, .. } in self.waiting.drain(..) {
-                    ledger.admit(request.id, request.events.len());
+                    ledger.admit(request.id, request.events.len(), request.size_bytes());
                 }
                 ledger.settle();
                 let answers = std::iter::from_fn(|| ledger.take_answer());
@@ -245,8 +255,14 @@ impl TransactionalSink {
         self.open.is_some() && closed && self.shared.ledger().pending() == 0
     }
 
+    /// Whether librdkafka has room for more.
+    fn may_hand_over(&self) -> bool {
+        let ledger = self.shared.ledger();
+        ledger.pending() < PENDING.events_max && ledger.pending_bytes() < PENDING.bytes_max
+    }
+
     fn hand_over(&mut self, now: Instant) {
-        while self.takes_more(now) && self.shared.ledger().pending() < PENDING_MAX {
+        while self.takes_more(now) && self.may_hand_over() {
             let Some(begun) = self.waiting.pop_front() else { return };
             let events = &begun.request.events;
             if begun.reach.is_some() && events.iter().all(|stored| self.done.has(stored)) {
@@ -271,7 +287,8 @@ impl TransactionalSink {
                 self.waiting.push_front(begun);
                 return self.set_back(setback);
             }
-            self.open = Some(Transaction { since: now, reach: self.done.clone(), size_bytes: 0 });
+            let (reach, witness) = (self.done.clone(), self.mark.as_ref().and_then(Mark::witness));
+            self.open = Some(Transaction { since: now, reach, witness, size_bytes: 0 });
             self.alive = (now, self.shared.ledger().moves());
         }
         let open = self.open.as_mut().expect("just begun");
@@ -279,8 +296,11 @@ impl TransactionalSink {
         let in_order = reach.is_some();
         if let Some(reach) = reach {
             open.reach.join(reach);
+            let last = request.events.iter().rfind(|stored| !self.done.has(stored));
+            open.witness = open.witness.max(last.map(Witness::of));
         }
-        let first = self.shared.ledger().admit(request.id, request.events.len());
+        let events = request.events.len();
+        let first = self.shared.ledger().admit(request.id, events, request.size_bytes());
         for (stored, place) in request.events.iter().zip(0..) {
             let ticket = first.wrapping_add(place);
             if in_order && self.done.has(stored) {
@@ -332,10 +352,10 @@ impl TransactionalSink {
         let State::Ready(session) = std::mem::replace(&mut self.state, State::Down) else {
             unreachable!("only a session commits")
         };
-        let reach = self.open.as_ref().expect("complete, so open").reach.clone();
+        let mark = self.open.as_ref().expect("complete, so open").mark(&self.place);
         let (place, patience) = (Arc::clone(&self.place), self.patience());
         self.state = State::Committing(spawn_blocking(move || {
-            let outcome = session.commit(&place, &place.mark(reach), &patience);
+            let outcome = session.commit(&place, &mark, &patience);
             (session, outcome)
         }));
     }
@@ -345,7 +365,7 @@ impl TransactionalSink {
         let open = self.open.take().expect("what was committed was open");
         match outcome {
             Ok(()) => {
-                self.mark = Some(self.place.mark(open.reach.clone()));
+                self.mark = Some(open.mark(&self.place));
                 self.done = open.reach;
                 let mut ledger = self.shared.ledger();
                 self.answers.extend(std::iter::from_fn(|| ledger.take_answer()));
@@ -398,8 +418,8 @@ impl Sink for TransactionalSink {
     const KEEPS_CURSOR: bool = true;
 
     fn window(&self) -> Window {
-        // One transaction is committed while the next one gathers.
-        let bytes_max = 2 * self.config.transaction_bytes_max;
+        // While one transaction is committed, what the next one begins with gathers.
+        let bytes_max = self.config.transaction_bytes_max + PENDING.bytes_max;
         Window { requests_max: REQUESTS_MAX, events_max: EVENTS_MAX, bytes_max }
     }
 

@@ -10,7 +10,7 @@ use rumqttc::v5::mqttbytes::v5::{Publish, PublishProperties};
 use rumqttc::valid_topic;
 use storage::StoredEvent;
 
-use crate::cloudevents::{Context, Envelope};
+use crate::cloudevents::{Context, Envelope, Name};
 use crate::config::UserProperties;
 use crate::sink::Mark;
 use crate::template::Template;
@@ -57,9 +57,11 @@ impl Publisher {
         let mut content_type = None;
         match self.user_properties {
             UserProperties::CloudEvents => {
-                self.envelope.for_each_attribute(stored, &context, stream, |name, value| {
-                    user_properties.push((name.to_owned(), value.to_owned()));
-                });
+                let scratch = &mut Vec::new();
+                let give = |name: Name, value: &str| {
+                    user_properties.push((name.plain().to_owned(), value.to_owned()));
+                };
+                self.envelope.for_each_attribute(stored, &context, stream, scratch, give);
                 content_type = Some(context.content_type.to_owned());
             }
             UserProperties::Id => {

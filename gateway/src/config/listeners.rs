@@ -156,10 +156,15 @@ fn read_listener(section: &Section<'_, '_>, knows_users: bool) -> ListenerConfig
         connect_timeout: section.time("connect_timeout", SECOND..=600 * SECOND, 10 * SECOND),
         packet_bytes_max: section.size("packet_bytes_max", KIB..=64 * MIB, 256 * KIB) as usize,
         in_flight_max: section.integer("in_flight_max", 1..=65_535, 1_024) as u16,
-        client_rate: Rate {
-            events: section.integer("events_per_second_max", 0..=1_000_000, 0),
-            bytes: section.size("bytes_per_second_max", 0..=GIB, 0),
-        },
+        client_rate: read_rate(section),
+    }
+}
+
+/// How fast a client may publish, over a listener or a route.
+pub(super) fn read_rate(section: &Section<'_, '_>) -> Rate {
+    Rate {
+        events: section.integer("events_per_second_max", 0..=1_000_000, 0),
+        bytes: section.size("bytes_per_second_max", 0..=GIB, 0),
     }
 }
 

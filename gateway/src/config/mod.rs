@@ -26,6 +26,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::ingest::device_key::{self, DeviceFrom};
 use crate::ingest::event_id::EventIdFrom;
+use crate::mqtt::pace::Rate;
 pub use auth::{AclConfig, AuthConfig, JwtConfig, JwtKeys};
 pub use listeners::{Bind, ClientIdentity, ListenerConfig, TlsConfig, Transport};
 pub use reader::{Env, Problem};
@@ -91,6 +92,17 @@ pub struct RouteConfig {
     pub event_type: Option<String>,
     /// Priority class of its events.
     pub lane: Lane,
+    /// What may come over it.
+    pub limits: RouteLimits,
+}
+
+/// What may come over a route.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RouteLimits {
+    /// How fast each client may publish over it, beside what its listener allows.
+    pub client_rate: Rate,
+    /// Bytes of one payload, at most. 0: as many as the listener's packets hold.
+    pub payload_bytes_max: usize,
 }
 
 /// `[ingest]`.
@@ -391,6 +403,10 @@ fn read_routes(root: &Section<'_, '_>) -> Vec<RouteConfig> {
             event_id: read_event_id(&section),
             event_type,
             lane: section.choice("lane", &lanes, Lane::default()),
+            limits: RouteLimits {
+                client_rate: listeners::read_rate(&section),
+                payload_bytes_max: section.size("payload_bytes_max", 0..=64 * MIB, 0) as usize,
+            },
         });
     }
     routes

@@ -10,7 +10,8 @@ use bytestring::ByteString;
 use storage::Lane;
 
 use super::event_id::EventIdFrom;
-use crate::config::RouteConfig;
+use crate::config::{RouteConfig, RouteLimits};
+use crate::mqtt::pace::Rate;
 
 /// What the topic said about an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +28,10 @@ pub struct Resolved<'a> {
     pub device: &'a DeviceFrom,
     /// Where the route says that an event's own id stands.
     pub event_id: Option<&'a EventIdFrom>,
+    /// Which route it is: its place in the configuration.
+    pub route: usize,
+    /// What may come over the route.
+    pub limits: RouteLimits,
 }
 
 /// Where a device key stands. What has none there goes under the client id.
@@ -79,6 +84,7 @@ struct Route {
     lane: Lane,
     device: DeviceFrom,
     event_id: Option<EventIdFrom>,
+    limits: RouteLimits,
 }
 
 impl Routes {
@@ -89,9 +95,9 @@ impl Routes {
     pub fn new(routes: &[RouteConfig]) -> Result<Self, RouteFilterError> {
         let route = |config: &RouteConfig| {
             let filter = RouteFilter::parse(&config.filter)?;
-            let RouteConfig { content_type, device, event_id, event_type, lane, .. } =
+            let RouteConfig { content_type, device, event_id, event_type, lane, limits, .. } =
                 config.clone();
-            Ok(Route { filter, content_type, event_type, lane, device, event_id })
+            Ok(Route { filter, content_type, event_type, lane, device, event_id, limits })
         };
         routes.iter().map(route).collect::<Result<_, _>>().map(Self)
     }
@@ -99,6 +105,11 @@ impl Routes {
     /// Whether any route says where an event's own id stands.
     pub fn knows_ids(&self) -> bool {
         self.0.iter().any(|route| route.event_id.is_some())
+    }
+
+    /// Whether any route limits how fast a client may publish.
+    pub fn limit_rates(&self) -> bool {
+        self.0.iter().any(|route| route.limits.client_rate != Rate::default())
     }
 
     /// Where the id of an event on this topic stands.
@@ -116,9 +127,11 @@ impl Routes {
                 event_id: None,
                 event_type: None,
                 lane: Lane::default(),
+                route: 0,
+                limits: RouteLimits::default(),
             });
         }
-        self.0.iter().find_map(|route| {
+        self.0.iter().enumerate().find_map(|(at, route)| {
             let device_key = route.filter.device_key(topic, client_id)?;
             Some(Resolved {
                 device_key,
@@ -127,6 +140,8 @@ impl Routes {
                 event_id: route.event_id.as_ref(),
                 event_type: route.event_type.as_deref(),
                 lane: route.lane,
+                route: at,
+                limits: route.limits,
             })
         })
     }
@@ -282,6 +297,7 @@ mod tests {
                 event_id: None,
                 event_type: Some(format!("type of {filter}")),
                 lane: if filter.ends_with("alarm") { Lane::Alarm } else { Lane::Live },
+                limits: RouteLimits::default(),
             })
             .collect();
         Routes::new(&configs).expect("valid filters")

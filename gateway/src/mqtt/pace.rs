@@ -1,4 +1,5 @@
-//! How fast one client may publish: two buckets, of events and of bytes. Pure; time is an argument.
+//! How fast one client may publish, in all and over a route: two buckets each, of events and of bytes.
+//! Pure; time is an argument.
 //!
 //! Invariant: over any time a client is read no faster than its rate, but for one second's worth that
 //! it may have saved up, and the last publish, which is taken whole and paid for afterwards. Nothing
@@ -18,7 +19,7 @@ const BURST: Duration = Duration::from_secs(1);
 /// what they took is paid for.
 const REMEMBERED_MAX: usize = 4096;
 
-/// What a listener allows each client. 0: as much as it likes.
+/// What a listener or a route allows each client. 0: as much as it likes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rate {
     /// Publishes per second.
@@ -66,22 +67,77 @@ fn charge(paid: &mut Instant, n: u64, per_second: u64, now: Instant) {
     }
 }
 
+/// The paces of one client: what its listener allows, and each route that sets a rate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientPace {
+    listener: Pace,
+    /// By the route's place in the configuration; those that were published over.
+    routes: Vec<(usize, Pace)>,
+}
+
+impl ClientPace {
+    fn new(rate: Rate, now: Instant) -> Self {
+        Self { listener: Pace::new(rate, now), routes: Vec::new() }
+    }
+
+    /// A publish was taken, over whichever route.
+    pub fn take(&mut self, bytes: usize, now: Instant) {
+        self.listener.take(bytes, now);
+    }
+
+    /// It came over this route, which allows so much.
+    pub fn take_over_route(&mut self, route: usize, rate: Rate, bytes: usize, now: Instant) {
+        if rate == Rate::default() {
+            return;
+        }
+        let at = self.routes.iter().position(|(known, _)| *known == route);
+        let at = at.unwrap_or_else(|| {
+            self.routes.push((route, Pace::new(rate, now)));
+            self.routes.len() - 1
+        });
+        self.routes[at].1.take(bytes, now);
+    }
+
+    /// When the next publish may be taken; `None`: now. Nobody knows before it is read over which
+    /// route it comes, and one that waits is in front of all behind it: the slowest pace holds.
+    pub fn opens_at(&self, now: Instant) -> Option<Instant> {
+        self.all().filter_map(|pace| pace.opens_at(now)).max()
+    }
+
+    fn is_paid(&self, now: Instant) -> bool {
+        self.all().all(|pace| pace.is_paid(now))
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Pace> {
+        [&self.listener].into_iter().chain(self.routes.iter().map(|(_, pace)| pace))
+    }
+}
+
 /// The paces of clients that are gone, so that nobody gains by coming back.
 #[derive(Debug, Default)]
-pub struct Paces(Mutex<HashMap<ByteString, Pace>>);
+pub struct Paces(Mutex<HashMap<ByteString, ClientPace>>);
 
 impl Paces {
-    /// The pace of a client that comes; `None` where its listener sets no rate.
-    pub fn enter(&self, client_id: &ByteString, rate: Rate, now: Instant) -> Option<Pace> {
-        if rate == Rate::default() {
+    /// The pace of a client that comes; `None` where neither its listener nor any route sets a rate.
+    pub fn enter(
+        &self,
+        client_id: &ByteString,
+        rate: Rate,
+        routes_limit: bool,
+        now: Instant,
+    ) -> Option<ClientPace> {
+        if rate == Rate::default() && !routes_limit {
             return None;
         }
         let left = self.lock().remove(client_id);
-        Some(left.map_or_else(|| Pace::new(rate, now), |left| Pace { rate, ..left }))
+        Some(left.map_or_else(
+            || ClientPace::new(rate, now),
+            |left| ClientPace { listener: Pace { rate, ..left.listener }, ..left },
+        ))
     }
 
     /// A client has gone. When too many are remembered, it is not.
-    pub fn leave(&self, client_id: &ByteString, pace: Pace, now: Instant) {
+    pub fn leave(&self, client_id: &ByteString, pace: ClientPace, now: Instant) {
         if pace.is_paid(now) {
             return;
         }
@@ -94,7 +150,7 @@ impl Paces {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<ByteString, Pace>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<ByteString, ClientPace>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -135,20 +191,43 @@ mod tests {
         let (paces, now) = (Paces::default(), Instant::now());
         let rate = Rate { events: 0, bytes: 1000 };
         let id = ByteString::from_static("d");
-        let mut pace = paces.enter(&id, rate, now).unwrap();
+        let mut pace = paces.enter(&id, rate, false, now).unwrap();
         pace.take(5000, now);
-        paces.leave(&id, pace, now);
-        assert_eq!(paces.enter(&id, rate, now), Some(pace));
-        paces.leave(&id, pace, now + 5000 * MS);
-        assert_eq!(paces.enter(&id, rate, now), Some(Pace::new(rate, now)), "it was paid for");
-        assert_eq!(paces.enter(&id, Rate::default(), now), None);
+        paces.leave(&id, pace.clone(), now);
+        assert_eq!(paces.enter(&id, rate, false, now).as_ref(), Some(&pace));
+        paces.leave(&id, pace.clone(), now + 5000 * MS);
+        let anew = Some(ClientPace::new(rate, now));
+        assert_eq!(paces.enter(&id, rate, false, now), anew, "it was paid for");
+        assert_eq!(paces.enter(&id, Rate::default(), false, now), None);
 
         for n in 0..2 * REMEMBERED_MAX {
-            paces.leave(&ByteString::from(n.to_string()), pace, now);
+            paces.leave(&ByteString::from(n.to_string()), pace.clone(), now);
         }
         assert_eq!(paces.lock().len(), REMEMBERED_MAX);
-        paces.leave(&id, Pace { bytes_paid: now + 6000 * MS, ..pace }, now + 5000 * MS);
+        pace.take(6000, now + 5000 * MS);
+        paces.leave(&id, pace, now + 5000 * MS);
         assert_eq!(paces.lock().len(), 1, "those who have paid make room");
+    }
+
+    #[test]
+    fn each_route_has_a_pace_of_its_own_and_the_slowest_holds() {
+        let (paces, now) = (Paces::default(), Instant::now());
+        let id = ByteString::from_static("d");
+        let (slow, fast) = (Rate { events: 1, bytes: 0 }, Rate { events: 100, bytes: 0 });
+        let mut pace = paces.enter(&id, Rate::default(), true, now).unwrap();
+        for _ in 0..100 {
+            pace.take(1, now);
+            pace.take_over_route(0, Rate::default(), 1, now);
+            pace.take_over_route(1, fast, 1, now);
+        }
+        assert_eq!(pace.opens_at(now), None, "a second's worth was saved up");
+        pace.take_over_route(1, fast, 1, now);
+        assert_eq!(pace.opens_at(now), Some(now + 10 * MS));
+        pace.take_over_route(7, slow, 1, now);
+        pace.take_over_route(7, slow, 1, now);
+        assert_eq!(pace.opens_at(now), Some(now + 1000 * MS));
+        paces.leave(&id, pace.clone(), now);
+        assert_eq!(paces.enter(&id, Rate::default(), true, now), Some(pace));
     }
 
     proptest! {

@@ -462,7 +462,9 @@ impl Session {
             }
             Received::Refused if self.keeps => return Ok(Effect::Acked(packet_id)),
             Received::Wrong => return Err(wrong_answer()),
+            // [MQTT-4.3.3-4]: what says that it has failed is not answered.
             Received::Refused => {}
+            Received::Unknown if code >= reason::FAILURE => {}
             Received::Unknown => {
                 codec::put_pubrel(out, self.version, packet_id, reason::PACKET_ID_NOT_FOUND);
             }

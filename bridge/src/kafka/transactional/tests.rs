@@ -5,7 +5,7 @@ use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use rdkafka::{Offset, TopicPartitionList};
-use storage::{Ahead, Lanes};
+use storage::{Ahead, Lanes, StoredEvent};
 
 use super::*;
 use crate::config::{KafkaDelivery, SinkConfig};
@@ -19,20 +19,25 @@ use crate::sink::OUTSIDE_ORDER;
 /// What [`transactional`] keeps its cursor under.
 const GROUP: &str = "gw-edge-01-kafka";
 
+/// Over a log of [`events`].
 fn transactional(cluster: &Cluster, log_end: u64) -> TransactionalSink {
-    transactional_named(cluster, "kafka", log_end)
+    transactional_over(cluster, "kafka", events(0..log_end))
 }
 
-fn transactional_named(cluster: &Cluster, sink: &str, log_end: u64) -> TransactionalSink {
+fn transactional_over(cluster: &Cluster, sink: &str, log: Vec<StoredEvent>) -> TransactionalSink {
     let delivery = KafkaDelivery::ExactlyOnce;
     let config = KafkaConfig { delivery, ..KafkaConfig::new(cluster.bootstrap_servers(), TOPIC) };
     let envelope = Envelope::new(&fake::origin(), SinkConfig::EVENT_TYPE);
     let place = Place::new(&fake::origin(), sink, &config);
-    TransactionalSink::new(config, envelope, place, log_end, PATIENCE)
+    let log = Arc::new(move |from| Ok(fake::read(&log, from)));
+    TransactionalSink::new(config, envelope, place, log, PATIENCE)
 }
 
-/// Leaves a mark as a sink of this store would: the mock keeps only what a consumer commits.
+/// Leaves a mark as a sink of this store would that has sent all of `reach`: the mock keeps only what a
+/// consumer commits.
 fn leave_mark(cluster: &Cluster, group: &str, reach: Reach) {
+    let end = reach.ahead.iter().map(|ahead| ahead.offsets.end).fold(reach.cursor, u64::max);
+    let last = end.checked_sub(1).map(|last| Witness::of(&events(last..end)[0]));
     let place = transactional(cluster, 0).place;
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", cluster.bootstrap_servers())
@@ -40,7 +45,7 @@ fn leave_mark(cluster: &Cluster, group: &str, reach: Reach) {
         .create()
         .expect("a consumer");
     let mut list = TopicPartitionList::new();
-    let mark = place.mark(reach);
+    let mark = place.mark(reach, last);
     let mut element = list.add_partition(&place.topic, 0);
     element.set_offset(Offset::Offset(mark.offset())).expect("an offset");
     element.set_metadata(mark.metadata());
@@ -99,7 +104,7 @@ async fn streams_that_were_split_are_told_of_and_each_goes_on_where_it_was() {
 #[tokio::test]
 async fn what_stands_under_a_former_name_is_taken_over() {
     let cluster = cluster();
-    let mut sink = transactional_named(&cluster, "kafka-1", 30);
+    let mut sink = transactional_over(&cluster, "kafka-1", events(0..30));
     leave_mark(&cluster, "gw-edge-01-kafka-1", 20.into());
     assert_eq!(sink.place.name, "gw-edge-01-kafka~1");
     assert!(deliver(&mut sink, events(0..30), 10).await.is_empty());
@@ -107,24 +112,47 @@ async fn what_stands_under_a_former_name_is_taken_over() {
     // What stands under its own name goes before: the other may belong to another gateway.
     leave_mark(&cluster, "gw-edge-01-kafka~1", 30.into());
     leave_mark(&cluster, "gw-edge-01-kafka-1", 0.into());
-    let mut sink = transactional_named(&cluster, "kafka-1", 30);
+    let mut sink = transactional_over(&cluster, "kafka-1", events(0..30));
     assert!(deliver(&mut sink, events(0..30), 10).await.is_empty());
     assert_eq!(arrived(&cluster).len(), 10);
 }
 
+/// A store was put back from a copy: Kafka has events of its former life under the offsets that it
+/// gives to new ones. That the new ones reach as far by the time that Kafka is asked, as after an
+/// outage and a restart, does not make them the old ones.
 #[tokio::test]
-async fn a_store_that_has_lost_its_end_is_held() {
+async fn a_store_that_was_put_back_is_held_however_much_it_has_taken_in_since() {
     let cluster = cluster();
     leave_mark(&cluster, GROUP, 51.into());
-    let mut restored = transactional(&cluster, 50);
-    restored.begin_reaching(request(0, events(0..50)), || 50.into());
-    let (_, answer) = restored.answer().await;
-    assert_eq!(answer.failed[0].failure, Failure::Hold);
-    assert!(answer.failed[0].reason.contains("restored from a copy"), "{answer:?}");
-    // Whatever it takes in meanwhile.
-    restored.begin_reaching(request(1, events(50..60)), || 60.into());
-    assert_eq!(restored.answer().await.1.failed[0].failure, Failure::Hold);
+    let mut new = events(50..60);
+    for stored in &mut new {
+        stored.event.received_us += 1;
+    }
+    let grown = [events(0..50), new].concat();
+    for log in [events(0..50), grown] {
+        let mut restored = transactional_over(&cluster, "kafka", log.clone());
+        for id in 0..2 {
+            restored.begin_reaching(request(id, log.clone()), || (log.len() as u64).into());
+            let (_, answer) = restored.answer().await;
+            assert_eq!(answer.failed[0].failure, Failure::Hold);
+            assert!(answer.failed[0].reason.contains("restored from a copy"), "{answer:?}");
+        }
+    }
     assert!(arrived(&cluster).is_empty());
+}
+
+/// What was filtered is in the mark, and was never sent: a copy may have other events there.
+#[tokio::test]
+async fn what_lies_beyond_the_last_event_that_was_sent_is_sent() {
+    let cluster = cluster();
+    let mut before = transactional(&cluster, 10);
+    before.begin_reaching(request(0, events(0..5)), || 10.into());
+    before.close();
+    assert_eq!(before.answer().await, (0, Answer::delivered()));
+    let mark = before.mark.clone().expect("committed");
+    let resumed =
+        before.place.resume(Some(&mark), &*before.log).expect("its own").expect("a cursor");
+    assert_eq!((mark.reach(), resumed.reach()), (&10.into(), &5.into()));
 }
 
 #[tokio::test]

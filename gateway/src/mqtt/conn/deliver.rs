@@ -351,7 +351,8 @@ impl Conn<'_> {
         self.count(delivered);
     }
 
-    /// Appends a message, unless it has expired.
+    /// Appends a message, unless it has expired. One that may have been sent before is sent again
+    /// whatever its age [MQTT-4.3.3-7], [MQTT-4.4.0-1].
     fn put(
         &mut self,
         message: &Message,
@@ -369,9 +370,9 @@ impl Conn<'_> {
             Some(seconds) => {
                 let now_us = self.shared.ingest.now_us();
                 let waited_s = clock::waited_s(message.received_us, now_us);
-                match u64::from(seconds).checked_sub(waited_s) {
-                    Some(left) => Some(left as u32),
-                    None => return Delivered::TooLarge,
+                match u64::from(seconds).saturating_sub(waited_s) {
+                    0 if !dup => return Delivered::TooLarge,
+                    left => Some(left as u32),
                 }
             }
         };

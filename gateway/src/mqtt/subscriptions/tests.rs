@@ -218,7 +218,7 @@ fn what_was_published_before_a_subscription_is_not_for_it() {
 }
 
 #[test]
-fn the_members_of_a_group_take_turns_mqtt_4_8_2_4() {
+fn the_members_of_a_group_take_turns_mqtt_4_8_2() {
     let mut table = Subscriptions::default();
     for member in 1..=3 {
         table.subscribe("$share/g/a/+", &reader(member), PLAIN, 0).unwrap();
