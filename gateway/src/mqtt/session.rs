@@ -2,39 +2,38 @@
 //!
 //! Owns: the rules of MQTT 3.1.1 and 5 beyond single packets: CONNECT, keep-alive, windows both
 //! ways, topic aliases, the will, the order of acks. `inbound` is what the client is owed, `outbound`
-//! what it owes.
+//! what it owes. Beside this file, which takes packets: `opening`, `turns`, `deliveries`.
 //! Invariant: acks leave in the order in which their packets came, each only after it was completed
 //! [MQTT-4.6.0-2].
 //! Deliberately absent: I/O, clocks, tokio. Time is an argument; what is to be sent is appended to
 //! the caller's buffer; what the caller must do comes back as an [`Effect`].
 
+mod deliveries;
 mod inbound;
+mod opening;
 mod outbound;
+mod turns;
 
 use std::collections::VecDeque;
 use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use bytestring::ByteString;
 use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5;
 
-use super::codec::{self, Connect, Delivery, Packet, Version, Welcome};
+use super::codec::{self, Packet, Version};
 use super::reason::{self, Violation};
-use super::subscriptions::Options;
+pub use deliveries::{DOWNLINK_IN_FLIGHT_MAX, Delivered};
 pub use inbound::Inbound;
 use inbound::{Arrival, Release};
-use outbound::{Ended, Received, Stage, Window};
+pub use opening::{CLIENT_ID_BYTES_MAX, NEVER_S};
+use outbound::{Stage, Window};
+pub use turns::{Retained, Turn};
 
 /// Topic aliases a v5 client may use, and that it may be sent at most.
 pub const TOPIC_ALIAS_MAX: u16 = 10;
-
-/// QoS 1 and 2 messages on their way to one client, at most; fewer if it asks so by Receive Maximum.
-pub const DOWNLINK_IN_FLIGHT_MAX: u16 = 64;
-
-/// Longest client id taken, in bytes.
-pub const CLIENT_ID_BYTES_MAX: usize = 1024;
 
 /// QoS 2 exchanges of a v3 client, which knows no Receive Maximum, as a multiple of what a v5 client
 /// may have under way: it learns of our limit only by being disconnected.
@@ -96,42 +95,6 @@ pub enum Effect {
     Disconnect,
 }
 
-/// What waits for its turn among the acks: everything that came before it is durable then.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Turn {
-    /// Subscribe, then [`Session::await_suback`] or [`Session::subscribed`].
-    Subscribe(v5::Subscribe),
-    /// Unsubscribe, then [`Session::await_unsuback`] or [`Session::unsubscribed`].
-    Unsubscribe(v5::Unsubscribe),
-    /// A subscription is durable.
-    SubAck {
-        /// Packet id of the SUBSCRIBE.
-        packet_id: NonZeroU16,
-        /// Code of each filter.
-        codes: Vec<u8>,
-        /// Retained messages that are due then.
-        retained: Vec<Retained>,
-    },
-    /// Messages for the client are durable, at these places of its queue.
-    Settled(Vec<u64>),
-    /// An unsubscription is durable.
-    UnsubAck {
-        /// Packet id of the UNSUBSCRIBE.
-        packet_id: NonZeroU16,
-        /// Code of each filter.
-        codes: Vec<u8>,
-    },
-}
-
-/// A new subscription that wants what is retained.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Retained {
-    /// The filter.
-    pub filter: ByteString,
-    /// What was asked for.
-    pub options: Options,
-}
-
 /// A will, and how long it waits.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Will {
@@ -139,15 +102,6 @@ pub struct Will {
     pub publish: Box<Publish>,
     /// Seconds from the end of the connection.
     pub delay_s: u32,
-}
-
-/// What became of a message for the client.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Delivered {
-    /// It is in the buffer.
-    Sent,
-    /// It is larger than what the client takes: dropped [MQTT-3.1.2-25].
-    TooLarge,
 }
 
 /// One client's agreement with the server, from CONNECT to the end of the connection.
@@ -180,118 +134,7 @@ pub struct Session {
     window: Window,
 }
 
-/// Session expiry that means never.
-pub const NEVER_S: u32 = u32::MAX;
-
 impl Session {
-    /// Agrees to a CONNECT. `random` names a client that does not name itself.
-    /// [`Session::welcome`] says so.
-    ///
-    /// # Errors
-    /// The reason for which it is refused.
-    pub fn open(
-        connect: Connect,
-        limits: &Limits,
-        random: u64,
-        now: Instant,
-    ) -> Result<Self, Violation> {
-        let Connect { version, is_v31, packet: connect } = connect;
-        let id = &connect.client_id;
-        let nameless = id.is_empty();
-        if id.len() > CLIENT_ID_BYTES_MAX {
-            return Err(Violation::new(reason::CLIENT_ID_NOT_VALID, "client id too long"));
-        }
-        if nameless && version == Version::V3 && !connect.clean_start {
-            // [MQTT-3.1.3-8] of 3.1.1
-            let why = "an empty client id without clean session";
-            return Err(Violation::new(reason::CLIENT_ID_NOT_VALID, why));
-        }
-        // Copies: a slice of the read buffer would keep all of it for as long as the session lives.
-        let client_id = if nameless {
-            ByteString::from(format!("auto-{random:016x}"))
-        } else {
-            ByteString::from(&**id)
-        };
-        // In 3.1.1 the flag says both: begin anew, and end with the connection.
-        let expiry_s = match version {
-            Version::V3 if connect.clean_start => 0,
-            Version::V3 => NEVER_S,
-            Version::V5 => connect.session_expiry_interval_secs,
-        };
-        let keep_alive_s = match limits.keep_alive_s_max {
-            max if version == Version::V5
-                && max > 0
-                && !(1..=max).contains(&connect.keep_alive) =>
-            {
-                max
-            }
-            _ => connect.keep_alive,
-        };
-        let receive_max = connect.receive_max.map_or(u16::MAX, NonZeroU16::get);
-        let session = Self {
-            version,
-            client_id,
-            nameless,
-            is_v31,
-            clean_start: connect.clean_start,
-            expiry_s,
-            expiry_asked_s: expiry_s,
-            keeps: false,
-            limits: *limits,
-            packet_bytes_max: connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize),
-            // [MQTT-3.1.2-22]: one and a half times; 0 turns it off.
-            keep_alive: (keep_alive_s > 0)
-                .then(|| Duration::from_millis(u64::from(keep_alive_s) * 1500)),
-            keep_alive_told_s: (keep_alive_s != connect.keep_alive).then_some(keep_alive_s),
-            heard: now,
-            will: connect.last_will.map(|will| will_of(version, will)),
-            aliases: Vec::new(),
-            told: Vec::new(),
-            // [MQTT-3.1.2-26], [MQTT-3.1.2-27]
-            told_max: usize::from(connect.topic_alias_max.min(TOPIC_ALIAS_MAX)),
-            inbound: Inbound::default(),
-            turns: VecDeque::new(),
-            turns_due: 0,
-            window: Window::new(receive_max.min(DOWNLINK_IN_FLIGHT_MAX)),
-        };
-        // [MQTT-3.1.2-24]; the expiry is told where it is not what was asked for.
-        let told = session.welcome_of(false, (expiry_s > 0).then_some(expiry_s));
-        if codec::welcome_len(version, &told) > session.packet_bytes_max {
-            return Err(Violation::new(reason::PACKET_TOO_LARGE, "it takes no CONNACK"));
-        }
-        Ok(session)
-    }
-
-    fn welcome_of(&self, session_present: bool, session_expiry_s: Option<u32>) -> Welcome {
-        Welcome {
-            session_present: session_present && !self.is_v31,
-            assigned_client_id: self.nameless.then(|| self.client_id.clone()),
-            session_expiry_s,
-            keep_alive_s: self.keep_alive_told_s,
-            receive_max: self.limits.in_flight_max,
-            packet_bytes_max: self.limits.packet_bytes_max as u32,
-            topic_alias_max: TOPIC_ALIAS_MAX,
-        }
-    }
-
-    /// Appends the CONNACK. `expiry_s` is what the client gets of the expiry that it asked for;
-    /// `keeps` says whether messages and receipts are kept in the store, and `before` is what the
-    /// session has from earlier connections.
-    pub fn welcome(
-        &mut self,
-        before: Option<Inbound>,
-        keeps: bool,
-        expiry_s: u32,
-        out: &mut BytesMut,
-    ) {
-        let told = (expiry_s != self.expiry_asked_s).then_some(expiry_s);
-        let welcome = self.welcome_of(before.is_some(), told);
-        codec::put_welcome(out, self.version, &welcome);
-        self.inbound = before.unwrap_or_default();
-        self.expiry_s = expiry_s;
-        self.keeps = keeps;
-    }
-
     /// Whether the client wants nothing of an earlier session.
     pub fn is_clean_start(&self) -> bool {
         self.clean_start
@@ -434,44 +277,6 @@ impl Session {
         Ok(Effect::Publish(Publishing { publish, number, receipt }))
     }
 
-    /// The last answer to a message for the client.
-    fn ended(&mut self, packet_id: u16, stage: Stage) -> Result<Effect, Violation> {
-        match self.window.ended(packet_id, stage) {
-            Ended::Now if self.keeps => Ok(Effect::Acked(packet_id)),
-            Ended::Now | Ended::Unknown => Ok(Effect::None),
-            Ended::Wrong => Err(wrong_answer()),
-        }
-    }
-
-    fn pubrec(
-        &mut self,
-        packet_id: u16,
-        code: u8,
-        out: &mut BytesMut,
-    ) -> Result<Effect, Violation> {
-        match self.window.received(packet_id, code) {
-            Received::Now if self.keeps => {
-                let number = self.inbound.our_pubrel(packet_id);
-                return Ok(Effect::Received { packet_id, number });
-            }
-            Received::Now => codec::put_pubrel(out, self.version, packet_id, reason::SUCCESS),
-            Received::Again => {
-                // Behind the first, which may wait to be durable.
-                let number = self.inbound.our_pubrel(packet_id);
-                self.complete(&[number], out);
-            }
-            Received::Refused if self.keeps => return Ok(Effect::Acked(packet_id)),
-            Received::Wrong => return Err(wrong_answer()),
-            // [MQTT-4.3.3-4]: what says that it has failed is not answered.
-            Received::Refused => {}
-            Received::Unknown if code >= reason::FAILURE => {}
-            Received::Unknown => {
-                codec::put_pubrel(out, self.version, packet_id, reason::PACKET_ID_NOT_FOUND);
-            }
-        }
-        Ok(Effect::None)
-    }
-
     fn pubrel(&mut self, packet_id: u16, out: &mut BytesMut) -> Result<Effect, Violation> {
         match self.inbound.pubrel(packet_id) {
             Release::Receipt(number) if self.keeps => {
@@ -550,144 +355,6 @@ impl Session {
         self.turns_due += self.inbound.release(self.version, out);
     }
 
-    fn take_turn(&mut self, turn: Turn, out: &mut BytesMut) {
-        let number = self.inbound.turn();
-        self.turns.push_back(turn);
-        self.complete(&[number], out);
-    }
-
-    /// What has its turn now.
-    pub fn next_turn(&mut self) -> Option<Turn> {
-        self.turns_due = self.turns_due.checked_sub(1)?;
-        self.turns.pop_front()
-    }
-
-    /// A subscription is to be made durable before its SUBACK: [`Session::complete`] the number then,
-    /// and the turn comes.
-    pub fn await_suback(
-        &mut self,
-        packet_id: NonZeroU16,
-        codes: Vec<u8>,
-        retained: Vec<Retained>,
-    ) -> u64 {
-        self.turns.push_back(Turn::SubAck { packet_id, codes, retained });
-        self.inbound.turn()
-    }
-
-    /// As [`Session::await_suback`], for an UNSUBACK.
-    pub fn await_unsuback(&mut self, packet_id: NonZeroU16, codes: Vec<u8>) -> u64 {
-        self.turns.push_back(Turn::UnsubAck { packet_id, codes });
-        self.inbound.turn()
-    }
-
-    /// As [`Session::await_suback`], for messages at these places of the client's queue.
-    pub fn await_settled(&mut self, places: Vec<u64>) -> u64 {
-        self.turns.push_back(Turn::Settled(places));
-        self.inbound.turn()
-    }
-
-    /// Appends the SUBACK.
-    ///
-    /// # Errors
-    /// The client takes no packet of its size [MQTT-3.1.2-24], and would wait for it.
-    pub fn subscribed(
-        &self,
-        packet_id: NonZeroU16,
-        codes: &[u8],
-        out: &mut BytesMut,
-    ) -> Result<(), Violation> {
-        let before = out.len();
-        codec::put_suback(out, self.version, packet_id.get(), codes);
-        self.fits(before, out)
-    }
-
-    /// Appends the UNSUBACK.
-    ///
-    /// # Errors
-    /// As [`Session::subscribed`].
-    pub fn unsubscribed(
-        &self,
-        packet_id: NonZeroU16,
-        codes: &[u8],
-        out: &mut BytesMut,
-    ) -> Result<(), Violation> {
-        let before = out.len();
-        codec::put_unsuback(out, self.version, packet_id.get(), codes);
-        self.fits(before, out)
-    }
-
-    /// Takes back what was appended if it is larger than what the client takes.
-    fn fits(&self, before: usize, out: &mut BytesMut) -> Result<(), Violation> {
-        if out.len() - before <= self.packet_bytes_max {
-            return Ok(());
-        }
-        out.truncate(before);
-        let why = "the answer is larger than the client's maximum packet size";
-        Err(Violation::new(reason::PACKET_TOO_LARGE, why))
-    }
-
-    /// Whether the client takes another QoS 1 or 2 message now [MQTT-3.3.4-9].
-    pub fn takes_delivery(&self) -> bool {
-        self.window.has_room()
-    }
-
-    /// QoS 1 and 2 messages that the client takes now.
-    pub fn room_for_deliveries(&self) -> usize {
-        self.window.room()
-    }
-
-    /// Appends a message for the client. One of QoS 1 or 2 gets a packet id, unless it has one: see
-    /// [`Session::takes_delivery`].
-    pub fn deliver(&mut self, mut delivery: Delivery<'_>, out: &mut BytesMut) -> Delivered {
-        let stage = match delivery.qos {
-            0 => None,
-            1 => Some(Stage::Ack),
-            _ => Some(Stage::Rec),
-        };
-        if stage.is_some() {
-            delivery.packet_id.get_or_insert_with(|| self.window.next_id());
-        }
-        if !self.put_publish(&mut delivery, out) {
-            return Delivered::TooLarge;
-        }
-        if let (Some(packet_id), Some(stage)) = (delivery.packet_id, stage) {
-            self.window.sent(packet_id, stage);
-        }
-        Delivered::Sent
-    }
-
-    /// Appends the PUBLISH, its topic by alias where the client takes that: those that came first have
-    /// one, for the life of the connection.
-    fn put_publish(&mut self, delivery: &mut Delivery<'_>, out: &mut BytesMut) -> bool {
-        let (version, bytes_max) = (self.version, self.packet_bytes_max);
-        if self.told_max > 0 {
-            let known = self.told.iter().position(|topic| topic == delivery.topic);
-            let at = known.unwrap_or(self.told.len());
-            if at < self.told_max {
-                let topic = delivery.topic;
-                if known.is_some() {
-                    delivery.topic = "";
-                }
-                delivery.topic_alias = Some(at as u16 + 1);
-                if codec::put_publish(out, version, delivery, bytes_max) {
-                    if known.is_none() {
-                        self.told.push(ByteString::from(topic));
-                    }
-                    return true;
-                }
-                (delivery.topic, delivery.topic_alias) = (topic, None);
-            }
-        }
-        codec::put_publish(out, version, delivery, bytes_max)
-    }
-
-    /// A QoS 2 message reached the client over an earlier connection, which may have ended before that
-    /// was durable: make it so, then [`Session::complete`] the number, and its PUBREL leaves.
-    pub fn release_again(&mut self, packet_id: u16) -> u64 {
-        self.window.sent(packet_id, Stage::Comp);
-        self.inbound.our_pubrel(packet_id)
-    }
-
     /// A publish was given up before it entered a ring: there will be no event of it.
     pub fn forget(&mut self, number: u64) {
         self.inbound.forget(number);
@@ -721,37 +388,8 @@ impl Session {
     }
 }
 
-/// [MQTT-4.3.2-1], [MQTT-4.3.3-1], [MQTT-4.13.1-1]
-fn wrong_answer() -> Violation {
-    Violation::protocol("an answer that is not of the QoS of its message, or too early")
-}
-
 fn too_many_under_way() -> Violation {
     Violation::new(reason::RECEIVE_MAX_EXCEEDED, "more publishes under way than Receive Maximum")
-}
-
-/// The will as the PUBLISH that it becomes.
-fn will_of(version: Version, will: v5::LastWill) -> Will {
-    let delay_s = will.will_delay_interval_sec.unwrap_or(0);
-    let properties = v5::PublishProperties {
-        correlation_data: will.correlation_data,
-        message_expiry_interval: will.message_expiry_interval,
-        content_type: will.content_type,
-        user_properties: will.user_properties,
-        is_utf8_payload: will.is_utf8_payload.unwrap_or(false),
-        response_topic: will.response_topic,
-        ..v5::PublishProperties::default()
-    };
-    let publish = Box::new(Publish {
-        dup: false,
-        retain: will.retain,
-        qos: will.qos,
-        topic: ByteString::from(&*will.topic),
-        packet_id: None,
-        payload: Bytes::copy_from_slice(&will.message),
-        properties: (version == Version::V5).then_some(properties),
-    });
-    Will { publish, delay_s }
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 use proptest::prelude::*;
 
+use super::outbound::Ended;
 use super::*;
+use crate::mqtt::codec::Delivery;
 use crate::mqtt::wire::{self, BOTH, ConnectPacket, V3, V5, buf, field, packet};
 
 const BYTES_MAX: usize = 1 << 20;

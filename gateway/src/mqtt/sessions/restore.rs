@@ -115,7 +115,7 @@ impl Sessions {
     }
 }
 
-/// What is left of a session's time after a restart: see "Time" above. `None`: it never ends.
+/// What is left of a session's time after a restart: see the module. `None`: it never ends.
 fn left(expiry_s: u32, ended_us: u64, now_us: u64) -> Option<Duration> {
     let expiry = lasting(expiry_s)?;
     let told = ended_us >= SET_US && now_us >= ended_us;
