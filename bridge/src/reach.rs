@@ -22,10 +22,12 @@ impl From<u64> for Reach {
 }
 
 impl Reach {
-    /// Where streams of these lanes begin that run ahead of others.
+    /// Where streams of any of these lanes begin that run ahead of others.
     pub(crate) fn splits(&self, lanes: Lanes) -> impl Iterator<Item = u64> {
         let after = self.cursor;
-        let begun = move |ahead: &&Ahead| ahead.lanes.covers(lanes) && ahead.offsets.start > after;
+        let begun = move |ahead: &&Ahead| {
+            lanes.without(ahead.lanes) != lanes && ahead.offsets.start > after
+        };
         self.ahead.iter().filter(begun).map(|ahead| ahead.offsets.start)
     }
 }
@@ -36,11 +38,13 @@ impl Reach {
     /// Whether an event is in it.
     pub(crate) fn has(&self, stored: &storage::StoredEvent) -> bool {
         stored.offset < self.cursor
-            || !self.ahead.is_empty() && {
-                let lane = stored.event.attributes.lane();
-                let has = |a: &Ahead| a.lanes.contains(lane) && a.offsets.contains(&stored.offset);
-                self.ahead.iter().any(has)
-            }
+            || !self.ahead.is_empty() && self.holds(stored.offset, stored.event.attributes.lane())
+    }
+
+    /// Whether an event of this lane is in it.
+    pub(crate) fn holds(&self, offset: u64, lane: storage::Lane) -> bool {
+        let holds = |a: &Ahead| a.lanes.contains(lane) && a.offsets.contains(&offset);
+        offset < self.cursor || self.ahead.iter().any(holds)
     }
 
     /// Leaves what is below an offset.

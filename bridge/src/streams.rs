@@ -4,10 +4,13 @@
 //! have of the log (a range, some lanes, what the sink's filter lets through); and the sink's
 //! cursor, which is the least of theirs.
 //!
-//! A sink begins with one stream for each group of lanes that has a priority of its own. Where the
-//! configuration says `live_first` and the oldest event has waited for too long, the stream is split
-//! at the watermark: what is before it becomes backlog, and what comes after it goes ahead. A split
-//! backlog ends, and its stream with it, when its cursor has reached the split.
+//! A sink begins with one stream for each group of lanes that has a priority of its own. What an
+//! earlier process has done with other lanes is not done again: until all lanes of a group are as far
+//! as each other, the group has a stream for each piece in which they owe the same (`pieces`).
+//!
+//! Where the configuration says `live_first` and the oldest event has waited for too long, the stream
+//! is split at the watermark: what is before it becomes backlog, and what comes after it goes ahead. A
+//! split backlog ends, and its stream with it, when its cursor has reached the split.
 //!
 //! A replay is a stream beside all others, with a range and a rate of its own: nothing of it counts
 //! for the cursor, the balance or the dead letters.
@@ -19,6 +22,9 @@
 //! Invariants:
 //! - Every event belongs to exactly one stream, from the sink's cursor on; none but the one that it
 //!   belongs to passes it.
+//! - Of the streams of one class the oldest goes first, alone: later events of a lane go ahead of
+//!   older ones only where a split lets live events go ahead of backlog, and then the older ones are
+//!   marked.
 //! - Alarms begin before all else. Between live events and what can wait (backlog, the lane
 //!   `backfill`) requests are shared by bytes, the latter by the share that is configured; what the
 //!   one does not use, the other may. While both have events, what can wait has no more in flight
@@ -33,12 +39,15 @@
 //!
 //! Deliberately absent: reading, writing, time (the forwarder), and what makes a cursor durable.
 
+mod pieces;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use storage::{Ahead, DeadLetter, Lane, Lanes, Passed, Read, SinkProgress, Spent, StoredEvent};
+use storage::{DeadLetter, Lane, Lanes, Passed, Read, SinkProgress, Spent, StoredEvent};
 
+use self::pieces::Piece;
 use crate::delivery::{Counts, Delivery, Limits, Load, Moment, Trouble};
 use crate::filter::Filter;
 use crate::parked::{Found, Parked};
@@ -115,14 +124,6 @@ enum Class {
 impl Class {
     fn can_wait(self) -> bool {
         matches!(self, Self::Backlog | Self::Backfill | Self::Replay)
-    }
-
-    fn mark(self) -> Mark {
-        match self {
-            Self::Backlog => Mark::Backfill,
-            Self::Replay => Mark::Replay,
-            Self::Alarm | Self::Live | Self::Backfill => Mark::Live,
-        }
     }
 }
 
@@ -212,6 +213,8 @@ struct Stream {
     unwanted: VecDeque<Range<u64>>,
     /// Not wanted, and passed by its cursor.
     filtered: u64,
+    /// Later events of its lanes go ahead of it, or have.
+    is_late: bool,
     /// The last read left something behind.
     backlog: bool,
 }
@@ -220,6 +223,14 @@ impl Stream {
     /// Whether everything that it is to have of a log up to `watermark` has been read.
     fn is_read(&self, watermark: u64) -> bool {
         self.delivery.read_to() >= watermark.min(self.offsets.end)
+    }
+
+    fn mark(&self) -> Mark {
+        match self.class {
+            Class::Replay => Mark::Replay,
+            _ if self.is_late => Mark::Backfill,
+            _ => Mark::Live,
+        }
     }
 
     fn is_done(&self) -> bool {
@@ -417,30 +428,22 @@ impl Streams {
 
     /// Makes the streams anew, from where a sink has stopped; `found` may split them further.
     fn lay_out(&mut self, progress: &SinkProgress, found: &Reach) {
+        let SinkProgress { cursor, passed } = progress;
         for (class, lanes) in self.plan.groups() {
-            let mut gaps = progress.passed.gaps(lanes, progress.cursor);
-            // Backlogs go one after the other, however they are split: of what was found only the last
-            // split matters, with which events go ahead of all of them. And two gaps never become
-            // one: what lies between them is done, and counted.
-            if class == Class::Live
-                && gaps.len() <= BACKLOGS_FOUND_MAX
-                && let Some(split) = found.splits(lanes).max()
-                && let Some(live) = gaps.last_mut()
-                && live.start < split
-            {
-                let ahead = split..live.end;
-                live.end = split;
-                gaps.push(ahead);
+            let mut pieces = pieces::owed(lanes, *cursor, passed, None);
+            // Backlogs go one after the other, however they are split: of what was found only the
+            // last split matters, with which events go ahead of all of them.
+            if pieces.len() <= BACKLOGS_FOUND_MAX {
+                pieces = pieces::owed(lanes, *cursor, passed, found.splits(lanes).max());
             }
-            let mut start = progress.cursor;
-            for gap in gaps {
-                let split = gap.end < u64::MAX;
-                self.marked |= split;
-                let class = if split && class == Class::Live { Class::Backlog } else { class };
-                // What lies between it and the gap before is its own, and done.
-                let stream = self.stream(class, lanes, start..gap.end, gap.start);
-                start = gap.end;
-                self.all.push(stream);
+            let mut start = *cursor;
+            for Piece { lanes, offsets, is_late } in pieces {
+                self.marked |= is_late;
+                let class = if is_late && class == Class::Live { Class::Backlog } else { class };
+                // What lies between it and the piece before is its own, and done.
+                let stream = self.stream(class, lanes, start..offsets.end, offsets.start);
+                start = offsets.end;
+                self.all.push(Stream { is_late, ..stream });
             }
         }
     }
@@ -468,8 +471,8 @@ impl Streams {
     }
 
     /// The same after a start of the process: where later events may go ahead, what is stored by then is
-    /// backlog at once. A split that was not durable yet when the process was killed may have let them
-    /// go ahead before, and what is behind them must not come as live events after them.
+    /// late at once, whatever its lane. A split that was not durable yet when the process was killed may
+    /// have let them go ahead before, and what is behind them must not come as live events after them.
     pub(crate) fn restarted(self) -> Self {
         Self { splitting: Splitting::Restarted, ..self }
     }
@@ -485,6 +488,7 @@ impl Streams {
             delivery: Delivery::new(self.sink.clone(), self.limits, self.backoff.clone(), cursor),
             unwanted: VecDeque::new(),
             filtered: 0,
+            is_late: false,
             backlog: false,
         }
     }
@@ -517,19 +521,10 @@ impl Streams {
 
     /// The streams taken together, each of them as far as `reached` says.
     fn reach_with(&self, reached: impl Fn(&Delivery) -> u64) -> Reach {
-        let cursors = self.owed().iter().map(|stream| reached(&stream.delivery));
-        let cursor = cursors.min().expect("never empty");
-        let mut ahead = Vec::new();
-        for (place, stream) in self.owed().iter().enumerate() {
-            let first = place == 0 || self.all[place - 1].lanes != stream.lanes;
-            // What is before the first stream of its lanes is done.
-            let start = if first { cursor } else { stream.offsets.start };
-            let offsets = start..reached(&stream.delivery);
-            if !offsets.is_empty() {
-                ahead.push(Ahead { lanes: stream.lanes, offsets });
-            }
-        }
-        Reach { cursor, ahead }
+        let open = |s: &Stream| (s.lanes, reached(&s.delivery)..s.offsets.end);
+        let open: Vec<_> = self.owed().iter().map(open).collect();
+        let cursor = open.iter().map(|(_, offsets)| offsets.start).min().expect("never empty");
+        Reach { cursor, ahead: pieces::done(cursor, &open) }
     }
 
     /// Sums since the start of the process.
@@ -625,54 +620,80 @@ impl Streams {
         self.ended = ended;
     }
 
+    /// What is stored for streams that are never split is late. See [`Streams::restarted`]: their lanes
+    /// may have shared a stream with live events until then.
+    fn cut_late(&mut self, class: Class) {
+        let watermark = self.watermark;
+        let of_class = |stream: &Stream| stream.class == class;
+        let Some(place) = self.all.iter().rposition(of_class) else { return };
+        if self.all[place].is_read(watermark) {
+            return;
+        }
+        self.all.iter_mut().filter(|s| of_class(s)).for_each(|stream| stream.is_late = true);
+        self.all[place].offsets.end = watermark;
+        let lanes = self.all[place].lanes;
+        let next = self.stream(class, lanes, watermark..u64::MAX, watermark);
+        self.all.insert(place + 1, next);
+    }
+
     /// Lets later events go ahead.
     fn split(&mut self, now: Moment) {
         let Some(after) = self.plan.live_first else { return };
         let watermark = self.watermark;
-        let place = self.all.iter().position(|s| s.class == Class::Live).expect("never ends");
-        let live = &self.all[place];
-        let waited = live.delivery.oldest_us().map(|us| now.unix_us.saturating_sub(us));
-        let too_long = waited.is_some_and(|us| u128::from(us) > after.as_micros())
-            || self.splitting == Splitting::Restarted;
-        if self.splitting == Splitting::Restarted {
+        let restarted = self.splitting == Splitting::Restarted;
+        if restarted {
             self.splitting = Splitting::Moved;
+            self.cut_late(Class::Alarm);
+            self.cut_late(Class::Backfill);
         }
+        let mut places = (0..self.all.len()).filter(|&place| self.all[place].class == Class::Live);
+        let first = places.next().expect("one never ends");
+        // The last one has no end; those before it are what its lanes owe apart from each other.
+        let place = places.next_back().unwrap_or(first);
+        let live = &self.all[place];
+        let waited = self.all[first].delivery.oldest_us().map(|us| now.unix_us.saturating_sub(us));
+        let too_long = waited.is_some_and(|us| u128::from(us) > after.as_micros()) || restarted;
         if !too_long || live.is_read(watermark) || self.trouble().is_some() {
             return;
         }
         let lanes = live.lanes;
-        let untouched = live.delivery.cursor() == live.offsets.start
+        let untouched = first == place
+            && live.delivery.cursor() == live.offsets.start
             && live.delivery.in_flight() == 0
             && live.delivery.letters().is_empty();
         let start = live.offsets.start;
         let before = place.checked_sub(1).map(|place| &mut self.all[place]);
-        match before.filter(|s| s.class == Class::Backlog && s.offsets.end == start) {
+        let joins =
+            |s: &&mut Stream| (s.class, s.lanes, s.offsets.end) == (Class::Backlog, lanes, start);
+        let place = match before.filter(joins) {
             // Nothing has gone ahead yet: it all waits together.
             Some(before) if untouched => {
                 before.offsets.end = watermark;
                 let ended = self.all.remove(place);
                 self.ended = self.ended + ended.counts();
+                place
             }
             _ => {
                 let backlogs = self.all.iter().filter(|s| s.class == Class::Backlog).count();
                 if backlogs >= BACKLOGS_MAX || backlogs > 0 && self.splitting == Splitting::Still {
                     return;
                 }
-                let live = &mut self.all[place];
-                live.class = Class::Backlog;
-                live.offsets.end = watermark;
+                for live in &mut self.all[first..=place] {
+                    (live.class, live.is_late) = (Class::Backlog, true);
+                }
+                self.all[place].offsets.end = watermark;
+                place + 1
             }
-        }
+        };
         self.splitting = Splitting::Still;
         let live = self.stream(Class::Live, lanes, watermark..u64::MAX, watermark);
-        let place = self.owed().iter().rposition(|s| s.lanes == lanes).map_or(0, |last| last + 1);
         self.all.insert(place, live);
     }
 
-    /// Whether a stream may go on: of backlogs, the oldest first.
+    /// Whether a stream may go on: of those of a class, the oldest first.
     fn has_turn(&self, place: usize) -> bool {
-        self.all[place].class != Class::Backlog
-            || !self.all[..place].iter().any(|s| s.class == Class::Backlog)
+        let class = self.all[place].class;
+        !self.all[..place].iter().any(|stream| stream.class == class)
     }
 
     /// The next read to make, if one is wanted: the streams take turns.
@@ -829,7 +850,7 @@ impl Streams {
         if let Some(party) = stream.class.party() {
             self.turns.took(party, size_bytes, weight);
         }
-        let mark = stream.class.mark();
+        let mark = stream.mark();
         if let (Class::Replay, Some(replay)) = (stream.class, &mut self.replay) {
             replay.pace.sent(size_bytes, now);
         }

@@ -97,12 +97,23 @@ fn folder(name: &str) -> &str {
 pub(crate) struct Faults {
     /// The power goes after this many more writing operations; the last may half happen.
     pub(crate) power_left: Option<u64>,
-    /// Syncs say that they worked and did nothing.
-    pub(crate) sync_lies: bool,
+    /// Syncs of these files say that they worked and did nothing.
+    pub(crate) sync_lies: Lies,
     /// This many syncs work, then one fails.
     pub(crate) fail_sync_after: Option<u64>,
     /// No more pages than this fit, over all files.
     pub(crate) pages_max: Option<usize>,
+}
+
+/// Whose syncs lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Lies {
+    #[default]
+    Nobodys,
+    /// Those of the files in one folder. The folder itself is synced.
+    FilesIn(&'static str),
+    /// Those of all files and folders.
+    Everybodys,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -245,15 +256,23 @@ impl Sim {
 
     /// As [`Sim::operate`], on a file that is open.
     fn operate_on(&mut self, operation: Operation, file: usize) -> io::Result<()> {
-        let named = self.names.iter().find(|(_, named)| **named == file);
-        let name =
-            named.map_or_else(|| "a file without a name".to_owned(), |(name, _)| name.clone());
+        let name = self.name_of(file);
         self.operate(operation, &name)
     }
 
-    /// Whether the next sync works, and whether it does anything.
-    fn sync_works(&mut self) -> io::Result<bool> {
-        if self.faults.sync_lies {
+    fn name_of(&self, file: usize) -> String {
+        let named = self.names.iter().find(|(_, named)| **named == file);
+        named.map_or_else(|| "a file without a name".to_owned(), |(name, _)| name.clone())
+    }
+
+    /// Whether the next sync works, and whether it does anything: of this file, or of a folder.
+    fn sync_works(&mut self, file: Option<usize>) -> io::Result<bool> {
+        let lies = match (self.faults.sync_lies, file) {
+            (Lies::Nobodys, _) | (Lies::FilesIn(_), None) => false,
+            (Lies::FilesIn(of), Some(file)) => folder(&self.name_of(file)) == of,
+            (Lies::Everybodys, _) => true,
+        };
+        if lies {
             return Ok(false);
         }
         match &mut self.faults.fail_sync_after {
@@ -278,7 +297,7 @@ impl Sim {
         self.renamings.push(renaming);
         // The sync of the folder.
         self.operate(operation, &name)?;
-        if self.sync_works()? {
+        if self.sync_works(None)? {
             for renaming in self.renamings.extract_if(.., |r| r.folder() == folder) {
                 renaming.apply(&mut self.durable_names);
             }
@@ -398,7 +417,7 @@ impl StorageBackend for SimBackend {
     fn sync_data(&self) -> io::Result<()> {
         let mut sim = self.disk.sim();
         sim.operate_on(Operation::Sync, self.file)?;
-        let works = sim.sync_works();
+        let works = sim.sync_works(Some(self.file));
         let file = &mut sim.files[self.file];
         match works {
             Ok(true) => file.sync(),

@@ -40,10 +40,20 @@ pub(crate) fn command(verb: &str, config: &Path) -> Command {
     command
 }
 
+fn spawn(mut command: Command, log: &Path) -> Child {
+    let log = File::options().create(true).append(true).open(log).unwrap();
+    command.stdout(Stdio::piped()).stderr(log).spawn().unwrap()
+}
+
 impl GatewayProcess {
     /// Starts `edge-gateway run` and waits until it is ready. Its log is appended to `log`.
     pub(crate) async fn start(config: &Path, log: &Path) -> Self {
-        let mut process = Self::spawn(config, log);
+        Self::start_as(command("run", config), log).await
+    }
+
+    /// As [`GatewayProcess::start`], with a command of the test's own.
+    pub(crate) async fn start_as(command: Command, log: &Path) -> Self {
+        let mut process = spawn(command, log);
         let mut stdout = BufReader::new(process.stdout.take().unwrap());
         let mut line = String::new();
         let read = timeout(PATIENCE, stdout.read_line(&mut line)).await;
@@ -58,8 +68,7 @@ impl GatewayProcess {
 
     /// Starts `edge-gateway run` and does not wait for anything.
     pub(crate) fn spawn(config: &Path, log: &Path) -> Child {
-        let log = File::options().create(true).append(true).open(log).unwrap();
-        command("run", config).stdout(Stdio::piped()).stderr(log).spawn().unwrap()
+        spawn(command("run", config), log)
     }
 
     pub(crate) fn admin(&self) -> SocketAddr {
@@ -77,10 +86,14 @@ impl GatewayProcess {
         self.wait().await
     }
 
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id().expect("it was not waited for")
+    }
+
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) {
-        let id = self.process.id().expect("it was not waited for");
-        kill_process(Pid::from_raw(id.cast_signed()).unwrap(), signal).unwrap();
+        kill_process(Pid::from_raw(self.id().cast_signed()).unwrap(), signal).unwrap();
     }
 
     /// Waits for the end, and gives the exit code.

@@ -5,7 +5,7 @@ mod kept_upstream;
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use storage::{Attribute, Attributes, Event};
+use storage::{Ahead, Attribute, Attributes, Event};
 
 use super::*;
 use crate::fake;
@@ -271,6 +271,71 @@ fn a_failure_of_one_stream_is_the_upstreams_and_stops_all() {
     assert_eq!(streams.next_request(now).map(|r| offsets(&r)[0]), Some(40));
 }
 
+/// Lanes that were configured between two runs, while a split's backlog had not drained.
+#[test]
+fn what_was_held_up_comes_late_and_in_order_in_lanes_that_are_new() {
+    let (mut log, mut now) = (Log::default(), start());
+    let mut before = streams(plan(), window(1), &0.into());
+    log.append(40, Lane::Alarm, now);
+    log.append(40, Lane::Live, now);
+    log.feed(&mut before, now);
+    now = later(now, AFTER + MIN);
+    log.append(20, Lane::Live, now);
+    log.feed(&mut before, now);
+    log.append(20, Lane::Alarm, now);
+    send(&mut before, &log, 3, now);
+    let progress = before.progress();
+    let ahead = Ahead { lanes: Lanes::ALL, offsets: 100..120 };
+    assert_eq!((progress.cursor, &progress.passed.ahead[..]), (10, &[ahead][..]));
+    log.append(20, Lane::Alarm, now);
+    let lanes = Lanes::NONE.with(Lane::Alarm);
+    let mut after = streams(Plan { lanes, live_first: None, ..plan() }, window(8), &progress);
+    let mut begun = Vec::new();
+    log.feed(&mut after, now);
+    while let Some(request) = after.next_request(now) {
+        begun.push((request.stream, offsets(&request)));
+        log.feed(&mut after, now);
+    }
+    let alarms: Vec<_> = begun.iter().filter(|(_, o)| o[0] < 40 || o[0] >= 100).collect();
+    assert_eq!(
+        alarms.iter().flat_map(|a| a.1.clone()).collect::<Vec<_>>(),
+        (10..40).collect::<Vec<_>>()
+    );
+    assert!(alarms.iter().all(|(mark, _)| *mark == Some(Mark::Backfill)), "late ones say so");
+}
+
+/// Lanes that are no longer told apart: what the one had got ahead of the other is done.
+#[test]
+fn nothing_is_sent_again_when_lanes_are_put_together() {
+    let (mut log, now) = (Log::default(), start());
+    let lanes = Lanes::NONE.with(Lane::Alarm);
+    let in_order = Plan { live_first: None, ..plan() };
+    let mut before = streams(Plan { lanes, ..in_order.clone() }, window(1), &0.into());
+    log.append(20, Lane::Live, now);
+    log.append(20, Lane::Alarm, now);
+    log.append(20, Lane::Live, now);
+    send(&mut before, &log, 2, now);
+    let mut after = streams(in_order, window(1), &before.progress());
+    assert_eq!(after.progress(), before.progress());
+    let sent: Vec<u64> = send(&mut after, &log, 10, now).into_iter().flat_map(|s| s.1).collect();
+    assert_eq!(sent, (0..20).chain(40..60).collect::<Vec<_>>());
+    assert_eq!((after.progress(), after.status()), (60.into(), vec![]), "one stream again");
+}
+
+/// What was sent in the moments before a kill is not known to the store: nor, then, what went ahead.
+#[test]
+fn what_is_stored_at_a_restart_is_late_in_every_lane_where_later_events_may_go_ahead() {
+    let (mut log, now) = (Log::default(), start());
+    log.append(20, Lane::Alarm, now);
+    let lanes = Lanes::NONE.with(Lane::Alarm);
+    let mut streams = streams(Plan { lanes, ..plan() }, window(1), &0.into()).restarted();
+    log.feed(&mut streams, now);
+    log.append(10, Lane::Alarm, now);
+    let sent = send(&mut streams, &log, 10, now);
+    let expected = [(Mark::Backfill, 0..10), (Mark::Backfill, 10..20), (Mark::Live, 20..30)];
+    assert_eq!(sent, expected.map(|(mark, offsets)| (Some(mark), offsets.collect::<Vec<_>>())));
+}
+
 /// Outside of its windows a sink keeps everything but alarms, and wakes when they open.
 #[test]
 fn what_shapes_a_sink_stops_all_but_alarms() {
@@ -458,46 +523,73 @@ fn is_done(progress: &SinkProgress, stored: &StoredEvent) -> bool {
     stored.offset < progress.cursor || progress.passed.ahead.iter().any(covers)
 }
 
+/// Plans that differ in what has a stream of its own, and whether later events may go ahead.
+fn any_plan(rng: &mut fastrand::Rng, filter: &Filter) -> Plan {
+    let own = |lanes: Lanes, lane| if rng.bool() { lanes.with(lane) } else { lanes };
+    let lanes = [Lane::Alarm, Lane::Backfill].into_iter().fold(Lanes::NONE, own);
+    let live_first = rng.bool().then_some(AFTER);
+    Plan { filter: filter.clone(), lanes, live_first, ..plan() }
+}
+
+/// What arrived first is in order per device, lane and stream; and, while the same plan holds, also
+/// across lanes that share a stream. `plans`: from which arrival on which lanes had their own.
+fn arrived_in_order(
+    log: &Log,
+    arrived: &[(u64, Option<Mark>)],
+    plans: &[(usize, Lanes)],
+) -> Result<(), TestCaseError> {
+    let mut seen = BTreeSet::new();
+    let (mut by_lane, mut by_stream) = (BTreeMap::new(), BTreeMap::new());
+    for (index, &(offset, mark)) in arrived.iter().enumerate() {
+        if !seen.insert(offset) {
+            continue;
+        }
+        let event = &log.events[&offset].event;
+        let (device, lane) = (event.device_key.clone(), event.attributes.lane());
+        let plan = plans.partition_point(|&(from, _)| from <= index);
+        let own = plans[plan - 1].1.contains(lane);
+        let mark = mark.map(Mark::name);
+        let before = by_lane.insert((device.clone(), lane, mark), offset);
+        prop_assert!(before < Some(offset), "{offset} arrived after {before:?} of its lane");
+        let shared = if own { lane } else { Lane::Live };
+        let before = by_stream.insert((device, shared, mark, plan), offset);
+        prop_assert!(before < Some(offset), "{offset} arrived after {before:?}");
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
 
-    /// Whatever fails and whenever it is restarted: what is called done is delivered, a dead letter
+    /// Whatever fails, whenever it is restarted and with whatever lanes: what is called done is delivered, a dead letter
     /// or unwanted; the count of the unwanted is right; and order holds per device, lane and stream.
     #[test]
     fn nothing_is_lost_and_every_stream_is_in_order(
         seed: u64,
         requests_max in 1_usize..6,
         request_events_max in 1_usize..20,
-        lanes in 0_u8..4,
-        live_first: bool,
         filtered: bool,
         poison_percent in prop_oneof![Just(0), Just(5)],
         failures: bool,
         restarts: bool,
+        changes: bool,
     ) {
         let mut rng = fastrand::Rng::with_seed(seed);
-        let mut used = Lanes::NONE;
-        for (bit, lane) in [(1, Lane::Alarm), (2, Lane::Backfill)] {
-            used = if lanes & bit == 0 { used } else { used.with(lane) };
-        }
         let unwanted = Filter { topics: vec![TopicFilter::parse("+/+/yes").unwrap()], ..Filter::default() };
-        let plan = Plan {
-            filter: if filtered { unwanted } else { Filter::default() },
-            lanes: used,
-            live_first: live_first.then_some(AFTER),
-            ..plan()
-        };
+        let filter = if filtered { unwanted } else { Filter::default() };
+        let mut plan = any_plan(&mut rng, &filter);
         let window = Window { requests_max, events_max: 50, bytes_max: 1 << 20 };
         let limits = Limits::new(request_events_max, 1 << 20, window);
-        let begin = |progress: &SinkProgress| {
+        let begin = |plan: &Plan, progress: &SinkProgress| {
             Streams::new("s".into(), plan.clone(), limits, window, Backoff::new(MIN, MAX), progress)
         };
-        let wants = |stored: &StoredEvent| plan.filter.wants(&stored.event, "T");
+        let wants = |stored: &StoredEvent| filter.wants(&stored.event, "T");
 
         let mut log = Log::default();
         let mut upstream = Upstream { failures, ..Upstream::default() };
         let (mut durable, mut checked) = (SinkProgress::from(0), SinkProgress::from(0));
-        let mut streams = begin(&durable);
+        let mut plans = vec![(0, plan.lanes)];
+        let mut streams = begin(&plan, &durable);
         let mut now = start();
         let mut letters = BTreeSet::new();
         let mut reading: Option<ReadOrder> = None;
@@ -567,7 +659,19 @@ proptest! {
                     }
                     upstream.flight.clear();
                     reading = None;
-                    streams = begin(&durable).restarted();
+                    streams = begin(&plan, &durable).restarted();
+                }
+                11 if changes && growing && rng.u8(..8) == 0 => {
+                    // It is stopped, and started with other lanes.
+                    while !upstream.flight.is_empty() {
+                        let (id, answer) = upstream.answer_one(&mut rng);
+                        streams.answer(id, &answer, now, rng.f64());
+                    }
+                    durable = streams.progress();
+                    reading = None;
+                    plan = any_plan(&mut rng, &filter);
+                    plans.push((upstream.arrived.len(), plan.lanes));
+                    streams = begin(&plan, &durable).restarted();
                 }
                 _ => now = later(now, Duration::from_millis(rng.u64(..3_000))),
             }
@@ -594,24 +698,13 @@ proptest! {
                 durable = progress;
             }
         }
-        let mut last = BTreeMap::new();
-        let mut seen = BTreeSet::new();
-        for &(offset, mark) in &upstream.arrived {
-            if seen.insert(offset) {
-                let event = &log.events[&offset].event;
-                let lane = event.attributes.lane();
-                // Lanes without a stream of their own share one.
-                let lane = if used.contains(lane) { lane } else { Lane::Live };
-                let stream = (event.device_key.clone(), lane, mark.map(Mark::name));
-                let before = last.insert(stream, offset);
-                prop_assert!(before < Some(offset), "{offset} arrived after {before:?}");
-            }
-        }
+        arrived_in_order(&log, &upstream.arrived, &plans)?;
+        let seen: BTreeSet<u64> = upstream.arrived.iter().map(|&(offset, _)| offset).collect();
         let sent = log.events.values().filter(|stored| wants(stored)).map(|stored| stored.offset);
         let (dead, sent): (BTreeSet<u64>, _) = sent.partition(|offset| upstream.poison.contains(offset));
         prop_assert_eq!(seen, sent);
         prop_assert_eq!(letters, dead);
-        if !failures && !restarts {
+        if !failures && !restarts && !changes {
             prop_assert_eq!(upstream.seen.len(), upstream.arrived.len(), "no failure, no duplicate");
         }
     }

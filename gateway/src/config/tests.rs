@@ -162,6 +162,22 @@ fn what_kafka_would_refuse_is_refused_here() {
             "is missing",
         ),
         ("topic = \"t\"\n[sink.tls]\ncert_file = \"c.pem\"", "6: sink.tls.key_file", "private key"),
+        (
+            "topic = \"t\"\n[sink.sasl]\nmechanism = \"oauthbearer\"",
+            "6: sink.sasl.token_url",
+            "is missing",
+        ),
+        (
+            "topic = \"t\"\n[sink.sasl]\nmechanism = \"oauthbearer\"\ntoken_url = \"https://x/\"",
+            "6: sink.sasl.client_id",
+            "is missing",
+        ),
+        (
+            "topic = \"t\"\n[sink.sasl]\nmechanism = \"oauthbearer\"\ntoken_url = \"https://x/\"\n\
+             client_id = \"c\"\nclient_secret = \"s3cret\"\nunsecured_subject = \"u\"",
+            "8: sink.sasl.token_url",
+            "keep one",
+        ),
     ] {
         let problems = sink(wrong).unwrap_err();
         let line = problems.lines().find(|line| line.starts_with(&format!("t.toml:{place}: ")));

@@ -3,6 +3,7 @@
 mod clock;
 mod edges;
 mod faults;
+mod formats;
 mod letters;
 mod model;
 mod packer;
@@ -191,96 +192,6 @@ fn another_number_of_partitions_is_refused_with_the_remedy() {
         panic!("opened")
     };
     assert!(error.to_string().contains("ingest.partitions = 4"), "{error}");
-}
-
-#[test]
-fn a_store_of_a_later_format_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    drop(Store::open(options(dir.path()), NOW_US).unwrap());
-    let later = |row: &[u8]| {
-        let mut row = row.to_vec();
-        row[8..12].copy_from_slice(&(FORMAT + 1).to_le_bytes());
-        let crc = crc32c::crc32c(&row[8..]);
-        row[4..8].copy_from_slice(&crc.to_le_bytes());
-        row
-    };
-    let meta: redb::TableDefinition<'_, &str, &[u8]> = redb::TableDefinition::new("meta");
-    let database = redb::Database::open(dir.path().join("state.redb")).unwrap();
-    let transaction = database.begin_write().unwrap();
-    {
-        let mut table = transaction.open_table(meta).unwrap();
-        let row = later(table.get("head").unwrap().unwrap().value());
-        table.insert("head", row.as_slice()).unwrap();
-    }
-    transaction.commit().unwrap();
-    drop(database);
-    let Err(error) = Store::open(options(dir.path()), NOW_US) else { panic!("opened") };
-    assert!(matches!(error, OpenError::NewerFormat { found, .. } if found == FORMAT + 1));
-}
-
-/// A store that a version of an older format wrote: events, a key, a cursor, a dead letter.
-fn older_store(dir: &std::path::Path, files: &[(&[u8], &str)]) {
-    std::fs::create_dir(dir.join(log::FOLDER)).unwrap();
-    for &(packed, name) in files {
-        std::fs::write(dir.join(name), zstd::decode_all(packed).unwrap()).unwrap();
-    }
-}
-
-/// The number of its format, that it says how many events, and that from here on it is one of this.
-fn taken_over(dir: &std::path::Path, of: u32, count: u64) {
-    let format = || {
-        let meta: redb::TableDefinition<'_, &str, &[u8]> = redb::TableDefinition::new("meta");
-        let database = redb::Database::open(dir.join("state.redb")).unwrap();
-        let table =
-            redb::ReadableDatabase::begin_read(&database).unwrap().open_table(meta).unwrap();
-        let row = table.get("head").unwrap().unwrap();
-        u32::from_le_bytes(row.value()[8..12].try_into().unwrap())
-    };
-    assert_eq!(format(), of);
-    let looked = Store::open_to_look(options(dir), NOW_US).unwrap();
-    assert_eq!((read_all(&looked, 0).len() as u64, format()), (count, of));
-    drop(looked);
-    // From here on an older version refuses it, before there is anything that it cannot read.
-    let (store, mut writer) = Store::open(options(dir), NOW_US).unwrap();
-    let stored = read_all(&store, 0);
-    for (i, stored) in stored.iter().enumerate() {
-        let text = String::from_utf8_lossy(&stored.event.payload);
-        assert_eq!(text.split(' ').nth(1), Some(&i.to_string()[..]), "{text}");
-        assert_eq!((stored.stamp, stored.received_us()), (None, NOW_US));
-    }
-    assert_eq!(store.cursor("cloud"), Some(3));
-    assert_eq!(store.state(7, b"key").unwrap().as_deref(), Some(&b"value"[..]));
-    let [letter] = &store.dead_letters("cloud", 0, 9).unwrap()[..] else { panic!() };
-    assert_eq!((&letter.letter.event, &letter.letter.reason[..]), (&stored[1], "400"));
-    let clock = crate::Clock { boot: 1, offset_us: 0, synchronised: false };
-    assert_eq!(writer.set_clock(clock), []);
-    let committed = writer.commit(&[event(0, "next")], &[], NOW_US).unwrap();
-    assert_eq!(committed.offsets, count..count + 1);
-    assert!(read_all(&store, count)[0].stamp.is_some());
-    drop((store, writer));
-    assert_eq!(format(), FORMAT);
-}
-
-#[test]
-fn a_store_of_the_first_format_is_taken_over() {
-    let dir = tempfile::tempdir().unwrap();
-    let state = &include_bytes!("tests/format-1/state.redb.zst")[..];
-    let log = &include_bytes!("tests/format-1/log.redb.zst")[..];
-    let log_file = format!("{}/{:020}.redb", log::FOLDER, 0);
-    older_store(dir.path(), &[(state, "state.redb"), (log, &log_file)]);
-    taken_over(dir.path(), 1, 10);
-}
-
-/// With a file whose batches are compressed, which is what this format brought.
-#[test]
-fn a_store_of_the_second_format_is_taken_over() {
-    let dir = tempfile::tempdir().unwrap();
-    let state = &include_bytes!("tests/format-2/state.redb.zst")[..];
-    let packed = &include_bytes!("tests/format-2/log.redb.zst")[..];
-    let active = &include_bytes!("tests/format-2/log-10.redb.zst")[..];
-    let name = |first| format!("{}/{first:020}.redb", log::FOLDER);
-    older_store(dir.path(), &[(state, "state.redb"), (packed, &name(0)), (active, &name(10))]);
-    taken_over(dir.path(), 2, 11);
 }
 
 /// Appends files' worth of events until there are `files` of them.

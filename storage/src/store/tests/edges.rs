@@ -5,7 +5,7 @@ use super::world::{self, SINKS, World};
 use super::*;
 use crate::DeadLetter;
 use crate::disk::Disk;
-use crate::sim::SimDisk;
+use crate::sim::{Lies, SimDisk};
 
 /// A commit whose sync was under way when the process was killed is in the page cache only. The next
 /// process shows it, so it must be on the disk: redb syncs a file that it finds unclosed.
@@ -14,10 +14,10 @@ fn what_a_killed_process_left_in_the_page_cache_is_synced_before_it_is_shown() {
     for seed in 0..20 {
         let mut world = World::new(SimDisk::new(seed), world::options());
         world.commit_events(20, 100);
-        world.disk.set_faults(|faults| faults.sync_lies = true);
+        world.disk.set_faults(|faults| faults.sync_lies = Lies::Everybodys);
         world.commit_events(10, 100);
         let killed = world.disk.after_kill();
-        killed.set_faults(|faults| faults.sync_lies = false);
+        killed.set_faults(|faults| faults.sync_lies = Lies::Nobodys);
         world.reopen(killed);
         assert_eq!(world.store.mark().watermark, 30, "seed {seed}");
         let cut = world.disk.after_cut();

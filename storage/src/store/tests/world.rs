@@ -228,6 +228,30 @@ impl World {
         self.check();
     }
 
+    /// How many events were acked that some sink still needs, and how many of them the next process
+    /// cannot read on this disk: all, if it cannot open the store.
+    pub(super) fn acked_and_lost_on(&self, disk: SimDisk) -> (usize, usize) {
+        let needed = self.model.cursors.values().min().copied().unwrap_or(0) as usize;
+        let acked = self.model.events.iter().zip(&self.model.acked).skip(needed);
+        let acked: Vec<_> = acked.filter(|(_, acked)| **acked).map(|(event, _)| event).collect();
+        let Ok((store, mut writer)) = open(disk, &self.options, self.now_us) else {
+            return (acked.len(), acked.len());
+        };
+        let (mut found, mut from) = (BTreeMap::new(), needed as u64);
+        while from < store.mark().watermark.min(self.watermark()) {
+            let read = store.read(from, 64, 32 << 10).or_else(|_| {
+                // It is the file that is appended to, which the writer gives up first.
+                writer.check().unwrap();
+                store.read(from, 64, 32 << 10)
+            });
+            let Ok(read) = read else { break };
+            found.extend(read.events.into_iter().map(|event| (event.offset, event)));
+            from = read.next;
+        }
+        let lost = acked.iter().filter(|event| found.get(&event.offset) != Some(**event)).count();
+        (acked.len(), lost)
+    }
+
     /// Whether the store's end and state are those of a model.
     fn shows(&self, model: &Model) -> bool {
         let stats = self.store.stats();
