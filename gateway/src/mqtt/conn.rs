@@ -11,39 +11,39 @@
 //! past the byte budget over all connections, the socket is not read, and the keep-alive timer rests.
 
 mod deliver;
+mod hold;
+mod publish;
+mod shared;
 
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use bytestring::ByteString;
-use rmqtt_codec::types::{Publish, QoS};
-use rmqtt_codec::v5;
-use storage::{Attribute, Attributes, Control, Event, Lane};
+use rmqtt_codec::types::Publish;
+use storage::Control;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::auth::{self, Peer};
-use super::clients::{Clients, Seat};
-use super::codec::{self, Connect, Refused, Version};
-use super::downlink::{Downlink, Inbox, Interrupted, Options, PUBLISHER};
-use super::pace::{ClientPace, Paces, Rate};
+use super::clients::Seat;
+use super::codec::{self, Connect, Refused};
+use super::downlink::{Inbox, Interrupted, Options};
+use super::pace::ClientPace;
 use super::reason::{self, Violation};
-use super::retained::Retained;
 use super::rows::StoredWill;
-use super::session::{Effect, Limits, Publishing, Session};
-use super::sessions::{Attached, Kept, Sessions, Unattached};
-use super::stats::{FrontStats, LogLimit};
-use super::topic;
-use crate::access::{Access, Grant};
-use crate::config::{RouteLimits, SessionsConfig};
-use crate::ingest::device_key::{DeviceFrom, Routes};
-use crate::ingest::event_id::EventIdFrom;
-use crate::ingest::{AckMailbox, Admission, Identity, Ingest, Pending, Ticket, partition};
+use super::session::{Effect, Limits, Session};
+use super::sessions::{Attached, Kept, Unattached};
+use super::stats::FrontStats;
+use crate::access::Grant;
+use crate::ingest::{AckMailbox, Pending, Ticket};
+pub use hold::Held;
+use hold::Hold;
+use publish::{Device, shorten};
+pub use shared::{Bounds, Shared};
 
 /// Bytes that may wait for a client to read them. Past it neither its packets nor messages for it
 /// are taken.
@@ -60,144 +60,6 @@ const LINGER_BYTES_MAX: usize = 1024 * 1024;
 
 /// Smallest and largest buffer for what is read: it doubles when a piece fills it.
 const READ_BYTES: std::ops::RangeInclusive<usize> = 2 * 1024..=32 * 1024;
-
-/// What all connections share.
-pub struct Shared {
-    /// Where publishes go.
-    pub ingest: Ingest,
-    /// Device keys by topic.
-    pub routes: Routes,
-    /// Who is let in.
-    pub access: Arc<Access>,
-    /// Where subscriptions are.
-    pub downlink: Downlink,
-    /// Sessions that outlive their connections.
-    pub sessions: Sessions,
-    /// Retained messages.
-    pub retained: Retained,
-    /// Byte budget of held publishes.
-    pub held: Arc<Held>,
-    /// Counters.
-    pub stats: FrontStats,
-    /// How long a shutdown may wait for acks.
-    pub shutdown_grace: Duration,
-    /// See [`Limits::keep_alive_s_max`].
-    pub keep_alive_s_max: u16,
-    /// Whether what is published goes upstream.
-    pub has_sinks: bool,
-    /// See [`WRITE_STALL`].
-    write_stall: Duration,
-    clients: Clients,
-    paces: Paces,
-    log_limit: LogLimit,
-}
-
-/// Bounds over all connections.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounds<'a> {
-    /// `[sessions]`.
-    pub sessions: &'a SessionsConfig,
-    /// Whether what is published goes upstream.
-    pub has_sinks: bool,
-    /// Bytes of publishes held for connections whose ring is full.
-    pub held_bytes_max: usize,
-    /// How long a shutdown may wait for acks.
-    pub shutdown_grace: Duration,
-}
-
-impl Shared {
-    /// For all listeners of a process.
-    pub fn new(
-        ingest: Ingest,
-        routes: Routes,
-        access: Access,
-        downlink: Downlink,
-        retained: Retained,
-        bounds: Bounds<'_>,
-    ) -> Self {
-        let Bounds { sessions, has_sinks, held_bytes_max, shutdown_grace } = bounds;
-        let keep_alive_s_max = sessions.keep_alive_max.as_secs();
-        let access = Arc::new(access);
-        let (downlinks, retains, ingests) = (downlink.clone(), retained.clone(), ingest.clone());
-        Self {
-            sessions: Sessions::new(sessions, downlinks, retains, ingests, access.clone()),
-            retained,
-            has_sinks,
-            keep_alive_s_max: u16::try_from(keep_alive_s_max).unwrap_or(u16::MAX),
-            ingest,
-            routes,
-            access,
-            downlink,
-            held: Arc::new(Held { bytes: AtomicUsize::new(0), bytes_max: held_bytes_max }),
-            stats: FrontStats::default(),
-            shutdown_grace,
-            write_stall: WRITE_STALL,
-            clients: Clients::default(),
-            paces: Paces::default(),
-            log_limit: LogLimit::default(),
-        }
-    }
-
-    /// The pace of a client that comes over a listener of this rate.
-    fn pace_of(&self, client_id: &ByteString, rate: Rate) -> Option<ClientPace> {
-        self.paces.enter(client_id, rate, self.routes.limit_rates(), Instant::now())
-    }
-
-    /// Whether a line may be logged that a client has caused, and how many were not of late.
-    pub(super) fn may_log(&self) -> Option<u64> {
-        self.log_limit.allows(Instant::now())
-    }
-}
-
-/// Bytes of the publishes held back over all connections.
-#[derive(Debug)]
-pub struct Held {
-    bytes: AtomicUsize,
-    bytes_max: usize,
-}
-
-impl Held {
-    /// Event bytes held now.
-    pub fn bytes(&self) -> usize {
-        self.bytes.load(Ordering::Relaxed)
-    }
-}
-
-/// One connection's publishes that wait for room in their ring, in order.
-struct Hold {
-    queue: VecDeque<Pending>,
-    budget: Arc<Held>,
-}
-
-impl Hold {
-    fn push_back(&mut self, pending: Pending) {
-        self.budget.bytes.fetch_add(pending.event.size_bytes(), Ordering::Relaxed);
-        self.queue.push_back(pending);
-    }
-
-    fn pop_front(&mut self) -> Option<Pending> {
-        let pending = self.queue.pop_front()?;
-        self.budget.bytes.fetch_sub(pending.event.size_bytes(), Ordering::Relaxed);
-        Some(pending)
-    }
-
-    fn push_front(&mut self, pending: Pending) {
-        self.budget.bytes.fetch_add(pending.event.size_bytes(), Ordering::Relaxed);
-        self.queue.push_front(pending);
-    }
-
-    /// Whether one more may be decoded. Who holds nothing may always: it is one event over at most.
-    fn has_room(&self, events_max: usize) -> bool {
-        self.queue.is_empty()
-            || (self.queue.len() < events_max && self.budget.bytes() < self.budget.bytes_max)
-    }
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        while self.pop_front().is_some() {}
-    }
-}
 
 /// How a connection ends.
 #[derive(Debug)]
@@ -426,27 +288,6 @@ async fn say_goodbye<W: AsyncWrite + Unpin>(writer: &mut W, out: &mut BytesMut, 
     if let Ok(Ok(())) = timeout(LAST_WORDS, words).await {
         FrontStats::add(&shared.stats.sent_bytes, sent);
     }
-}
-
-/// What the last topic led to: devices mostly publish to one.
-struct Device {
-    topic: ByteString,
-    key: ByteString,
-    partition: u16,
-    /// The user property of each publish that names another key.
-    property: Option<String>,
-    content_type: Option<ByteString>,
-    event_type: Option<ByteString>,
-    lane: Lane,
-    /// Whether anybody subscribes to the topic, as long as [`Downlink::changes`] says this.
-    heard: (u64, bool),
-    /// Where the id of an event stands.
-    event_id: Option<EventIdFrom>,
-    /// The route, and what may come over it.
-    route: usize,
-    limits: RouteLimits,
-    /// Attributes of a publish that says nothing beyond its QoS: 0, 1 and 2.
-    plain: [Attributes; 3],
 }
 
 struct Conn<'a> {
@@ -726,278 +567,11 @@ impl Conn<'_> {
         }
     }
 
-    /// Stores a publish, or holds it, or refuses it.
-    fn publish(&mut self, publishing: Publishing) -> Result<(), Violation> {
-        let Publishing { publish, number, receipt } = publishing;
-        if !self.may_publish(&publish.topic) {
-            FrontStats::add(&self.shared.stats.denied, 1);
-            let why = format!("topic {:?} is not allowed to this client", shorten(&publish.topic));
-            return self
-                .refuse(number, Violation { code: reason::NOT_AUTHORIZED, why: why.into() });
-        }
-        if !self.resolve(&publish.topic) {
-            let why = format!("topic {:?} is not taken by any route", shorten(&publish.topic));
-            return self.refuse(number, Violation { code: reason::TOPIC_INVALID, why: why.into() });
-        }
-        if !self.is_within_limits(&publish, number)? || !self.admits(number)? {
-            return Ok(());
-        }
-        if let (Some(number), None) = (number, receipt)
-            && self.session.version() == Version::V5
-            && !self.is_heard()
-        {
-            self.session.unheard(number);
-        }
-        let retain = publish.retain;
-        let event = self.event(*publish);
-        let identity = self.identity(&event, receipt.is_some());
-        let riders = if retain || receipt.is_some() { self.riders(&event, receipt) } else { None };
-        let pending = Pending {
-            event,
-            read_at: self.now,
-            ticket: number.map(|number| Ticket { mailbox: self.mailbox.clone(), number }),
-            riders,
-            identity,
-        };
-        // [`Conn::digest`] announces it.
-        if !self.hold.queue.is_empty() {
-            self.hold.push_back(pending);
-        } else if let Err(pending) = self.shared.ingest.push_unannounced(pending) {
-            self.hold.push_back(pending);
-        }
-        Ok(())
-    }
-
-    /// Whether its route takes a publish as large as this; refuses it if not. Charges what it takes of
-    /// the client's pace over the route.
-    fn is_within_limits(
-        &mut self,
-        publish: &Publish,
-        number: Option<u64>,
-    ) -> Result<bool, Violation> {
-        let device = self.device.as_ref().expect("resolved before");
-        let RouteLimits { client_rate, payload_bytes_max } = device.limits;
-        let route = device.route;
-        if let Some(pace) = &mut self.pace {
-            let bytes = publish.topic.len() + publish.payload.len();
-            pace.take_over_route(route, client_rate, bytes, self.paced_at);
-        }
-        if !self.fits(publish) {
-            let why = format!(
-                "a payload of {} bytes on topic {:?}, where the route takes {payload_bytes_max}",
-                publish.payload.len(),
-                shorten(&publish.topic),
-            );
-            let violation = Violation { code: reason::QUOTA_EXCEEDED, why: why.into() };
-            self.refuse(number, violation)?;
-            return Ok(false);
-        }
-        Ok(true)
-    }
-
-    /// Whether the route that was resolved last takes a payload as large as this.
-    fn fits(&self, publish: &Publish) -> bool {
-        let device = self.device.as_ref().expect("resolved before");
-        let bytes_max = device.limits.payload_bytes_max;
-        bytes_max == 0 || publish.payload.len() <= bytes_max
-    }
-
-    /// What tells an event from its resends, where the route says so and the event has it.
-    fn identity(&self, event: &Event, has_receipt: bool) -> Option<Identity> {
-        let from = self.device.as_ref()?.event_id.as_ref()?;
-        let id = from.of(event);
-        if id.is_none() {
-            FrontStats::add(&self.shared.stats.publishes_without_id, 1);
-        }
-        // The receipt comes first.
-        Some(Identity { id: id?, riders: usize::from(has_receipt && self.kept.is_some()) })
-    }
-
-    /// What has to be durable with an event: its receipt, and what it retains.
-    fn riders(&self, event: &Event, receipt: Option<u16>) -> Option<Box<[Control]>> {
-        let receipt = receipt.and_then(|id| self.kept.as_ref().map(|kept| kept.receipt(id)));
-        let riders: Box<[Control]> =
-            receipt.into_iter().chain(self.shared.retained.rider(event)).collect();
-        (!riders.is_empty()).then_some(riders)
-    }
-
-    /// Whether the store takes a publish now; refuses it if not.
-    fn admits(&mut self, number: Option<u64>) -> Result<bool, Violation> {
-        if self.shared.ingest.admission() == Admission::Refuse {
-            self.refused_full |= number.is_some();
-            let why = "the store is full and takes no more";
-            self.refuse(number, Violation::new(reason::QUOTA_EXCEEDED, why))?;
-            return Ok(false);
-        }
-        if self.refused_full {
-            FrontStats::add(&self.shared.stats.publishes_refused, 1);
-            let why = "the store takes events again: connect, and send again what was refused";
-            if let Some(number) = number {
-                self.session.forget(number);
-            }
-            return Err(Violation::new(reason::QUOTA_EXCEEDED, why));
-        }
-        Ok(true)
-    }
-
-    fn refuse(&mut self, number: Option<u64>, violation: Violation) -> Result<(), Violation> {
-        FrontStats::add(&self.shared.stats.publishes_refused, 1);
-        if let Some(unlogged) = self.shared.log_limit.allows(self.now) {
-            let client = self.session.client_id();
-            tracing::warn!(%client, why = %violation.why, unlogged, "publish refused");
-        }
-        self.session.refuse(number, violation, &mut self.out)
-    }
-
-    /// Whether the rules let it publish to a topic: those that led to the last device did.
-    fn may_publish(&self, topic: &ByteString) -> bool {
-        self.device.as_ref().is_some_and(|device| device.topic == *topic)
-            || self.grant.may_publish(topic)
-    }
-
     /// A grant ends with its token, and when its log-in would not give the same any more.
     fn check_grant(&mut self) -> Result<(), End> {
         if !self.grant.is_upheld() {
             let why = "what this client may do has changed: log in again";
             return Err(Violation::new(reason::ADMINISTRATIVE_ACTION, why).into());
-        }
-        Ok(())
-    }
-
-    /// Finds the device of a topic; `false` if nothing takes it.
-    fn resolve(&mut self, name: &ByteString) -> bool {
-        if self.device.as_ref().is_some_and(|device| device.topic == *name) {
-            return true;
-        }
-        self.device = self.device_of(name);
-        self.device.is_some()
-    }
-
-    fn device_of(&self, name: &ByteString) -> Option<Device> {
-        if topic::is_reserved(name) {
-            return None;
-        }
-        // A copy: a slice of the read buffer would keep all of it.
-        let topic = ByteString::from(&**name);
-        let resolved = self.shared.routes.resolve(&topic, self.session.client_id())?;
-        let [content_type, event_type] =
-            [resolved.content_type, resolved.event_type].map(|text| text.map(ByteString::from));
-        let key = match resolved.device {
-            DeviceFrom::Topic | DeviceFrom::ClientId | DeviceFrom::Property(_) => None,
-            DeviceFrom::Username => self.grant.user(),
-            DeviceFrom::Certificate => self.grant.certified(),
-        };
-        let key = key.cloned().unwrap_or(resolved.device_key);
-        let property = match resolved.device {
-            DeviceFrom::Property(name) => Some(name.clone()),
-            _ => None,
-        };
-        let plain = [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce].map(|qos| {
-            Attributes::encode(
-                [Attribute::QoS(qos.value()), Attribute::Lane(resolved.lane)]
-                    .into_iter()
-                    .chain(content_type.as_deref().map(Attribute::ContentType))
-                    .chain(event_type.as_deref().map(Attribute::EventType)),
-            )
-        });
-        Some(Device {
-            partition: partition::of(&key, self.shared.ingest.partitions()),
-            key,
-            property,
-            heard: (u64::MAX, false),
-            topic,
-            content_type,
-            event_type,
-            lane: resolved.lane,
-            event_id: resolved.event_id.cloned(),
-            route: resolved.route,
-            limits: resolved.limits,
-            plain,
-        })
-    }
-
-    /// Whether a publish to the topic that was resolved last is for anybody: an upstream, or a
-    /// subscriber.
-    fn is_heard(&mut self) -> bool {
-        if self.shared.has_sinks {
-            return true;
-        }
-        let downlink = &self.shared.downlink;
-        let device = self.device.as_mut().expect("resolved before");
-        let changes = downlink.changes();
-        if device.heard.0 != changes {
-            device.heard = (changes, downlink.has_subscriber(&device.topic));
-        }
-        device.heard.1
-    }
-
-    /// The event of a publish whose topic was resolved last.
-    fn event(&mut self, mut publish: Publish) -> Event {
-        // An event keeps its part of the read buffer, and with it all of the buffer. Where other
-        // packets fill most of that, a few bytes would hold thousands: then it gets a copy.
-        if self.chatter_bytes > publish.payload.len() {
-            publish.payload = Bytes::copy_from_slice(&publish.payload);
-        }
-        self.chatter_bytes = self.chatter_bytes.saturating_sub(publish.payload.len());
-        let device = self.device.as_ref().expect("resolved before");
-        let attributes = if publish.retain
-            || self.marks_publisher
-            || publish.properties.as_ref().is_some_and(|p| !says_nothing(p))
-        {
-            self.attributes(&publish, device)
-        } else {
-            device.plain[usize::from(publish.qos.value())].clone()
-        };
-        let (device_key, partition) = match &device.property {
-            Some(name) => device_of_property(&publish, name).map(|key| {
-                let partition = partition::of(&key, self.shared.ingest.partitions());
-                (key, partition)
-            }),
-            None => None,
-        }
-        .unwrap_or_else(|| (device.key.clone(), device.partition));
-        Event {
-            partition,
-            received_us: self.received_us,
-            device_key,
-            topic: device.topic.clone(),
-            attributes,
-            payload: publish.payload,
-        }
-    }
-
-    fn attributes(&self, publish: &Publish, device: &Device) -> Attributes {
-        let none = v5::PublishProperties::default();
-        let said = publish.properties.as_ref().unwrap_or(&none);
-        let content_type = said.content_type.as_deref().or(device.content_type.as_deref());
-        let user = said.user_properties.iter().map(|(n, v)| Attribute::UserProperty(n, v));
-        let expiry = said.message_expiry_interval.map(|s| Attribute::MessageExpiry(s.get()));
-        let publisher = self.session.client_id().as_bytes();
-        Attributes::encode(
-            [Attribute::QoS(publish.qos.value()), Attribute::Lane(device.lane)]
-                .into_iter()
-                .chain(device.event_type.as_deref().map(Attribute::EventType))
-                .chain(publish.retain.then_some(Attribute::Retain))
-                .chain(content_type.map(Attribute::ContentType))
-                .chain(said.is_utf8_payload.then_some(Attribute::Utf8Payload))
-                .chain(said.response_topic.as_deref().map(Attribute::ResponseTopic))
-                .chain(said.correlation_data.as_deref().map(Attribute::CorrelationData))
-                .chain(expiry)
-                .chain(user)
-                .chain(self.marks_publisher.then_some(Attribute::Unknown(PUBLISHER, publisher))),
-        )
-    }
-
-    /// Pushes what is held as far as there is room, or refuses it if that is the policy by now.
-    fn push_held(&mut self) -> Result<(), End> {
-        while let Some(pending) = self.hold.pop_front() {
-            let number = pending.ticket.as_ref().map(|ticket| ticket.number);
-            if self.admits(number)?
-                && let Err(pending) = self.shared.ingest.try_push(pending)
-            {
-                self.hold.push_front(pending);
-                break;
-            }
         }
         Ok(())
     }
@@ -1181,28 +755,6 @@ async fn read_some<R: AsyncRead + Unpin>(
         buf.reserve(read_bytes.max(buf.len()));
     }
     reader.read_buf(buf).await
-}
-
-/// The device key in a user property; the first of that name, if it is not empty.
-fn device_of_property(publish: &Publish, name: &str) -> Option<ByteString> {
-    let said = &publish.properties.as_ref()?.user_properties;
-    let (_, key) = said.iter().find(|(property, _)| *property == name)?;
-    // A copy: a slice of the read buffer would keep all of it.
-    (!key.is_empty()).then(|| ByteString::from(&**key))
-}
-
-fn says_nothing(properties: &v5::PublishProperties) -> bool {
-    properties.user_properties.is_empty()
-        && properties.content_type.is_none()
-        && !properties.is_utf8_payload
-        && properties.response_topic.is_none()
-        && properties.correlation_data.is_none()
-        && properties.message_expiry_interval.is_none()
-}
-
-/// Enough of a text from the network for a log line.
-fn shorten(text: &str) -> &str {
-    &text[..text.floor_char_boundary(200)]
 }
 
 #[cfg(test)]
