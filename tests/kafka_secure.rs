@@ -5,6 +5,9 @@
 
 mod harness;
 
+use axum::http::{HeaderMap, StatusCode};
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD as BASE64, URL_SAFE_NO_PAD as BASE64_URL};
 use harness::kafka::{Broker, Isolation, read_records};
 use harness::{Bench, sink};
 
@@ -26,17 +29,49 @@ retry_backoff_max = "500ms"
 }
 
 fn tls(files: &str, identity: bool) -> String {
-    let mut text = format!("[sink.tls]\nca_file = \"{files}/ca.pem\"\n");
-    if identity {
-        text += &format!("cert_file = \"{files}/client.pem\"\nkey_file = \"{files}/client.key\"\n");
-    }
-    text
+    let identity = if identity {
+        format!("cert_file = \"{files}/client.pem\"\nkey_file = \"{files}/client.key\"\n")
+    } else {
+        String::new()
+    };
+    format!("[sink.tls]\nca_file = \"{files}/ca.pem\"\n{identity}")
 }
 
 fn sasl(mechanism: &str, password: &str) -> String {
     format!(
         "[sink.sasl]\nmechanism = \"{mechanism}\"\nusername = \"gw\"\npassword = \"{password}\"\n"
     )
+}
+
+fn token_url(url: &str, client_secret: &str) -> String {
+    format!(
+        "[sink.sasl]\nmechanism = \"oauthbearer\"\ntoken_url = \"{url}\"\nclient_id = \"gw\"\n\
+         client_secret = \"{client_secret}\"\n"
+    )
+}
+
+/// A token endpoint that knows one client, gw with the secret pw: its tokens are unsecured ones, as
+/// this broker takes them, and live so short that a run needs several. Stops when it is dropped.
+async fn token_endpoint() -> (String, tokio::task::JoinSet<()>) {
+    let grant = async |headers: HeaderMap| {
+        let known = format!("Basic {}", BASE64.encode("gw:pw"));
+        if headers.get("authorization").is_none_or(|given| *given != *known) {
+            return (StatusCode::UNAUTHORIZED, "{\"error\":\"invalid_client\"}".to_owned());
+        }
+        let since = std::time::SystemTime::UNIX_EPOCH;
+        let now = std::time::SystemTime::now().duration_since(since).unwrap().as_secs();
+        let claims = format!("{{\"sub\":\"gw\",\"iat\":{now},\"exp\":{}}}", now + 20);
+        let (head, claims) = (BASE64_URL.encode("{\"alg\":\"none\"}"), BASE64_URL.encode(claims));
+        let granted =
+            format!("{{\"access_token\":\"{head}.{claims}.\",\"token_type\":\"Bearer\"}}");
+        (StatusCode::OK, granted)
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/token", listener.local_addr().unwrap());
+    let app = axum::Router::new().route("/token", axum::routing::post(grant));
+    let mut server = tokio::task::JoinSet::new();
+    server.spawn(async move { axum::serve(listener, app).await.unwrap() });
+    (url, server)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -50,18 +85,21 @@ async fn every_way_to_log_in_delivers_and_every_wrong_one_is_held() {
     let plaintext = broker.said("sasl_plaintext");
     let ca = tls(files, false);
     let token = "[sink.sasl]\nmechanism = \"oauthbearer\"\nunsecured_subject = \"gw\"\n";
+    let (endpoint, _server) = token_endpoint().await;
     let right = [
         ("plain", sasl_ssl, "idempotent", ca.clone() + &sasl("plain", "pw")),
         ("scram-256", sasl_ssl, "idempotent", ca.clone() + &sasl("scram_sha_256", "pw")),
         ("scram-512", sasl_ssl, "exactly_once", ca.clone() + &sasl("scram_sha_512", "pw")),
         ("scram-bare", plaintext, "at_least_once", sasl("scram_sha_512", "pw")),
         ("token", sasl_ssl, "exactly_once", ca.clone() + token),
+        ("endpoint", sasl_ssl, "exactly_once", ca.clone() + &token_url(&endpoint, "pw")),
         ("mutual", ssl, "exactly_once", tls(files, true)),
     ];
     // What each is told contains the word beside it.
     let wrong = [
         ("bad-plain", "authentication", sasl_ssl, ca.clone() + &sasl("plain", "no")),
         ("bad-scram", "authentication", sasl_ssl, ca.clone() + &sasl("scram_sha_256", "no")),
+        ("bad-client", "client_secret", sasl_ssl, ca.clone() + &token_url(&endpoint, "no")),
         ("no-authority", "ssl", sasl_ssl, "[sink.tls]\n".to_owned() + &sasl("plain", "pw")),
     ];
     let bench = Bench::new(51);

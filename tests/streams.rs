@@ -1,11 +1,13 @@
-//! What goes first: live events after an outage, alarms, and what a sink is not to have at all. Each
-//! over restarts, and each with sums that add up.
+//! What goes first: live events after an outage, alarms, and what a sink is not to have at all, or not
+//! now: outside of its windows, or beyond the month's budget. Each over restarts, and each with sums
+//! that add up.
 
 mod harness;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::State;
@@ -13,6 +15,7 @@ use axum::http::StatusCode;
 use axum::response::Json;
 use axum::routing::post;
 use firmware_sim::fleet::Fleet;
+use gateway::admin::status::Status;
 use gateway::inspection::report::{BalanceReport, SinkSums};
 use harness::{Bench, GatewayProcess, eventually, http_sink, run_to_end, run_words, sink};
 use rumqttc::mqttbytes::QoS;
@@ -23,6 +26,8 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 const REQUEST_EVENTS: usize = 100;
+const ALARM_ROUTE: &str =
+    "[[route]]\nfilter = \"devices/{device}/siren\"\nlane = \"alarm\"\nevent_type = \"alarm\"";
 
 /// An event as it arrived.
 #[derive(Clone, Debug)]
@@ -82,6 +87,13 @@ impl Upstream {
         let mut server = JoinSet::new();
         server.spawn(async move { axum::serve(listener, app).await.unwrap() });
         Self { address, permits, arrived, _server: server }
+    }
+
+    /// One that takes everything at once.
+    async fn open() -> Self {
+        let upstream = Self::start().await;
+        upstream.take_all();
+        upstream
     }
 
     fn arrived(&self) -> Vec<Arrival> {
@@ -149,7 +161,7 @@ async fn live_events_go_ahead_of_a_backlog_also_after_a_kill() {
     let gateway = bench.start().await;
     let fleet = bench.fleet(30, 3_000.0);
     acks(&fleet, 6_000).await;
-    let backlog = |status: &gateway::admin::status::Status| {
+    let backlog = |status: &Status| {
         let streams = &sink(status, "cloud").streams;
         let backlogs = streams.iter().filter(|stream| stream.name == "backlog");
         backlogs.map(|stream| stream.end.unwrap() - stream.cursor).reduce(|sum, of| sum + of)
@@ -209,9 +221,7 @@ async fn an_alarm_passes_the_backlog_and_what_is_not_wanted_is_counted() {
     alarms.take_all();
     let filter = "lanes = [\"alarm\"]\ntopics = [\"devices/+/siren\"]\nevent_types = [\"alarm\"]";
     bench.configure(&(sink_to("all", &all, "") + &sink_to("alarms", &alarms, filter)));
-    bench.route_first(
-        "[[route]]\nfilter = \"devices/{device}/siren\"\nlane = \"alarm\"\nevent_type = \"alarm\"",
-    );
+    bench.route_first(ALARM_ROUTE);
     let gateway = bench.start().await;
     let fleet = bench.fleet(30, 3_000.0);
     acks(&fleet, 3_000).await;
@@ -354,4 +364,121 @@ async fn a_dead_sink_with_a_limit_does_not_fill_the_disk_for_the_other() {
     let sums = report.sinks.iter().find(|sums| sums.sink == "dead").unwrap();
     assert!(sums.dropped.lag > 0, "{sums:?}");
     assert_eq!(sums.delivered + sums.dropped.lag, sums.committed, "{sums:?}");
+}
+
+/// Polls until all of these sinks wait, for a reason that says so.
+async fn until_they_wait(gateway: &GatewayProcess, names: &[&str], reason: &str) {
+    let waits = |status: &Status, name: &str| {
+        let sink = sink(status, name);
+        sink.state == "waiting" && sink.error.as_deref().is_some_and(|e| e.contains(reason))
+    };
+    let wait = |status: &Status| names.iter().all(|n| waits(status, n));
+    gateway.until("they wait", wait).await;
+}
+
+/// Polls until what has arrived at a sink is durable as delivered, and gives how much that is.
+async fn until_durable(gateway: &GatewayProcess, name: &str, upstream: &Upstream) -> u64 {
+    let arrived = upstream.different().len() as u64;
+    eventually("what has arrived is durable", async || {
+        (sums(gateway, name).await.delivered == arrived).then_some(())
+    })
+    .await;
+    arrived
+}
+
+fn alarms(upstream: &Upstream) -> usize {
+    upstream.arrived().iter().filter(|arrival| arrival.lane.as_deref() == Some("alarm")).count()
+}
+
+/// A budget that is used up stays so over a SIGKILL. One sink then sends nothing, the other alarms; a
+/// third, without a budget, has everything. With a larger budget nothing is missing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_budget_that_is_used_up_holds_all_or_all_but_alarms_also_after_a_kill() {
+    let bench = Bench::new(65);
+    let [held, alarmed, free] =
+        [Upstream::open().await, Upstream::open().await, Upstream::open().await];
+    let sinks = |budget: &str| {
+        let budget = format!("budget_bytes_month = \"{budget}\"\n");
+        sink_to("held", &held, &format!("{budget}at_budget = \"hold\""))
+            + &sink_to("alarmed", &alarmed, &format!("{budget}at_budget = \"alarms_only\""))
+            + &sink_to("free", &free, "")
+    };
+    bench.configure(&sinks("4KiB"));
+    bench.route_first(ALARM_ROUTE);
+    let gateway = bench.start().await;
+    let fleet = bench.fleet(30, 3_000.0);
+    acks(&fleet, 6_000).await;
+    bench.drain(fleet).await;
+    gateway.until_delivered("free").await;
+    until_they_wait(&gateway, &["held", "alarmed"], "budget").await;
+    publish(&bench, "devices/one/siren").await;
+    eventually("the alarm comes", async || (alarms(&alarmed) == 1).then_some(())).await;
+    let sent = until_durable(&gateway, "held", &held).await;
+    let with_alarm = until_durable(&gateway, "alarmed", &alarmed).await;
+    let stored = gateway.until_delivered("free").await.store.watermark;
+    assert!(sent > 0 && with_alarm > 1, "there was something to spend");
+    assert!(sent.max(with_alarm) < stored / 2, "{sent} and {with_alarm} of {stored}");
+    gateway.kill().await;
+
+    let gateway = bench.start().await;
+    publish(&bench, "devices/one/siren").await;
+    eventually("the next alarm comes", async || (alarms(&alarmed) == 2).then_some(())).await;
+    until_they_wait(&gateway, &["held", "alarmed"], "budget").await;
+    gateway.until_delivered("free").await;
+    assert_eq!(until_durable(&gateway, "held", &held).await, sent, "nothing more");
+    assert_eq!(until_durable(&gateway, "alarmed", &alarmed).await, with_alarm + 1, "the alarm");
+    assert_eq!(gateway.terminate().await, Some(0));
+
+    bench.configure(&sinks("1GiB"));
+    bench.route_first(ALARM_ROUTE);
+    let gateway = bench.start().await;
+    for (name, upstream) in [("held", &held), ("alarmed", &alarmed), ("free", &free)] {
+        gateway.until_delivered(name).await;
+        assert_eq!(upstream.different().len() as u64, stored + 1, "{name} has everything");
+    }
+    assert_eq!(gateway.terminate().await, Some(0));
+    assert_eq!(run_to_end("balance", &bench.path("gateway.toml")).await.code, Some(0));
+}
+
+/// A window of two hours, UTC, that begins so many minutes from now.
+fn window(begins_in_minutes: u64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() / 60;
+    let clock = |minute: u64| format!("{:02}:{:02}", minute / 60 % 24, minute % 60);
+    let begins = now + begins_in_minutes;
+    format!("windows = [\"{}-{}\"]", clock(begins), clock(begins + 120))
+}
+
+/// Outside of its windows a sink has alarms only, and the others do not wait for it; inside of one it
+/// has everything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn outside_of_its_windows_a_sink_has_alarms_only() {
+    const DAY_MINUTES: u64 = 24 * 60;
+    let bench = Bench::new(66);
+    let [night, day] = [Upstream::open().await, Upstream::open().await];
+    let (closed, open) = (window(60), window(DAY_MINUTES - 60));
+    bench.configure(&(sink_to("night", &night, &closed) + &sink_to("day", &day, &open)));
+    bench.route_first(ALARM_ROUTE);
+    let gateway = bench.start().await;
+    let fleet = bench.fleet(10, 1_000.0);
+    acks(&fleet, 1_000).await;
+    bench.drain(fleet).await;
+    publish(&bench, "devices/one/siren").await;
+    gateway.until_delivered("day").await;
+    eventually("the alarm comes", async || (alarms(&night) == 1).then_some(())).await;
+    until_they_wait(&gateway, &["night"], "windows").await;
+    assert_eq!(until_durable(&gateway, "night", &night).await, 1, "the alarm alone");
+    assert_eq!(gateway.terminate().await, Some(0));
+
+    // Now is another time of the day.
+    bench.configure(&(sink_to("night", &night, &open) + &sink_to("day", &day, &closed)));
+    bench.route_first(ALARM_ROUTE);
+    let gateway = bench.start().await;
+    let stored = gateway.until_delivered("night").await.store.watermark;
+    assert_eq!(night.different().len() as u64, stored);
+    publish(&bench, "devices/one/other").await;
+    gateway.until_delivered("night").await;
+    until_they_wait(&gateway, &["day"], "windows").await;
+    assert_eq!(day.different().len() as u64, stored, "all of it came before");
+    assert_eq!(gateway.terminate().await, Some(0));
+    assert_eq!(run_to_end("balance", &bench.path("gateway.toml")).await.code, Some(0));
 }

@@ -365,7 +365,7 @@ pub enum HttpAuth {
 }
 
 /// Where an access token comes from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OAuth2Config {
     /// `http://` or `https://` address of the token endpoint.
     pub token_url: String,

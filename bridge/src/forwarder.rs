@@ -428,8 +428,7 @@ impl<S: Sink> Task<S> {
                 return;
             }
             if let Some(request) = self.requeue.next_request(now) {
-                let size_bytes = request.events.iter().map(|e| e.event.size_bytes()).sum();
-                self.streams.others_sent(size_bytes, now);
+                self.streams.others_sent(request.size_bytes(), now);
                 self.sink.begin(request);
                 return;
             }

@@ -22,6 +22,9 @@ mod link;
 mod oauth;
 mod tracks;
 
+#[cfg(feature = "kafka")]
+pub(crate) use self::link::endpoint;
+
 use std::error::Error as _;
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -38,7 +38,9 @@ use crate::cloudevents::Envelope;
 use crate::config::{KafkaConfig, KafkaDelivery};
 use crate::sink::{Answer, Request, RequestId, Sink, Window};
 
-const WINDOW: Window = Window { requests_max: 64, events_max: 10_000, bytes_max: 8 * 1024 * 1024 };
+/// What librdkafka has at once: what it needs to fill its batches, and to have more at hand while their
+/// answers are on the way. An event costs it a kilobyte beside its own bytes.
+const WINDOW: Window = Window { requests_max: 64, events_max: 10_000, bytes_max: 4 * 1024 * 1024 };
 
 /// Sends requests to Kafka.
 pub(crate) struct KafkaSink {
@@ -113,7 +115,7 @@ impl Sink for KafkaSink {
                 // The watchdog does not count the idle time before.
                 self.alive = (Instant::now(), ledger.moves());
             }
-            ledger.admit(request.id, request.events.len())
+            ledger.admit(request.id, request.events.len(), request.size_bytes())
         };
         if self.shared.ledger().is_broken() {
             return;

@@ -7,8 +7,10 @@
 //!
 //! A requeued event keeps its identity, is marked ([`Attribute::Requeued`]) and stands outside the
 //! order. So that it needs no more of a sink than the log does, its requests go alone: nothing else
-//! is in flight beside one. While the log has events to deliver, there is a pause of [`SHARE_PAUSE`]
-//! between two of them: a large requeue takes its time, and the live events theirs.
+//! is in flight beside one. While the log has events to deliver, there is a pause after each, of
+//! [`SHARE_PAUSE`] or, where the upstream took long over it, so long that requeued events have
+//! [`TIME_SHARE`] of the sink's time at most: a large requeue takes its time, and the live events
+//! theirs, also where the upstream hangs over what was requeued until the request times out.
 //!
 //! Deliberately absent: reading and writing the store (`forwarder`).
 
@@ -23,6 +25,8 @@ use crate::sink::{Answer, OUTSIDE_ORDER, Request, RequestId, Window};
 
 /// Between two requests while the log has events for the sink.
 const SHARE_PAUSE: Duration = Duration::from_millis(100);
+/// Of the sink's time one part in so many at most, while the log has events for it.
+const TIME_SHARE: u32 = 10;
 
 /// What came of letters, on its way into the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +55,8 @@ pub(crate) struct Requeue {
     /// The store may have marked letters that are not in the pass.
     more: bool,
     next_id: RequestId,
+    /// When its last request began.
+    begun_at: Option<Instant>,
     /// Nothing begins before.
     due_at: Option<Instant>,
     delivered_events: u64,
@@ -68,6 +74,7 @@ impl Requeue {
             pass: None,
             more: true,
             next_id: OUTSIDE_ORDER,
+            begun_at: None,
             due_at: None,
             delivered_events: 0,
             retries: 0,
@@ -109,7 +116,9 @@ impl Requeue {
         if !self.is_due(now) {
             return None;
         }
-        self.pass.as_mut()?.delivery.next_request(now)
+        let request = self.pass.as_mut()?.delivery.next_request(now)?;
+        self.begun_at = Some(now.at);
+        Some(request)
     }
 
     /// Whether a request waits only for what else is in flight.
@@ -164,7 +173,8 @@ impl Requeue {
     ) {
         let pass = self.pass.as_mut().expect("an answer belongs to a pass");
         pass.delivery.answer(id, answer, now, random);
-        self.due_at = busy.then(|| now.at + SHARE_PAUSE);
+        let took = self.begun_at.map_or(Duration::ZERO, |begun| now.at - begun);
+        self.due_at = busy.then(|| now.at + (took * (TIME_SHARE - 1)).max(SHARE_PAUSE));
     }
 
     /// What has come of letters and is not in the store yet, if that may be written now.

@@ -32,6 +32,13 @@ pub(crate) struct Request {
     pub(crate) events: Arc<Vec<StoredEvent>>,
 }
 
+impl Request {
+    /// Event bytes in it.
+    pub(crate) fn size_bytes(&self) -> usize {
+        self.events.iter().map(|stored| stored.event.size_bytes()).sum()
+    }
+}
+
 /// Which stream of a sink an event comes in. Order holds per device within one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mark {

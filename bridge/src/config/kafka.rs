@@ -10,7 +10,7 @@ use std::time::Duration;
 use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
 
-use super::SecretSource;
+use super::{OAuth2Config, SecretSource};
 use crate::template::Template;
 
 /// Settings of a Kafka sink.
@@ -231,6 +231,8 @@ pub enum ScramHash {
 pub enum OAuthToken {
     /// A JSON Web Token that somebody else keeps fresh: read again before it expires.
     Kept(SecretSource),
+    /// A token endpoint, which is asked again before a token expires. Its authorities are the system's.
+    Endpoint(OAuth2Config),
     /// An unsecured one that is made here for this subject: for brokers that check nothing.
     Unsecured(String),
 }

@@ -23,7 +23,9 @@ use reqwest::{Certificate, Client, Identity, Proxy, Url};
 use ring::hmac;
 
 use super::chain;
-use super::oauth::Tokens;
+use super::oauth::{Endpoint, Tokens};
+#[cfg(feature = "kafka")]
+use crate::config::OAuth2Config;
 use crate::config::{HttpAuth, HttpConfig, HttpProxy, HttpVersion, TlsConfig, TlsIdentity};
 use crate::secret;
 use crate::sink::Answer;
@@ -66,7 +68,8 @@ impl Link {
             }
             HttpAuth::OAuth2(oauth2) => {
                 let client_secret = secret::read(&oauth2.client_secret, "oauth2")?;
-                tokens = Some(Arc::new(Tokens::new(oauth2.clone(), &client_secret)));
+                let endpoint = Endpoint::new(oauth2.clone(), "oauth2", &client_secret);
+                tokens = Some(Arc::new(Tokens::new(endpoint)));
             }
         }
         if let Some(text) = fixed {
@@ -120,6 +123,22 @@ impl Link {
         }
         Some(HeaderValue::try_from(text).expect("hexadecimal"))
     }
+}
+
+/// A token endpoint for a sink that is not HTTP, and the client to ask it with. Blocks. `section` is
+/// where it stands in the configuration, for errors.
+///
+/// # Errors
+/// What stands in the way, and the remedy.
+#[cfg(feature = "kafka")]
+pub(crate) fn endpoint(
+    config: &OAuth2Config,
+    section: &'static str,
+    timeout: Duration,
+) -> Result<(Endpoint, Client), String> {
+    let client_secret = secret::read(&config.client_secret, section)?;
+    let client = client(&HttpConfig::new(&config.token_url), timeout)?;
+    Ok((Endpoint::new(config.clone(), section, &client_secret), client))
 }
 
 fn client(config: &HttpConfig, request_timeout: Duration) -> Result<Client, String> {

@@ -1,7 +1,8 @@
 //! OAuth 2 client credentials (RFC 6749, section 4.4).
 //!
-//! Owns: the access token, which is fetched when one is needed and kept until most of its life is
-//! over or an upstream refuses it.
+//! Owns: asking a token endpoint ([`Endpoint`]), also for sinks that are not HTTP; and for those that
+//! are, the access token ([`Tokens`]), which is fetched when one is needed and kept until most of its
+//! life is over or an upstream refuses it.
 //! Deliberately absent: refresh tokens, which this grant has none of.
 
 use std::fmt::Write as _;
@@ -16,18 +17,25 @@ use tokio::sync::Mutex;
 
 use super::answer;
 use crate::config::{OAuth2Config, Secret};
-use crate::sink::{Answer, Failure};
+use crate::sink::{Answer, Failed, Failure, Which};
 
 /// A token is used for so many tenths of its life: clocks differ, and requests take time.
 const LIFE_TENTHS: u32 = 9;
 /// Longest answer of a token endpoint.
 const TOKEN_BYTES_MAX: usize = 64 * 1024;
 
-/// Gives access tokens.
-pub(super) struct Tokens {
+/// A token endpoint, and who we are there.
+pub(crate) struct Endpoint {
     config: OAuth2Config,
+    /// Section of the configuration that it stands in, for errors.
+    section: &'static str,
     /// `Authorization` of this client at the token endpoint.
     credentials: HeaderValue,
+}
+
+/// Gives access tokens.
+pub(super) struct Tokens {
+    endpoint: Endpoint,
     /// One fetches, the others wait for it.
     cached: Mutex<Option<Token>>,
 }
@@ -39,22 +47,78 @@ struct Token {
     fresh_until: Option<Instant>,
 }
 
+/// What a token endpoint granted.
 #[derive(Deserialize)]
-struct Granted {
-    access_token: String,
+pub(crate) struct Granted {
+    pub(crate) access_token: String,
     token_type: Option<String>,
-    expires_in: Option<u64>,
+    /// Life of the token in seconds, if it was said.
+    pub(crate) expires_in: Option<u64>,
 }
 
-impl Tokens {
-    pub(super) fn new(config: OAuth2Config, client_secret: &Secret) -> Self {
+impl Endpoint {
+    pub(super) fn new(config: OAuth2Config, section: &'static str, client_secret: &Secret) -> Self {
         // Section 2.3.1: both halves are form-encoded first.
         let pair =
             format!("{}:{}", form_encoded(&config.client_id), form_encoded(client_secret.reveal()));
         let mut credentials = HeaderValue::try_from(format!("Basic {}", BASE64.encode(pair)))
             .expect("base64 is printable");
         credentials.set_sensitive(true);
-        Self { config, credentials, cached: Mutex::new(None) }
+        Self { config, section, credentials }
+    }
+
+    /// Asks for a token; says nothing of what is in it. `Err` is what that means for whoever needs one.
+    pub(crate) async fn ask(&self, client: &Client) -> Result<Granted, Failed> {
+        let mut form = "grant_type=client_credentials".to_owned();
+        for (name, value) in [("scope", &self.config.scope), ("audience", &self.config.audience)] {
+            if let Some(value) = value {
+                let _ = write!(form, "&{name}={}", form_encoded(value));
+            }
+        }
+        let answered = client
+            .post(&self.config.token_url)
+            .header(AUTHORIZATION, self.credentials.clone())
+            .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+            .header(ACCEPT, "application/json")
+            .body(form)
+            .send()
+            .await;
+        let retry = |error| self.failed(Failure::Retry { after: None }, &super::chain(error));
+        let response = answered.map_err(retry)?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let body = answer::body(response, TOKEN_BYTES_MAX).await.map_err(retry)?;
+        if !status.is_success() {
+            let now = std::time::SystemTime::now();
+            return Err(self.refused(answer::sort(status, &headers, &answer::quote(&body), now)));
+        }
+        granted(&body).map_err(|why| self.useless(why))
+    }
+
+    /// What the refusal of a token means for the events: none of them is to blame.
+    fn refused(&self, answer: Answer) -> Failed {
+        let said = answer.failed.into_iter().next().expect("a refusal says why");
+        match said.failure {
+            Failure::Retry { .. } => self.failed(said.failure, &said.reason),
+            _ => {
+                let remedy = "check client_id, client_secret and scope";
+                self.failed(Failure::Hold, &format!("{}; {remedy}", said.reason))
+            }
+        }
+    }
+
+    fn useless(&self, why: &str) -> Failed {
+        self.failed(Failure::Hold, &format!("the answer {why}; check token_url"))
+    }
+
+    fn failed(&self, failure: Failure, reason: &str) -> Failed {
+        let reason = format!("{}.token_url: {reason}", self.section);
+        Failed { which: Which::All, failure, reason }
+    }
+}
+
+impl Tokens {
+    pub(super) fn new(endpoint: Endpoint) -> Self {
+        Self { endpoint, cached: Mutex::new(None) }
     }
 
     /// The value of an `Authorization` header; `Err` is what to answer without one.
@@ -65,7 +129,12 @@ impl Tokens {
         {
             return Ok(token.bearer.clone());
         }
-        let token = self.fetch(client).await?;
+        let asked = Instant::now();
+        let granted = self.endpoint.ask(client).await;
+        let token = granted.and_then(|granted| {
+            Token::of(&granted, asked).map_err(|why| self.endpoint.useless(why))
+        });
+        let token = token.map_err(|failed| Answer { failed: vec![failed] })?;
         Ok(cached.insert(token).bearer.clone())
     }
 
@@ -76,70 +145,27 @@ impl Tokens {
             *cached = None;
         }
     }
-
-    async fn fetch(&self, client: &Client) -> Result<Token, Answer> {
-        let mut form = "grant_type=client_credentials".to_owned();
-        for (name, value) in [("scope", &self.config.scope), ("audience", &self.config.audience)] {
-            if let Some(value) = value {
-                let _ = write!(form, "&{name}={}", form_encoded(value));
-            }
-        }
-        let asked = Instant::now();
-        let answered = client
-            .post(&self.config.token_url)
-            .header(AUTHORIZATION, self.credentials.clone())
-            .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
-            .header(ACCEPT, "application/json")
-            .body(form)
-            .send()
-            .await;
-        let retry = |error| {
-            let reason = format!("oauth2.token_url: {}", super::chain(error));
-            Answer::failed(Failure::Retry { after: None }, reason)
-        };
-        let response = answered.map_err(retry)?;
-        let (status, headers) = (response.status(), response.headers().clone());
-        let body = answer::body(response, TOKEN_BYTES_MAX).await.map_err(retry)?;
-        if !status.is_success() {
-            return Err(refusal(answer::sort(
-                status,
-                &headers,
-                &answer::quote(&body),
-                std::time::SystemTime::now(),
-            )));
-        }
-        grant(&body, asked).map_err(|why| {
-            let reason = format!("oauth2.token_url: the answer {why}; check token_url");
-            Answer::failed(Failure::Hold, reason)
-        })
-    }
 }
 
-/// What the refusal of a token means for the events: none of them is to blame.
-fn refusal(answer: Answer) -> Answer {
-    let failed = answer.failed.into_iter().map(|mut failed| {
-        failed.reason = format!("oauth2.token_url: {}", failed.reason);
-        if !matches!(failed.failure, Failure::Retry { .. }) {
-            failed.failure = Failure::Hold;
-            failed.reason.push_str("; check client_id, client_secret and scope");
-        }
-        failed
-    });
-    Answer { failed: failed.collect() }
-}
-
-/// Reads what the token endpoint granted, asked for at `now`. Says nothing of what is in it.
-fn grant(body: &[u8], now: Instant) -> Result<Token, &'static str> {
-    let Granted { access_token, token_type, expires_in } =
-        serde_json::from_slice(body).map_err(|_| "holds no access token")?;
-    if token_type.is_some_and(|kind| !kind.eq_ignore_ascii_case("bearer")) {
+/// Reads what a token endpoint granted.
+fn granted(body: &[u8]) -> Result<Granted, &'static str> {
+    let granted: Granted = serde_json::from_slice(body).map_err(|_| "holds no access token")?;
+    if granted.token_type.as_ref().is_some_and(|kind| !kind.eq_ignore_ascii_case("bearer")) {
         return Err("holds a token that is no bearer token");
     }
-    let mut bearer = HeaderValue::try_from(format!("Bearer {access_token}"))
-        .map_err(|_| "holds a token that a header cannot carry")?;
-    bearer.set_sensitive(true);
-    let life = expires_in.and_then(|seconds| Duration::from_secs(seconds).checked_mul(LIFE_TENTHS));
-    Ok(Token { bearer, fresh_until: life.and_then(|life| now.checked_add(life / 10)) })
+    Ok(granted)
+}
+
+impl Token {
+    /// Of what was asked for at `now`.
+    fn of(granted: &Granted, now: Instant) -> Result<Self, &'static str> {
+        let mut bearer = HeaderValue::try_from(format!("Bearer {}", granted.access_token))
+            .map_err(|_| "holds a token that a header cannot carry")?;
+        bearer.set_sensitive(true);
+        let life = granted.expires_in.map(Duration::from_secs);
+        let life = life.and_then(|life| life.checked_mul(LIFE_TENTHS));
+        Ok(Self { bearer, fresh_until: life.and_then(|life| now.checked_add(life / 10)) })
+    }
 }
 
 /// `application/x-www-form-urlencoded`, one value.
@@ -165,8 +191,9 @@ mod tests {
     #[test]
     fn a_token_is_used_for_nine_tenths_of_its_life() {
         let now = Instant::now();
+        let token = |body: &str| Token::of(&granted(body.as_bytes())?, now);
         let life = |body: &str| {
-            let token = grant(body.as_bytes(), now).ok()?;
+            let token = token(body).ok()?;
             Some(token.fresh_until.map(|until| (until - now).as_secs()))
         };
         assert_eq!(
@@ -181,7 +208,7 @@ mod tests {
         }
         // A life beyond all clocks is as good as none said.
         let huge = format!(r#"{{"access_token":"a","expires_in":{}}}"#, u64::MAX);
-        assert!(grant(huge.as_bytes(), now).is_ok());
+        assert!(token(&huge).is_ok());
     }
 
     #[test]

@@ -13,11 +13,13 @@ use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::ConsumerContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{DeliveryResult, ProducerContext, ThreadedProducer};
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
 use super::ledger::{Ledger, Ticket};
 use super::login;
 use crate::config::{KafkaCompression, KafkaConfig, KafkaSasl, OAuthToken};
+use crate::sink::Failure;
 
 /// How long a topic may be unknown before that is an answer: brokers that make topics on first use
 /// need a moment.
@@ -84,20 +86,24 @@ fn compression(compression: KafkaCompression) -> &'static str {
 }
 
 /// Where tokens come from, if the brokers want any.
-#[derive(Clone, Default)]
-pub(super) struct Tokens(Option<OAuthToken>);
+pub(super) struct Tokens {
+    source: Option<OAuthToken>,
+    /// librdkafka asks on threads of its own.
+    runtime: Handle,
+}
 
 impl Tokens {
     pub(super) fn of(config: &KafkaConfig) -> Self {
-        match &config.sasl {
-            Some(KafkaSasl::OAuthBearer(token)) => Self(Some(token.clone())),
-            _ => Self(None),
-        }
+        let source = match &config.sasl {
+            Some(KafkaSasl::OAuthBearer(token)) => Some(token.clone()),
+            _ => None,
+        };
+        Self { source, runtime: Handle::current() }
     }
 
-    fn next(&self) -> Result<Token, Box<dyn Error>> {
-        let source = self.0.as_ref().ok_or("no token is configured")?;
-        Ok(login::token(source, SystemTime::now())?)
+    fn next(&self) -> Result<Token, (Failure, String)> {
+        let source = self.source.as_ref().expect("only OAUTHBEARER asks for a token");
+        login::token(source, SystemTime::now(), &self.runtime)
     }
 }
 
@@ -116,7 +122,7 @@ impl ClientContext for Quiet {
     }
 
     fn generate_oauth_token(&self, _: Option<&str>) -> Result<Token, Box<dyn Error>> {
-        self.0.next()
+        self.0.next().map_err(|(_, reason)| reason.into())
     }
 }
 
@@ -149,9 +155,10 @@ impl ClientContext for Reports {
     }
 
     fn generate_oauth_token(&self, _: Option<&str>) -> Result<Token, Box<dyn Error>> {
-        self.tokens.next().inspect_err(|error| {
-            self.shared.ledger().hold(error.to_string());
+        self.tokens.next().map_err(|(failure, reason)| {
+            self.shared.ledger().breaks(failure, reason.clone());
             self.shared.changed.notify_one();
+            reason.into()
         })
     }
 }

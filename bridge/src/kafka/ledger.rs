@@ -35,6 +35,8 @@ struct Flight {
     first: Ticket,
     fates: Vec<Fate>,
     pending: usize,
+    /// What each of its events counts for: their mean, rounded up.
+    event_bytes: usize,
 }
 
 /// Why the producer must go.
@@ -66,6 +68,8 @@ pub(super) struct Ledger {
     settled: bool,
     /// Events that librdkafka has.
     pending: usize,
+    /// Their event bytes, about.
+    pending_bytes: usize,
     contact: Contact,
     /// What librdkafka complained of last, for the watchdog to quote.
     complaint: Option<String>,
@@ -74,13 +78,16 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
-    /// Opens the account of a request; gives the ticket of its first event.
-    pub(super) fn admit(&mut self, id: RequestId, events: usize) -> Ticket {
+    /// Opens the account of a request of so many events and event bytes; gives the ticket of its first
+    /// event.
+    pub(super) fn admit(&mut self, id: RequestId, events: usize, size_bytes: usize) -> Ticket {
         let first = self.next;
         self.next = first.wrapping_add(events as Ticket);
+        let event_bytes = size_bytes.div_ceil(events);
         self.pending += events;
+        self.pending_bytes += events * event_bytes;
         let fates = vec![Fate::Pending; events];
-        self.flights.push_back(Flight { id, first, fates, pending: events });
+        self.flights.push_back(Flight { id, first, fates, pending: events, event_bytes });
         first
     }
 
@@ -91,6 +98,11 @@ impl Ledger {
     /// Events that librdkafka has.
     pub(super) fn pending(&self) -> usize {
         self.pending
+    }
+
+    /// Their event bytes, about.
+    pub(super) fn pending_bytes(&self) -> usize {
+        self.pending_bytes
     }
 
     /// Counts reports: while it rises, the upstream lives.
@@ -223,6 +235,7 @@ impl Ledger {
         *open = fate;
         flight.pending -= 1;
         self.pending -= 1;
+        self.pending_bytes -= flight.event_bytes;
         flight.pending == 0
     }
 
@@ -399,8 +412,8 @@ mod tests {
     #[test]
     fn requests_are_answered_as_they_complete_and_tickets_may_wrap() {
         let mut ledger = Ledger { next: Ticket::MAX - 1, ..Ledger::default() };
-        let first = ledger.admit(0, 3);
-        let second = ledger.admit(1, 2);
+        let first = ledger.admit(0, 3, 0);
+        let second = ledger.admit(1, 2, 0);
         assert_eq!(second, 1);
         assert!(!ledger.report(second, Ok(())));
         assert!(ledger.report(second.wrapping_add(1), Ok(())));
@@ -413,9 +426,25 @@ mod tests {
     }
 
     #[test]
+    fn what_librdkafka_has_is_counted_in_events_and_in_bytes() {
+        let mut ledger = Ledger::default();
+        let first = ledger.admit(0, 3, 100);
+        ledger.admit(1, 1, 1_000);
+        assert_eq!((ledger.pending(), ledger.pending_bytes()), (4, 1_102));
+        for ticket in [first, first, first + 3] {
+            ledger.report(ticket, Ok(()));
+        }
+        assert_eq!((ledger.pending(), ledger.pending_bytes()), (2, 68));
+        for place in 1..3 {
+            ledger.report(first + place, Ok(()));
+        }
+        assert_eq!((ledger.pending(), ledger.pending_bytes()), (0, 0));
+    }
+
+    #[test]
     fn nothing_is_answered_while_the_producer_may_still_deliver() {
         let mut ledger = Ledger::default();
-        let first = ledger.admit(0, 3);
+        let first = ledger.admit(0, 3, 0);
         assert!(ledger.report(first, Err(RDKafkaErrorCode::TopicAuthorizationFailed)));
         assert_eq!(ledger.take_answer(), None);
         // Delivered while the producer was on its way out.
@@ -431,7 +460,7 @@ mod tests {
     #[test]
     fn a_refused_batch_blames_its_own_events_only_if_it_was_alone() {
         let mut alone = Ledger::default();
-        let first = alone.admit(0, 2);
+        let first = alone.admit(0, 2, 0);
         alone.report(first, Err(TOO_LARGE));
         alone.report(first + 1, Err(TOO_LARGE));
         assert_eq!(settled(alone)[0].failed[0].failure, Failure::Suspect);
@@ -439,7 +468,7 @@ mod tests {
         // At a low rate requests of one event share a batch: neither may be called guilty.
         let mut together = Ledger::default();
         for id in 0..2 {
-            let ticket = together.admit(id, 1);
+            let ticket = together.admit(id, 1, 0);
             together.report(ticket, Err(TOO_LARGE));
         }
         for answer in settled(together) {
@@ -450,7 +479,7 @@ mod tests {
     #[test]
     fn an_event_that_librdkafka_itself_refuses_is_guilty_and_harms_nobody() {
         let mut ledger = Ledger::default();
-        let first = ledger.admit(0, 2);
+        let first = ledger.admit(0, 2, 0);
         ledger.refused(first, TOO_LARGE);
         ledger.report(first + 1, Ok(()));
         assert!(!ledger.is_broken());
@@ -462,7 +491,7 @@ mod tests {
     #[test]
     fn what_librdkafka_mends_is_only_remembered_for_the_watchdog() {
         let mut ledger = Ledger::default();
-        ledger.admit(0, 1);
+        ledger.admit(0, 1, 0);
         let timed_out = RDKafkaErrorCode::OperationTimedOut;
         assert!(!ledger.client_error(timed_out, "1 request(s) timed out"));
         assert!(!ledger.is_broken());
@@ -478,7 +507,7 @@ mod tests {
         let (refused, down) =
             (RDKafkaErrorCode::BrokerTransportFailure, RDKafkaErrorCode::AllBrokersDown);
         let mut never = Ledger::default();
-        never.admit(0, 1);
+        never.admit(0, 1, 0);
         assert!(
             !never.client_error(refused, "b:1: Connect to ipv4#b:1 failed: Connection refused")
         );
@@ -487,12 +516,12 @@ mod tests {
         assert!(reason.contains("Connection refused"), "{reason}");
 
         let mut broken = Ledger::default();
-        broken.admit(0, 1);
+        broken.admit(0, 1, 0);
         assert!(!broken.client_error(refused, "b:1: Disconnected (after 9ms in state UP)"));
         assert!(!broken.client_error(down, "1/1 brokers are down"), "its answer may be lost");
 
         let mut lived = Ledger::default();
-        let first = lived.admit(0, 2);
+        let first = lived.admit(0, 2, 0);
         lived.report(first, Ok(()));
         assert!(!lived.client_error(down, "1/1 brokers are down"));
         assert!(!lived.is_broken(), "librdkafka may know that a broker has it, and tries on");
@@ -500,7 +529,7 @@ mod tests {
         assert_eq!(settled(lived)[0].failed[0].which, Which::These(vec![1]));
 
         let mut back = Ledger::default();
-        let first = back.admit(0, 3);
+        let first = back.admit(0, 3, 0);
         back.report(first, Ok(()));
         back.client_error(down, "1/1 brokers are down");
         back.report(first + 1, Ok(()));
@@ -510,7 +539,7 @@ mod tests {
     #[test]
     fn what_was_delivered_in_a_transaction_that_failed_was_not() {
         let mut ledger = Ledger::default();
-        let first = ledger.admit(0, 2);
+        let first = ledger.admit(0, 2, 0);
         ledger.report(first, Ok(()));
         ledger.report(first + 1, Ok(()));
         ledger.breaks(Failure::Retry { after: None }, "the commit failed".to_owned());
@@ -522,8 +551,8 @@ mod tests {
     #[test]
     fn a_wrong_password_holds_whatever_is_in_flight() {
         let mut ledger = Ledger::default();
-        ledger.admit(0, 5);
-        ledger.admit(1, 5);
+        ledger.admit(0, 5, 0);
+        ledger.admit(1, 5, 0);
         assert!(ledger.client_error(RDKafkaErrorCode::Authentication, "wrong password"));
         for answer in settled(ledger) {
             assert_eq!(answer.failed[0].failure, Failure::Hold);

@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::{JoinHandle, spawn_blocking};
 
+use super::WINDOW;
 use super::client::Shared;
 use super::cursor::{Mark, Place, Witness};
 use super::ledger::FENCED;
@@ -40,10 +41,12 @@ use crate::reach::Reach;
 use crate::sink::{Answer, Failed, Failure, Request, RequestId, Sink, Which, Window};
 
 const REQUESTS_MAX: usize = 512;
-const EVENTS_MAX: usize = 65_536;
-/// Events that librdkafka has at once, give or take a request: what it has delivered leaves it while
-/// the transaction stays open.
-const PENDING_MAX: usize = 10_000;
+/// Events that are begun at once, each of which takes some 300 bytes beside its own until its
+/// transaction is committed.
+const EVENTS_MAX: usize = 40_960;
+/// What librdkafka has at once, give or take a request: what it has delivered leaves it while the
+/// transaction stays open.
+const PENDING: Window = WINDOW;
 
 /// Sends requests to Kafka, exactly once.
 pub(crate) struct TransactionalSink {
@@ -221,7 +224,7 @@ impl TransactionalSink {
                 let mut ledger = self.shared.ledger();
                 ledger.void();
                 for Begun { request, .. } in self.waiting.drain(..) {
-                    ledger.admit(request.id, request.events.len());
+                    ledger.admit(request.id, request.events.len(), request.size_bytes());
                 }
                 ledger.settle();
                 let answers = std::iter::from_fn(|| ledger.take_answer());
@@ -252,8 +255,14 @@ impl TransactionalSink {
         self.open.is_some() && closed && self.shared.ledger().pending() == 0
     }
 
+    /// Whether librdkafka has room for more.
+    fn may_hand_over(&self) -> bool {
+        let ledger = self.shared.ledger();
+        ledger.pending() < PENDING.events_max && ledger.pending_bytes() < PENDING.bytes_max
+    }
+
     fn hand_over(&mut self, now: Instant) {
-        while self.takes_more(now) && self.shared.ledger().pending() < PENDING_MAX {
+        while self.takes_more(now) && self.may_hand_over() {
             let Some(begun) = self.waiting.pop_front() else { return };
             let events = &begun.request.events;
             if begun.reach.is_some() && events.iter().all(|stored| self.done.has(stored)) {
@@ -290,7 +299,8 @@ impl TransactionalSink {
             let last = request.events.iter().rfind(|stored| !self.done.has(stored));
             open.witness = open.witness.max(last.map(Witness::of));
         }
-        let first = self.shared.ledger().admit(request.id, request.events.len());
+        let events = request.events.len();
+        let first = self.shared.ledger().admit(request.id, events, request.size_bytes());
         for (stored, place) in request.events.iter().zip(0..) {
             let ticket = first.wrapping_add(place);
             if in_order && self.done.has(stored) {
@@ -408,8 +418,8 @@ impl Sink for TransactionalSink {
     const KEEPS_CURSOR: bool = true;
 
     fn window(&self) -> Window {
-        // One transaction is committed while the next one gathers.
-        let bytes_max = 2 * self.config.transaction_bytes_max;
+        // While one transaction is committed, what the next one begins with gathers.
+        let bytes_max = self.config.transaction_bytes_max + PENDING.bytes_max;
         Window { requests_max: REQUESTS_MAX, events_max: EVENTS_MAX, bytes_max }
     }
 

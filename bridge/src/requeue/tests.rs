@@ -82,6 +82,33 @@ fn beside_live_events_it_takes_its_time() {
     assert_eq!(requeue.delivered_events(), 4);
 }
 
+/// A service that hangs over an event keeps its request until it times out, again and again: the
+/// events of the log have the sink to themselves for most of the time all the same.
+#[test]
+fn an_upstream_that_hangs_over_requeued_events_leaves_most_of_the_time_to_live_ones() {
+    let (mut requeue, begun) =
+        (Requeue::new("s".into(), limits(2), Backoff::new(MIN, MAX)), start());
+    requeue.push((0..4).map(letter).collect());
+    let timeout = Duration::from_secs(30);
+    let (mut now, mut hung) = (begun, Duration::ZERO);
+    for _ in 0..10 {
+        let request = requeue.next_request(now).expect("its turn");
+        now = later(now, timeout);
+        hung += timeout;
+        let answer = Answer::failed(Failure::Retry { after: None }, "timed out");
+        requeue.answer(request.id, &answer, true, now, 0.5);
+        assert!(!requeue.is_waiting(now));
+        now.at = requeue.resumes_at().expect("it waits for its turn");
+    }
+    assert!(hung * TIME_SHARE <= now.at - begun.at, "{hung:?} of {:?}", now.at - begun.at);
+    // Nothing of it is given up, and where nobody else waits it has no share to keep.
+    let request = requeue.next_request(now).expect("its turn");
+    assert_eq!(offsets(&request), [0, 1]);
+    now = later(now, timeout);
+    requeue.answer(request.id, &Answer::delivered(), false, now, 0.5);
+    assert!(requeue.is_waiting(now));
+}
+
 #[test]
 fn a_store_that_fails_is_tried_again_and_nothing_is_settled_meanwhile() {
     let (mut requeue, now) = (Requeue::new("s".into(), limits(9), Backoff::new(MIN, MAX)), start());

@@ -9,7 +9,7 @@ use bridge::config::{
 };
 
 use super::reader::Section;
-use super::sinks::{read_secret, wide};
+use super::sinks::{read_oauth2, read_secret, wide};
 
 /// What is particular to a sink of the type `kafka`.
 pub(super) fn read(section: &Section<'_, '_>) -> KafkaConfig {
@@ -55,6 +55,14 @@ pub(super) fn read(section: &Section<'_, '_>) -> KafkaConfig {
         ("id", KafkaHeaders::Id),
         ("none", KafkaHeaders::None),
     ];
+    let compression = section.choice("compression", &compressions, KafkaCompression::default());
+    let is_taken = matches!(compression, KafkaCompression::None | KafkaCompression::Gzip);
+    if is_event_hubs(&brokers) && !is_taken {
+        section.problem(
+            "compression",
+            "must be \"none\" for Azure Event Hubs, or \"gzip\" where its tier takes that",
+        );
+    }
     let bytes = wide(KafkaConfig::TRANSACTION_BYTES_RANGE);
     let bytes_max = KafkaConfig::TRANSACTION_BYTES_MAX as u64;
     KafkaConfig {
@@ -66,7 +74,7 @@ pub(super) fn read(section: &Section<'_, '_>) -> KafkaConfig {
             KafkaConfig::TRANSACTION_TIME_MAX,
         ),
         transaction_bytes_max: section.size("transaction_bytes_max", bytes, bytes_max) as usize,
-        compression: section.choice("compression", &compressions, KafkaCompression::default()),
+        compression,
         headers: section.choice("headers", &headers, KafkaHeaders::default()),
         tls: read_tls(section),
         sasl: read_sasl(section),
@@ -74,6 +82,12 @@ pub(super) fn read(section: &Section<'_, '_>) -> KafkaConfig {
         brokers,
         topic,
     }
+}
+
+/// Whether brokers are those of Azure's service, whose names are given.
+fn is_event_hubs(brokers: &str) -> bool {
+    let host = |broker: &str| broker.trim().rsplit_once(':').map(|(host, _)| host.to_lowercase());
+    brokers.split(',').filter_map(host).any(|host| host.ends_with(".servicebus.windows.net"))
 }
 
 /// One topic, or a template, which has braces.
@@ -139,6 +153,8 @@ fn read_sasl(section: &Section<'_, '_>) -> Option<KafkaSasl> {
     let username = sasl.string("username");
     let password = read_secret(&sasl, ["password", "password_file", "password_env"]);
     let token = read_secret(&sasl, ["token", "token_file", "token_env"]);
+    let endpoint = ["token_url", "client_id"].into_iter().any(|key| sasl.has(key));
+    let endpoint = endpoint.then(|| read_oauth2(&sasl));
     let unsecured = sasl.string("unsecured_subject");
     if !section.has("sasl") {
         return None;
@@ -154,18 +170,24 @@ fn read_sasl(section: &Section<'_, '_>) -> Option<KafkaSasl> {
     };
     if let Mechanism::OAuthBearer = mechanism {
         needs_tls(&sasl, "mechanism", "OAUTHBEARER");
-        return match (token, unsecured) {
-            (Some(token), None) => Some(KafkaSasl::OAuthBearer(OAuthToken::Kept(token))),
-            (None, Some(subject)) => Some(KafkaSasl::OAuthBearer(OAuthToken::Unsecured(subject))),
-            (Some(_), Some(_)) => {
-                sasl.problem("unsecured_subject", "cannot stand beside a token; keep one of them");
-                None
-            }
-            (None, None) => {
-                sasl.missing("token_file", "a file that somebody keeps a fresh token in");
-                None
-            }
-        };
+        let second = if endpoint.is_some() { "token_url" } else { "unsecured_subject" };
+        let mut sources = [
+            token.map(OAuthToken::Kept),
+            endpoint.map(OAuthToken::Endpoint),
+            unsecured.map(OAuthToken::Unsecured),
+        ]
+        .into_iter()
+        .flatten();
+        let source = sources.next();
+        if source.is_none() {
+            let what =
+                "the token endpoint; or token_file: a file that somebody keeps a fresh token in";
+            sasl.missing("token_url", what);
+        }
+        if sources.next().is_some() {
+            sasl.problem(second, "cannot stand beside another source of tokens; keep one of them");
+        }
+        return source.map(KafkaSasl::OAuthBearer);
     }
     if username.is_none() {
         sasl.missing("username", "the user to log in as");

@@ -311,7 +311,7 @@ fn read_auth(section: &Section<'_, '_>) -> HttpAuth {
     }
 }
 
-fn read_oauth2(section: &Section<'_, '_>) -> OAuth2Config {
+pub(super) fn read_oauth2(section: &Section<'_, '_>) -> OAuth2Config {
     let such = "\"https://login.example.com/oauth2/token\"";
     let token_url = read_url(section, "token_url", such, "client_id");
     let client_id = section.required("client_id", "the id of this client");

@@ -128,6 +128,26 @@ fn every_kafka_service_that_is_shown_is_right() {
     assert_eq!(services, 5);
 }
 
+/// Its brokers would refuse the first record, and the sink would be held.
+#[cfg(feature = "kafka")]
+#[test]
+fn event_hubs_get_no_compression_that_they_do_not_take() {
+    let sink = |brokers: &str, more: &str| {
+        parse(&format!(
+            "[[sink]]\nname = \"a\"\ntype = \"kafka\"\nbrokers = \"{brokers}\"\ntopic = \"t\"\n{more}"
+        ))
+    };
+    let hubs = "Plant.servicebus.windows.net:9093";
+    for right in ["compression = \"none\"", "compression = \"gzip\""] {
+        sink(hubs, right).unwrap();
+    }
+    sink("servicebus.windows.net.example.com:9093", "").unwrap();
+    for wrong in ["", "compression = \"lz4\"", "compression = \"zstd\""] {
+        let problems = sink(hubs, wrong).unwrap_err();
+        assert!(problems.contains("sink.compression: must be \"none\""), "{problems}");
+    }
+}
+
 #[cfg(feature = "kafka")]
 #[test]
 fn what_kafka_would_refuse_is_refused_here() {
@@ -162,6 +182,22 @@ fn what_kafka_would_refuse_is_refused_here() {
             "is missing",
         ),
         ("topic = \"t\"\n[sink.tls]\ncert_file = \"c.pem\"", "6: sink.tls.key_file", "private key"),
+        (
+            "topic = \"t\"\n[sink.sasl]\nmechanism = \"oauthbearer\"",
+            "6: sink.sasl.token_url",
+            "is missing",
+        ),
+        (
+            "topic = \"t\"\n[sink.sasl]\nmechanism = \"oauthbearer\"\ntoken_url = \"https://x/\"",
+            "6: sink.sasl.client_id",
+            "is missing",
+        ),
+        (
+            "topic = \"t\"\n[sink.sasl]\nmechanism = \"oauthbearer\"\ntoken_url = \"https://x/\"\n\
+             client_id = \"c\"\nclient_secret = \"s3cret\"\nunsecured_subject = \"u\"",
+            "8: sink.sasl.token_url",
+            "keep one",
+        ),
     ] {
         let problems = sink(wrong).unwrap_err();
         let line = problems.lines().find(|line| line.starts_with(&format!("t.toml:{place}: ")));

@@ -260,6 +260,7 @@ impl World {
             _ => (Packet::PubComp(id), stage == Some(Downlink::Releasing)),
         };
         let pubrec = matches!(packet, Packet::PubRec(..));
+        let failed = matches!(packet, Packet::PubRec(_, code) if code >= reason::FAILURE);
         let before = self.out.len();
         let Some(effect) = self.receive_unless_full(packet) else { return };
         match effect {
@@ -273,6 +274,8 @@ impl World {
             Effect::None if pubrec && stage == Some(Downlink::Releasing) => {
                 self.owe_now(What::Packet(PUBREL, id));
             }
+            // [MQTT-4.3.3-4]: a PUBREC of nothing that says that it has failed is not answered.
+            Effect::None if failed && stage.is_none() => assert_eq!(self.out.len(), before),
             Effect::None if pubrec && !ends => {
                 let said = self.out.split_off(before);
                 assert_eq!((said[0], &said[2..4]), (PUBREL, &id.to_be_bytes()[..]));

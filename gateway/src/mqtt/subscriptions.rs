@@ -649,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn the_members_of_a_group_take_turns_mqtt_4_8_2_4() {
+    fn the_members_of_a_group_take_turns_mqtt_4_8_2() {
         let mut table = Subscriptions::default();
         let members: Vec<_> =
             (1..=3).map(|member| table.add("$share/g/a/+", member).unwrap()).collect();

@@ -2,25 +2,31 @@
 //! still or fail, a log that does so on command.
 
 use std::io::ErrorKind;
+use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex};
 
 use storage::{
-    AtQuota, CommitError, Committed, Control, Mark, RetentionReport, StateError, Store,
+    AtQuota, CommitError, Committed, Control, Event, Mark, RetentionReport, StateError, Store,
     StoreOptions,
 };
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use super::*;
+use crate::access::Access;
 use crate::config::{
     AclConfig, AuthConfig, Bind, IngestConfig, ListenerConfig, RouteConfig, RouteLimits,
     SessionsConfig, Transport,
 };
-use crate::ingest::device_key::DeviceFrom;
-use crate::ingest::{Append, CommitterHandle};
+use crate::ingest::device_key::{DeviceFrom, Routes};
+use crate::ingest::{Admission, Append, CommitterHandle, Ingest};
 use crate::mqtt::Front;
 use crate::mqtt::codec::Version;
+use crate::mqtt::downlink::Downlink;
 use crate::mqtt::pace::Rate;
+use crate::mqtt::retained::Retained;
+use crate::mqtt::sessions::Unattached;
 use crate::mqtt::wire::{self, BOTH, ConnectPacket, V3, V5, field, packet};
 
 /// Nothing here takes long: this only ends a test that has gone wrong.
