@@ -149,6 +149,7 @@ async fn run(broker: &mut Broker, proxy: SocketAddr, way: &Way, bench: &Bench, k
         gateway.kill().await;
     }
     let gateway = bench.start().await;
+    eventually("an answer is lost", async || (lossy.lost() > 0).then_some(())).await;
     bench.drain(fleet).await;
     // A long outage of the broker leaves more than a slow machine delivers at once: as long as the
     // cursor moves, all is well.
@@ -185,7 +186,6 @@ async fn run(broker: &mut Broker, proxy: SocketAddr, way: &Way, bench: &Bench, k
         lossy.lost(),
         look(all)
     );
-    assert!(lossy.lost() > 0, "no answer was lost: nothing was tried");
     seen
 }
 

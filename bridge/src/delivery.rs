@@ -20,6 +20,9 @@
 //!
 //! Deliberately absent: how an upstream's answers are sorted (each sink), when to read (forwarder).
 
+mod fates;
+mod part;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,8 +30,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use storage::{DeadLetter, Read, StoredEvent};
 
+use self::fates::{Fate, Fates};
+pub(crate) use self::part::Load;
+use self::part::Part;
 use crate::retry::{Backoff, RETRY_AFTER_MAX};
-use crate::sink::{Answer, Failure, Request, RequestId, Which, Window};
+use crate::sink::{Answer, Failure, Request, RequestId, Window};
 
 /// Now, on both clocks that delivery needs.
 #[derive(Clone, Copy, Debug)]
@@ -142,78 +148,6 @@ struct Setback {
     until: Instant,
     /// Requests from this one on were begun after the failure: the first that comes through ends it.
     first_after: RequestId,
-}
-
-#[derive(Debug)]
-struct Part {
-    events: Arc<Vec<StoredEvent>>,
-    size_bytes: usize,
-    /// The request that carries it.
-    in_flight: Option<RequestId>,
-    /// It comes from a request that was refused as a whole, and goes alone: a sink that packs
-    /// requests together (Kafka) could not tell whose fault the next refusal is.
-    suspect: bool,
-    /// Requests that carried its events so far.
-    attempts: u32,
-    first_us: u64,
-    last_us: u64,
-    /// Since when it waits for more events, if it does.
-    lingers_from: Option<Instant>,
-}
-
-impl Part {
-    fn new(events: Vec<StoredEvent>) -> Self {
-        let size_bytes = events.iter().map(|e| e.event.size_bytes()).sum();
-        Self {
-            events: Arc::new(events),
-            size_bytes,
-            in_flight: None,
-            suspect: false,
-            attempts: 0,
-            first_us: 0,
-            last_us: 0,
-            lingers_from: None,
-        }
-    }
-
-    fn load(&self) -> Load {
-        Load { requests: 1, events: self.events.len(), size_bytes: self.size_bytes }
-    }
-
-    /// What of it is still to be delivered once everything below an offset is given up.
-    fn from(self, offset: u64) -> Option<Self> {
-        if self.in_flight.is_some() || self.events[0].offset >= offset {
-            return Some(self);
-        }
-        let rest: Vec<_> = self.events.iter().filter(|e| e.offset >= offset).cloned().collect();
-        (!rest.is_empty()).then(|| self.rest(rest, self.suspect))
-    }
-
-    /// Some of its events, which wait again.
-    fn rest(&self, events: Vec<StoredEvent>, suspect: bool) -> Self {
-        let Self { attempts, first_us, last_us, .. } = *self;
-        Self { suspect, attempts, first_us, last_us, ..Self::new(events) }
-    }
-}
-
-/// A number of requests and what is in them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Load {
-    pub(crate) requests: usize,
-    pub(crate) events: usize,
-    pub(crate) size_bytes: usize,
-}
-
-impl std::ops::Add for Load {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            requests: self.requests + other.requests,
-            events: self.events + other.events,
-            size_bytes: self.size_bytes + other.size_bytes,
-        }
-    }
 }
 
 /// What a sink still owes.
@@ -683,59 +617,6 @@ impl Delivery {
         if matches!(self.trouble(), Some(Trouble::Store(_))) {
             self.recover();
         }
-    }
-}
-
-/// What an answer means for one event.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    Delivered,
-    /// To be sent again.
-    Open,
-    /// To be sent again in a smaller request.
-    Suspect,
-    /// Never to be sent again, because of this group of the answer.
-    Bad(usize),
-}
-
-/// What an answer means for every event of a request.
-struct Fates {
-    of: Vec<Fate>,
-    /// Where to cut, if there is something to bisect: half of the suspects are before it.
-    halfway: Option<usize>,
-}
-
-impl Fates {
-    fn sort(len: usize, answer: &Answer) -> Self {
-        let mut of = vec![Fate::Delivered; len];
-        for (group, failed) in answer.failed.iter().enumerate() {
-            let count = match &failed.which {
-                Which::All => len,
-                Which::These(indexes) => indexes.len(),
-            };
-            let fate = match failed.failure {
-                Failure::Again | Failure::Retry { .. } | Failure::Hold => Fate::Open,
-                Failure::Suspect if count > 1 => Fate::Suspect,
-                // Suspected alone is guilty.
-                Failure::Suspect | Failure::Reject => Fate::Bad(group),
-            };
-            match &failed.which {
-                Which::All => of.fill(fate),
-                Which::These(indexes) => indexes.iter().for_each(|&index| of[index] = fate),
-            }
-        }
-        let suspects = of.iter().filter(|&&fate| fate == Fate::Suspect).count();
-        let halfway = of
-            .iter()
-            .enumerate()
-            .filter(|&(_, &fate)| fate == Fate::Suspect)
-            .nth(suspects / 2)
-            .map(|(index, _)| index);
-        Self { of, halfway }
-    }
-
-    fn is_open(&self, index: usize) -> bool {
-        matches!(self.of[index], Fate::Open | Fate::Suspect)
     }
 }
 

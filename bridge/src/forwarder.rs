@@ -2,21 +2,23 @@
 //!
 //! Owns: when to read, and the order of effects: a dead letter is durable before the cursor passes
 //! it, and is one until its upstream has taken it; the cursor moves only over what `streams` calls
-//! done. A range that is missing from the
-//! log is passed over with a warning; it stands in the loss ledger.
+//! done. A range that is missing from the log is passed over with a warning; it stands in the loss
+//! ledger. What is asked of the store for dead letters is in `letters`, what is told of it in `report`.
 //! Deliberately absent: decisions about requests (`delivery`), whose turn it is (`streams`), and
 //! shared state between sinks.
 
+mod letters;
 mod report;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use storage::{KeptLetter, Loss, Passed, Read, ReadError, SinkProgress, StateError, Store};
+use storage::{KeptLetter, Passed, Read, ReadError, SinkProgress, StateError, Store};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
+use self::letters::{Search, Written};
 use self::report::Report;
 use crate::breaker::Circuit;
 use crate::cloudevents::Envelope;
@@ -36,11 +38,6 @@ use crate::requeue::{Requeue, Settlement};
 use crate::retry::Backoff;
 use crate::sink::{Answer, OUTSIDE_ORDER, RequestId, Sink};
 use crate::streams::{Key, Plan, ReadOrder, Seen, StreamStatus, Streams};
-
-/// Dead letters that are looked at at once.
-const SEARCH_LETTERS: usize = 1_000;
-/// Pause after a look that failed.
-const SEARCH_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 /// What a sink is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -249,24 +246,6 @@ impl Forwarder {
         task.run(shutdown).await;
     }
 }
-
-/// When to look through the dead letters for what is parked: at the start, and whenever they may have
-/// changed by other hands.
-#[derive(Debug)]
-struct Search {
-    is_due: bool,
-    /// Not before: the store has failed.
-    not_before: Option<Instant>,
-}
-
-impl Default for Search {
-    fn default() -> Self {
-        Self { is_due: true, not_before: None }
-    }
-}
-
-/// What became of dead letters that were to be written: what their bound has dropped for them.
-type Written = Result<Vec<Loss>, StateError>;
 
 /// A forwarder at work: one owner of everything, one `select!`, then plain functions that change
 /// state.
@@ -483,129 +462,11 @@ impl<S: Sink> Task<S> {
         }
     }
 
-    fn look_for_requeued(&mut self, now: Moment) {
-        if self.looking.is_some() || self.settling.is_some() || !self.requeue.wants_letters(now) {
-            return;
-        }
-        let (store, sink) = (self.store.clone(), self.name.clone());
-        let (events_max, bytes_max) = (self.limits.read_events_max(), self.limits.read_bytes_max());
-        self.requeue.looking();
-        self.looking =
-            Some(tokio::task::spawn_blocking(move || store.requeued(&sink, events_max, bytes_max)));
-    }
-
-    fn has_looked(&mut self, letters: Result<Vec<KeptLetter>, StateError>) {
-        match letters {
-            Ok(letters) => self.requeue.push(letters),
-            Err(error) => self.requeue_failed(error.to_string()),
-        }
-    }
-
-    fn look_for_parked(&mut self, now: Moment) {
-        let Some(parked) = self.streams.parked() else { return };
-        let may = self.search.not_before.is_none_or(|at| now.at >= at);
-        if !self.search.is_due || self.searching.is_some() || !may {
-            return;
-        }
-        parked.looking();
-        self.search = Search { is_due: false, not_before: None };
-        let (store, sink) = (self.store.clone(), self.name.clone());
-        self.searching = Some(tokio::task::spawn_blocking(move || search(&store, &sink, now)));
-    }
-
-    fn has_searched(&mut self, found: Result<Found, StateError>) {
-        match found {
-            Ok(found) => {
-                self.streams.looked(&found);
-                self.requeue.wake();
-            }
-            Err(error) => {
-                let now = Moment::now();
-                self.report.complain(&Trouble::Store(error.to_string()), now);
-                self.search =
-                    Search { is_due: true, not_before: Some(now.at + SEARCH_AGAIN_AFTER) };
-            }
-        }
-    }
-
-    fn settle_requeued(&mut self, now: Moment) {
-        if self.settling.is_some() {
-            return;
-        }
-        let Some(settlement) = self.requeue.settlement(now) else { return };
-        let (store, sink) = (self.store.clone(), self.name.clone());
-        self.settling = Some(tokio::task::spawn_blocking(move || {
-            let Settlement { delivered, refused } = &settlement;
-            let result = store.settle_requeued(&sink, delivered, refused);
-            (settlement, result)
-        }));
-    }
-
-    fn has_settled(&mut self, settlement: &Settlement, result: Result<(), StateError>) {
-        match result {
-            Ok(()) => {
-                self.report.settled(settlement, Moment::now());
-                self.requeue.settled(settlement);
-                self.search.is_due = true;
-            }
-            Err(error) => self.requeue_failed(error.to_string()),
-        }
-    }
-
-    fn requeue_failed(&mut self, reason: String) {
-        let now = Moment::now();
-        self.report.complain(&Trouble::Store(reason.clone()), now);
-        self.requeue.store_failed(reason, now, fastrand::f64());
-    }
-
-    fn write_letters(&mut self, now: Moment) {
-        if self.writing.is_some() {
-            return;
-        }
-        let Some((key, letters)) = self.streams.letters(now) else { return };
-        self.report.dead_letters(letters, now);
-        let (store, letters) = (self.store.clone(), letters.to_vec());
-        self.writing = Some(tokio::task::spawn_blocking(move || {
-            (key, letters.len(), store.put_dead_letters(&letters))
-        }));
-    }
-
-    fn has_written(&mut self, key: Key, count: usize, result: Written) {
-        match result {
-            Ok(dropped) => {
-                self.report.dropped_letters(&dropped, Moment::now());
-                self.streams.letters_written(key, count);
-                // What is held back behind nothing any more is to go, too.
-                self.search.is_due |= !dropped.is_empty() || self.streams.waits_for_parked();
-            }
-            Err(error) => self.store_failed(key, error.to_string()),
-        }
-    }
-
     fn store_failed(&mut self, key: Key, reason: String) {
         let now = Moment::now();
         self.report.complain(&Trouble::Store(reason.clone()), now);
         self.streams.store_failed(key, reason, now, fastrand::f64());
     }
-}
-
-/// Looks through the dead letters of a sink, and marks what is held back behind nothing any more to be
-/// delivered.
-fn search(store: &Store, sink: &str, now: Moment) -> Result<Found, StateError> {
-    let (mut found, mut from) = (Found::default(), 0);
-    loop {
-        let letters = store.dead_letters(sink, from, SEARCH_LETTERS)?;
-        found.add(&letters);
-        match letters.last() {
-            Some(last) if letters.len() == SEARCH_LETTERS => from = last.letter.event.offset + 1,
-            _ => break,
-        }
-    }
-    let mut from = found.frees_some().then_some(0);
-    while let Some(at) = from {
-        from = store.requeue(sink, at, &|letter| found.frees(letter), now.unix_us)?.next;
-    }
-    Ok(found)
 }
 
 /// Waits for a job on the blocking pool; pends while there is none. Cancel-safe.

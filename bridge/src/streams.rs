@@ -33,136 +33,36 @@
 //! - After a failure in any stream nothing begins in any other until everything in flight has ended;
 //!   then one request goes alone, from a stream that failed. A request that is suspected of holding
 //!   poison goes alone, too. So the contract of [`Sink`](crate::sink::Sink) holds per stream.
-//! - There are at most [`BACKLOGS_MAX`] backlogs: an outage beyond that is not split any more until
-//!   one of them has drained. Only what an earlier process has split comes on top, up to
-//!   [`BACKLOGS_FOUND_MAX`].
 //!
-//! Deliberately absent: reading, writing, time (the forwarder), and what makes a cursor durable.
+//! Deliberately absent: where streams begin and end (`splitting`), reading, writing, time (the
+//! forwarder), and what makes a cursor durable.
 
 mod pieces;
+mod plan;
+mod replay;
+mod splitting;
+mod stream;
+mod turns;
 
-use std::collections::VecDeque;
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use storage::{DeadLetter, Lane, Lanes, Passed, Read, SinkProgress, Spent, StoredEvent};
+use storage::{DeadLetter, Lanes, Passed, Read, SinkProgress};
 
-use self::pieces::Piece;
+use self::plan::Class;
+pub(crate) use self::plan::Plan;
+pub(crate) use self::replay::Again;
+pub use self::replay::ReplayProgress;
+use self::replay::{REPLAY_IDS, REPLAY_WEIGHT, Replay};
+use self::splitting::Splitting;
+use self::stream::Stream;
+use self::turns::{Turns, fits};
 use crate::delivery::{Counts, Delivery, Limits, Load, Moment, Trouble};
-use crate::filter::Filter;
 use crate::parked::{Found, Parked};
 use crate::reach::Reach;
 use crate::retry::Backoff;
-use crate::shaper::{Shaper, Shaping};
-use crate::sink::{Answer, Mark, OUTSIDE_ORDER, Request, RequestId, Window};
-
-/// Backlogs that may be owed at once.
-const BACKLOGS_MAX: usize = 4;
-/// The same where an earlier process has split: one more with each start whose store knows less than
-/// the upstream. What was found beyond that splits nothing.
-const BACKLOGS_FOUND_MAX: usize = 2 * BACKLOGS_MAX;
-/// What a replay gets of the requests, by bytes, beside the weights of live events and of what can
-/// wait, which are 1 together.
-const REPLAY_WEIGHT: f64 = 0.1;
-/// First request of a replay: it stands outside the order, apart from requeued dead letters.
-const REPLAY_IDS: RequestId = OUTSIDE_ORDER | 1 << 62;
-
-/// What a sink is to have, and in which order.
-#[derive(Clone, Debug)]
-pub(crate) struct Plan {
-    /// What it is to have.
-    pub(crate) filter: Filter,
-    /// CloudEvents type of events whose route names none.
-    pub(crate) event_type: String,
-    /// Lanes besides `live` that get a stream of their own.
-    pub(crate) lanes: Lanes,
-    /// Later events go ahead of one that has waited for so long.
-    pub(crate) live_first: Option<Duration>,
-    /// Share of the requests, by bytes, that what can wait gets beside live events: 0.0 to 1.0,
-    /// both excluded.
-    pub(crate) backlog_share: f64,
-    /// When it may send, and how much.
-    pub(crate) shaping: Shaping,
-    /// An event that is refused for good parks its device.
-    pub(crate) parks: bool,
-}
-
-impl Plan {
-    /// Lanes that share a stream, in order of priority.
-    fn groups(&self) -> Vec<(Class, Lanes)> {
-        let alone = |lane| Lanes::NONE.with(lane);
-        let mut groups = Vec::new();
-        if self.lanes.contains(Lane::Alarm) {
-            groups.push((Class::Alarm, alone(Lane::Alarm)));
-        }
-        let own = groups.iter().fold(Lanes::ALL, |rest, (_, lanes)| rest.without(*lanes));
-        if self.lanes.contains(Lane::Backfill) {
-            groups.push((Class::Live, own.without(alone(Lane::Backfill))));
-            groups.push((Class::Backfill, alone(Lane::Backfill)));
-        } else {
-            groups.push((Class::Live, own));
-        }
-        groups
-    }
-}
-
-/// Why a stream has its priority.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Class {
-    /// The lane `alarm`.
-    Alarm,
-    /// From some offset on.
-    Live,
-    /// Up to where another stream begins.
-    Backlog,
-    /// The lane `backfill`.
-    Backfill,
-    /// Again.
-    Replay,
-}
-
-impl Class {
-    fn can_wait(self) -> bool {
-        matches!(self, Self::Backlog | Self::Backfill | Self::Replay)
-    }
-}
-
-/// What is to be sent again.
-#[derive(Clone, Debug)]
-pub(crate) struct Again {
-    /// Offsets, end-exclusive.
-    pub(crate) offsets: Range<u64>,
-    /// Of this device key only.
-    pub(crate) device: Option<String>,
-    /// Event bytes a second on average; 0 for no limit but its share.
-    pub(crate) rate_bytes_per_second: u64,
-}
-
-/// How far a replay is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ReplayProgress {
-    /// Next offset that it needs.
-    pub cursor: u64,
-    /// Events delivered.
-    pub delivered_events: u64,
-    /// Events that the upstream refused for good; they are in no dead letters for that.
-    pub refused_events: u64,
-    /// Requests that were tried again.
-    pub retries: u64,
-    /// What stands in the way now, if something does.
-    pub error: Option<String>,
-    /// Nothing more comes: it is done, or it was told to stop.
-    pub ended: bool,
-}
-
-/// The replay under way.
-#[derive(Debug)]
-struct Replay {
-    key: Key,
-    device: Option<String>,
-    pace: Shaper,
-    cancelled: bool,
-}
+use crate::shaper::Shaper;
+use crate::sink::{Answer, Mark, Request, RequestId, Window};
 
 /// Names a stream for as long as it lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -201,145 +101,6 @@ pub struct StreamStatus {
     pub end: Option<u64>,
 }
 
-#[derive(Debug)]
-struct Stream {
-    key: Key,
-    class: Class,
-    lanes: Lanes,
-    /// What it is to have: to `u64::MAX` if it has no end.
-    offsets: Range<u64>,
-    delivery: Delivery,
-    /// Read and not wanted, in offset order, from its cursor on.
-    unwanted: VecDeque<Range<u64>>,
-    /// Not wanted, and passed by its cursor.
-    filtered: u64,
-    /// Later events of its lanes go ahead of it, or have.
-    is_late: bool,
-    /// The last read left something behind.
-    backlog: bool,
-}
-
-impl Stream {
-    /// Whether everything that it is to have of a log up to `watermark` has been read.
-    fn is_read(&self, watermark: u64) -> bool {
-        self.delivery.read_to() >= watermark.min(self.offsets.end)
-    }
-
-    fn mark(&self) -> Mark {
-        match self.class {
-            Class::Replay => Mark::Replay,
-            _ if self.is_late => Mark::Backfill,
-            _ => Mark::Live,
-        }
-    }
-
-    fn is_done(&self) -> bool {
-        self.delivery.cursor() >= self.offsets.end && self.delivery.is_idle()
-    }
-
-    fn take(&mut self, read: Read, plan: &Plan, device: Option<&str>, watermark: u64) {
-        let end = self.offsets.end;
-        let mut events = read.events;
-        let kept = events.partition_point(|stored| stored.offset < end);
-        events.truncate(kept);
-        if self.class == Class::Replay {
-            events.retain(|stored| {
-                device.is_none_or(|key| stored.event.device_key == key)
-                    && plan.filter.wants(&stored.event, &plan.event_type)
-            });
-        } else if self.lanes != Lanes::ALL || !plan.filter.is_open() {
-            events.retain(|stored| self.keeps(stored, plan));
-        }
-        let next = read.next.min(end);
-        self.backlog = next < watermark.min(end);
-        self.delivery.push(Read { events, next, missing: Vec::new() });
-        self.settle();
-    }
-
-    /// Whether an event is to be sent by this stream; what is its own and not wanted is noted.
-    fn keeps(&mut self, stored: &StoredEvent, plan: &Plan) -> bool {
-        let lane = stored.event.attributes.lane();
-        if !self.lanes.contains(lane) {
-            return false;
-        }
-        if plan.filter.wants(&stored.event, &plan.event_type) {
-            return true;
-        }
-        match self.unwanted.back_mut() {
-            Some(last) if last.end == stored.offset => last.end += 1,
-            _ => self.unwanted.push_back(stored.offset..stored.offset + 1),
-        }
-        false
-    }
-
-    /// Counts what its cursor has passed of the unwanted.
-    fn settle(&mut self) {
-        let cursor = self.delivery.cursor();
-        self.unwanted_below(cursor, |filtered, passed| *filtered += passed);
-    }
-
-    fn unwanted_below(&mut self, cursor: u64, count: impl Fn(&mut u64, u64)) {
-        while let Some(first) = self.unwanted.front_mut() {
-            let end = first.end.min(cursor);
-            if end <= first.start {
-                break;
-            }
-            count(&mut self.filtered, end - first.start);
-            first.start = end;
-            if first.is_empty() {
-                self.unwanted.pop_front();
-            }
-        }
-    }
-
-    /// See [`Delivery::pass`]: what a policy has dropped counts as dropped, also what was unwanted.
-    fn pass(&mut self, cursor: u64) -> Option<Range<u64>> {
-        let passed = self.delivery.pass(cursor);
-        self.unwanted_below(cursor, |_, _| {});
-        self.settle();
-        passed
-    }
-}
-
-/// Between whom requests are shared by bytes.
-#[derive(Clone, Copy)]
-enum Party {
-    Live,
-    CanWait,
-    Replay,
-}
-
-impl Class {
-    /// Alarms are nobody's party: they go first.
-    fn party(self) -> Option<Party> {
-        match self {
-            Self::Alarm => None,
-            Self::Live => Some(Party::Live),
-            Self::Backlog | Self::Backfill => Some(Party::CanWait),
-            Self::Replay => Some(Party::Replay),
-        }
-    }
-}
-
-/// Start-time fair queueing: who has had less for its weight begins next.
-#[derive(Debug, Default)]
-struct Turns {
-    now: f64,
-    /// When the last request of each party ends, on that clock.
-    ends: [f64; 3],
-}
-
-impl Turns {
-    fn start(&self, party: Party) -> f64 {
-        self.now.max(self.ends[party as usize])
-    }
-
-    fn took(&mut self, party: Party, size_bytes: usize, weight: f64) {
-        self.now = self.start(party);
-        self.ends[party as usize] = self.now + size_bytes as f64 / weight;
-    }
-}
-
 /// The streams of one sink. See the module.
 #[derive(Debug)]
 pub(crate) struct Streams {
@@ -375,17 +136,6 @@ pub(crate) struct Streams {
     ended: Counts,
     watermark: u64,
     splitting: Splitting,
-}
-
-/// What has happened since streams were split last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Splitting {
-    /// The process began: what is stored by then is backlog, where later events may go ahead.
-    Restarted,
-    /// Something was answered.
-    Moved,
-    /// Nothing: splitting off another backlog would gain nothing.
-    Still,
 }
 
 impl Streams {
@@ -426,71 +176,11 @@ impl Streams {
         streams
     }
 
-    /// Makes the streams anew, from where a sink has stopped; `found` may split them further.
-    fn lay_out(&mut self, progress: &SinkProgress, found: &Reach) {
-        let SinkProgress { cursor, passed } = progress;
-        for (class, lanes) in self.plan.groups() {
-            let mut pieces = pieces::owed(lanes, *cursor, passed, None);
-            // Backlogs go one after the other, however they are split: of what was found only the
-            // last split matters, with which events go ahead of all of them.
-            if pieces.len() <= BACKLOGS_FOUND_MAX {
-                pieces = pieces::owed(lanes, *cursor, passed, found.splits(lanes).max());
-            }
-            let mut start = *cursor;
-            for Piece { lanes, offsets, is_late } in pieces {
-                self.marked |= is_late;
-                let class = if is_late && class == Class::Live { Class::Backlog } else { class };
-                // What lies between it and the piece before is its own, and done.
-                let stream = self.stream(class, lanes, start..offsets.end, offsets.start);
-                start = offsets.end;
-                self.all.push(Stream { is_late, ..stream });
-            }
-        }
-    }
-
-    /// An earlier process has split where `found` says: so do these, before anything else begins, for
-    /// an event must not change streams. Where they go on does not change: the sink knows what not to
-    /// send again.
-    pub(crate) fn split_as(&mut self, found: Reach) {
-        self.found = Some(found);
-    }
-
-    /// Splits as was found, once nothing is in flight or has to be written down.
-    fn split_found(&mut self) {
-        let is_quiet = |stream: &Stream| {
-            stream.delivery.in_flight() == 0 && stream.delivery.letters().is_empty()
-        };
-        if let Some(found) = self.found.take_if(|_| self.all.iter().all(is_quiet)) {
-            let (progress, counts) = (self.progress(), self.counts());
-            let replay = self.all.split_off(self.owed_count());
-            self.all.clear();
-            self.ended = counts;
-            self.lay_out(&progress, &found);
-            self.all.extend(replay);
-        }
-    }
-
-    /// The same after a start of the process: where later events may go ahead, what is stored by then is
-    /// late at once, whatever its lane. A split that was not durable yet when the process was killed may
-    /// have let them go ahead before, and what is behind them must not come as live events after them.
-    pub(crate) fn restarted(self) -> Self {
-        Self { splitting: Splitting::Restarted, ..self }
-    }
-
     fn stream(&mut self, class: Class, lanes: Lanes, offsets: Range<u64>, cursor: u64) -> Stream {
         let key = Key(self.next_key);
         self.next_key += 1;
-        Stream {
-            key,
-            class,
-            lanes,
-            offsets,
-            delivery: Delivery::new(self.sink.clone(), self.limits, self.backoff.clone(), cursor),
-            unwanted: VecDeque::new(),
-            filtered: 0,
-            is_late: false,
-            backlog: false,
-        }
+        let delivery = Delivery::new(self.sink.clone(), self.limits, self.backoff.clone(), cursor);
+        Stream::new(key, class, lanes, offsets, delivery)
     }
 
     /// Next offset that the sink needs.
@@ -597,18 +287,7 @@ impl Streams {
     }
 
     fn retire(&mut self) {
-        if let Some(replay) = &self.replay {
-            let stream = self.all.last_mut().expect("never empty");
-            if replay.cancelled {
-                // What is in flight may still arrive.
-                stream.delivery.pass(stream.offsets.end);
-            }
-            if stream.is_done() {
-                self.replay_end = self.replay_progress();
-                self.all.pop();
-                self.replay = None;
-            }
-        }
+        self.retire_replay();
         let mut ended = self.ended;
         self.all.retain(|stream| {
             let done = stream.class != Class::Replay && stream.is_done();
@@ -618,76 +297,6 @@ impl Streams {
             !done
         });
         self.ended = ended;
-    }
-
-    /// What is stored for streams that are never split is late. See [`Streams::restarted`]: their lanes
-    /// may have shared a stream with live events until then.
-    fn cut_late(&mut self, class: Class) {
-        let watermark = self.watermark;
-        let of_class = |stream: &Stream| stream.class == class;
-        let Some(place) = self.all.iter().rposition(of_class) else { return };
-        if self.all[place].is_read(watermark) {
-            return;
-        }
-        self.all.iter_mut().filter(|s| of_class(s)).for_each(|stream| stream.is_late = true);
-        self.all[place].offsets.end = watermark;
-        let lanes = self.all[place].lanes;
-        let next = self.stream(class, lanes, watermark..u64::MAX, watermark);
-        self.all.insert(place + 1, next);
-    }
-
-    /// Lets later events go ahead.
-    fn split(&mut self, now: Moment) {
-        let Some(after) = self.plan.live_first else { return };
-        let watermark = self.watermark;
-        let restarted = self.splitting == Splitting::Restarted;
-        if restarted {
-            self.splitting = Splitting::Moved;
-            self.cut_late(Class::Alarm);
-            self.cut_late(Class::Backfill);
-        }
-        let mut places = (0..self.all.len()).filter(|&place| self.all[place].class == Class::Live);
-        let first = places.next().expect("one never ends");
-        // The last one has no end; those before it are what its lanes owe apart from each other.
-        let place = places.next_back().unwrap_or(first);
-        let live = &self.all[place];
-        let waited = self.all[first].delivery.oldest_us().map(|us| now.unix_us.saturating_sub(us));
-        let too_long = waited.is_some_and(|us| u128::from(us) > after.as_micros()) || restarted;
-        if !too_long || live.is_read(watermark) || self.trouble().is_some() {
-            return;
-        }
-        let lanes = live.lanes;
-        let untouched = first == place
-            && live.delivery.cursor() == live.offsets.start
-            && live.delivery.in_flight() == 0
-            && live.delivery.letters().is_empty();
-        let start = live.offsets.start;
-        let before = place.checked_sub(1).map(|place| &mut self.all[place]);
-        let joins =
-            |s: &&mut Stream| (s.class, s.lanes, s.offsets.end) == (Class::Backlog, lanes, start);
-        let place = match before.filter(joins) {
-            // Nothing has gone ahead yet: it all waits together.
-            Some(before) if untouched => {
-                before.offsets.end = watermark;
-                let ended = self.all.remove(place);
-                self.ended = self.ended + ended.counts();
-                place
-            }
-            _ => {
-                let backlogs = self.all.iter().filter(|s| s.class == Class::Backlog).count();
-                if backlogs >= BACKLOGS_MAX || backlogs > 0 && self.splitting == Splitting::Still {
-                    return;
-                }
-                for live in &mut self.all[first..=place] {
-                    (live.class, live.is_late) = (Class::Backlog, true);
-                }
-                self.all[place].offsets.end = watermark;
-                place + 1
-            }
-        };
-        self.splitting = Splitting::Still;
-        let live = self.stream(Class::Live, lanes, watermark..u64::MAX, watermark);
-        self.all.insert(place, live);
     }
 
     /// Whether a stream may go on: of those of a class, the oldest first.
@@ -921,59 +530,6 @@ impl Streams {
         }
     }
 
-    /// Begins a replay: its key.
-    ///
-    /// # Panics
-    /// While there is another one.
-    pub(crate) fn replay(&mut self, again: Again) -> Key {
-        assert!(self.replay.is_none(), "one replay at a time");
-        let shaping =
-            Shaping { rate_bytes_per_second: again.rate_bytes_per_second, ..Shaping::default() };
-        let start = again.offsets.start;
-        let stream = self.stream(Class::Replay, Lanes::ALL, again.offsets, start);
-        let key = stream.key;
-        let pace = Shaper::new(shaping, Spent::default());
-        self.replay = Some(Replay { key, device: again.device, pace, cancelled: false });
-        self.all.push(stream);
-        key
-    }
-
-    /// Nothing more of the replay begins.
-    pub(crate) fn cancel_replay(&mut self) {
-        if let Some(replay) = &mut self.replay {
-            replay.cancelled = true;
-        }
-    }
-
-    /// How far the replay is, while there is one.
-    pub(crate) fn replay_progress(&self) -> Option<ReplayProgress> {
-        let stream =
-            self.all.iter().find(|s| self.replay.as_ref().is_some_and(|r| r.key == s.key))?;
-        let counts = stream.delivery.counts();
-        Some(ReplayProgress {
-            cursor: stream.delivery.cursor(),
-            delivered_events: counts.delivered_events,
-            refused_events: counts.dead_lettered_events,
-            retries: counts.retries,
-            error: stream.delivery.trouble().map(|trouble| match trouble {
-                Trouble::Upstream(error) | Trouble::Held(error) | Trouble::Store(error) => {
-                    error.clone()
-                }
-            }),
-            ended: stream.is_done(),
-        })
-    }
-
-    /// What a replay has come to, once.
-    pub(crate) fn take_replay_end(&mut self) -> Option<ReplayProgress> {
-        self.replay_end.take()
-    }
-
-    /// Until when the replay's own rate holds it.
-    fn paced(&self, now: Moment) -> Option<Instant> {
-        Some(self.replay.as_ref()?.pace.gate(now).closed()?.until)
-    }
-
     /// The store failed a stream: it waits. See [`Delivery::store_failed`].
     pub(crate) fn store_failed(&mut self, key: Key, reason: String, now: Moment, random: f64) {
         if let Some(stream) = self.all.iter_mut().find(|stream| stream.key == key) {
@@ -1003,26 +559,6 @@ impl Streams {
         stream.delivery.letters_written(count);
         stream.settle();
     }
-}
-
-impl Stream {
-    fn counts(&self) -> Counts {
-        Counts { filtered_events: self.filtered, ..self.delivery.counts() }
-    }
-
-    /// Whether an upstream that failed it is to be left alone: it is the same for all streams.
-    fn waits_for_upstream(&self, now: Moment) -> bool {
-        self.delivery.is_paused(now) && !matches!(self.delivery.trouble(), Some(Trouble::Store(_)))
-    }
-}
-
-/// Whether a request fits beside what is in flight: the first always does.
-fn fits(flight: Load, request: Load, window: Window) -> bool {
-    let sum = flight + request;
-    flight.requests == 0
-        || sum.requests <= window.requests_max
-            && sum.events <= window.events_max
-            && sum.size_bytes <= window.bytes_max
 }
 
 #[cfg(test)]

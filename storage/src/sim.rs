@@ -279,7 +279,7 @@ impl Sim {
             Some(0) => {
                 self.faults.fail_sync_after = None;
                 self.failed_syncs += 1;
-                return Err(io::Error::other("the sync failed"));
+                return Err(rustix::io::Errno::IO.into());
             }
             Some(after) => *after -= 1,
             None => {}

@@ -77,7 +77,20 @@ pub(crate) struct Checkpoint {
 #[derive(Debug)]
 pub(crate) enum StateOpenError {
     Head(BadHead),
+    /// It cannot be read.
     Database(redb::Error),
+    /// It reads well, and the disk does not take what is written to open it.
+    Disk(io::Error),
+}
+
+impl StateOpenError {
+    /// Of what comes after every page has been read.
+    fn of_writing(error: redb::Error) -> Self {
+        match error {
+            redb::Error::Io(error) => Self::Disk(error),
+            error => Self::Database(error),
+        }
+    }
 }
 
 impl From<redb::Error> for StateOpenError {
@@ -115,19 +128,20 @@ impl State {
         epoch: impl FnOnce() -> u64,
     ) -> Result<(Self, Checkpoint), StateOpenError> {
         check(&disk)?;
-        disk.remove(UNFINISHED).map_err(redb::Error::Io)?;
-        let database = match OpenFile::clean(&*disk, NAME, CACHE_BYTES) {
-            Ok(Some(database)) => database,
-            Ok(None) => rewrite(&disk)?,
+        disk.remove(UNFINISHED).map_err(StateOpenError::Disk)?;
+        let opened = match OpenFile::clean(&*disk, NAME, CACHE_BYTES) {
+            Ok(Some(database)) => Ok(database),
+            Ok(None) => rewrite(&disk),
             Err(redb::Error::Io(e)) if e.kind() == io::ErrorKind::NotFound => {
                 let head = Head { epoch: epoch(), tail: Tail::new(partitions) };
                 create(&disk, |transaction| {
                     transaction.open_table(META)?.insert(META_HEAD, head.encode().as_slice())?;
                     Ok(())
-                })?
+                })
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => Err(error),
         };
+        let database = opened.map_err(StateOpenError::of_writing)?;
         let checkpoint = read_checkpoint(&database)?;
         Ok((
             Self {

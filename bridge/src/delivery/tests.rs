@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use storage::{Attributes, Event};
 
 use super::*;
-use crate::sink::Failed;
+use crate::sink::{Failed, Which};
 
 const MIN: Duration = Duration::from_millis(100);
 const MAX: Duration = Duration::from_secs(10);

@@ -3,13 +3,16 @@
 mod kept_upstream;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use proptest::prelude::*;
-use storage::{Ahead, Attribute, Attributes, Event};
+use storage::{Ahead, Attribute, Attributes, Event, Lane, StoredEvent};
 
+use super::splitting::BACKLOGS_MAX;
 use super::*;
 use crate::fake;
-use crate::filter::TopicFilter;
+use crate::filter::{Filter, TopicFilter};
+use crate::shaper::Shaping;
 use crate::sink::{Failed, Failure, Which};
 
 const MIN: Duration = Duration::from_millis(100);

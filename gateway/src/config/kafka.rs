@@ -55,6 +55,14 @@ pub(super) fn read(section: &Section<'_, '_>) -> KafkaConfig {
         ("id", KafkaHeaders::Id),
         ("none", KafkaHeaders::None),
     ];
+    let compression = section.choice("compression", &compressions, KafkaCompression::default());
+    let is_taken = matches!(compression, KafkaCompression::None | KafkaCompression::Gzip);
+    if is_event_hubs(&brokers) && !is_taken {
+        section.problem(
+            "compression",
+            "must be \"none\" for Azure Event Hubs, or \"gzip\" where its tier takes that",
+        );
+    }
     let bytes = wide(KafkaConfig::TRANSACTION_BYTES_RANGE);
     let bytes_max = KafkaConfig::TRANSACTION_BYTES_MAX as u64;
     KafkaConfig {
@@ -66,7 +74,7 @@ pub(super) fn read(section: &Section<'_, '_>) -> KafkaConfig {
             KafkaConfig::TRANSACTION_TIME_MAX,
         ),
         transaction_bytes_max: section.size("transaction_bytes_max", bytes, bytes_max) as usize,
-        compression: section.choice("compression", &compressions, KafkaCompression::default()),
+        compression,
         headers: section.choice("headers", &headers, KafkaHeaders::default()),
         tls: read_tls(section),
         sasl: read_sasl(section),
@@ -74,6 +82,12 @@ pub(super) fn read(section: &Section<'_, '_>) -> KafkaConfig {
         brokers,
         topic,
     }
+}
+
+/// Whether brokers are those of Azure's service, whose names are given.
+fn is_event_hubs(brokers: &str) -> bool {
+    let host = |broker: &str| broker.trim().rsplit_once(':').map(|(host, _)| host.to_lowercase());
+    brokers.split(',').filter_map(host).any(|host| host.ends_with(".servicebus.windows.net"))
 }
 
 /// One topic, or a template, which has braces.

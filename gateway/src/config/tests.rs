@@ -128,6 +128,26 @@ fn every_kafka_service_that_is_shown_is_right() {
     assert_eq!(services, 5);
 }
 
+/// Its brokers would refuse the first record, and the sink would be held.
+#[cfg(feature = "kafka")]
+#[test]
+fn event_hubs_get_no_compression_that_they_do_not_take() {
+    let sink = |brokers: &str, more: &str| {
+        parse(&format!(
+            "[[sink]]\nname = \"a\"\ntype = \"kafka\"\nbrokers = \"{brokers}\"\ntopic = \"t\"\n{more}"
+        ))
+    };
+    let hubs = "Plant.servicebus.windows.net:9093";
+    for right in ["compression = \"none\"", "compression = \"gzip\""] {
+        sink(hubs, right).unwrap();
+    }
+    sink("servicebus.windows.net.example.com:9093", "").unwrap();
+    for wrong in ["", "compression = \"lz4\"", "compression = \"zstd\""] {
+        let problems = sink(hubs, wrong).unwrap_err();
+        assert!(problems.contains("sink.compression: must be \"none\""), "{problems}");
+    }
+}
+
 #[cfg(feature = "kafka")]
 #[test]
 fn what_kafka_would_refuse_is_refused_here() {

@@ -172,7 +172,7 @@ fn open_state(
     let open = || State::open(disk.clone(), options.partitions, random);
     let opened = match open() {
         // A state that was not closed cleanly is copied: that is what the ballast has room for.
-        Err(StateOpenError::Database(redb::Error::Io(error))) if is_full(&error) => {
+        Err(StateOpenError::Disk(error)) if is_full(&error) => {
             ballast.release();
             open()
         }
@@ -184,6 +184,7 @@ fn open_state(
             path: State::path(disk),
             reason: "its head row fails its checksum".into(),
         },
+        StateOpenError::Disk(error) => database_error(State::path(disk), &redb::Error::Io(error)),
         StateOpenError::Database(error) => {
             let (path, reason) = (State::path(disk), error.to_string());
             if (LogError { path: path.clone(), error }).is_damage() {

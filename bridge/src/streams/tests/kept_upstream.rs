@@ -2,6 +2,8 @@
 //! what was begun is committed as a prefix, all streams at once, or not at all; whoever starts again
 //! finds what was committed, whatever its own store has kept.
 
+use std::collections::VecDeque;
+
 use super::*;
 
 /// Takes what is begun, and commits it now and then.
