@@ -120,7 +120,7 @@ fn deliver(publish: &Publish, version: Version) {
         dup: publish.dup,
         retain: publish.retain,
         expiry_s: said.message_expiry_interval.map(std::num::NonZeroU32::get),
-        subscription_id: None,
+        subscription_ids: &[],
         topic_alias: None,
     };
     let mut out = BytesMut::new();

@@ -419,7 +419,7 @@ impl World {
             dup: false,
             retain: false,
             expiry_s: None,
-            subscription_id: None,
+            subscription_ids: &[],
             topic_alias: None,
         };
         let before = self.out.len();

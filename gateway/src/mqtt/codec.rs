@@ -840,8 +840,8 @@ pub struct Delivery<'a> {
     pub retain: bool,
     /// Seconds the message has left, where it expires.
     pub expiry_s: Option<u32>,
-    /// Identifier of the subscription that it matched.
-    pub subscription_id: Option<u32>,
+    /// Identifiers of the subscriptions that it matched.
+    pub subscription_ids: &'a [u32],
     /// Alias of the topic, which may be empty where the client knows the alias.
     pub topic_alias: Option<u16>,
 }
@@ -891,9 +891,10 @@ fn properties_len(delivery: &Delivery<'_>) -> usize {
         })
         .sum();
     let expiry = if delivery.expiry_s.is_some() { 5 } else { 0 };
-    let id = delivery.subscription_id.map_or(0, |id| 1 + variable_len(id as usize));
+    let ids: usize =
+        delivery.subscription_ids.iter().map(|id| 1 + variable_len(*id as usize)).sum();
     let alias = if delivery.topic_alias.is_some() { 3 } else { 0 };
-    attributes + expiry + id + alias
+    attributes + expiry + ids + alias
 }
 
 fn put_properties(out: &mut BytesMut, delivery: &Delivery<'_>) {
@@ -905,9 +906,9 @@ fn put_properties(out: &mut BytesMut, delivery: &Delivery<'_>) {
         out.put_u8(TOPIC_ALIAS);
         out.put_u16(alias);
     }
-    if let Some(id) = delivery.subscription_id {
+    for id in delivery.subscription_ids {
         out.put_u8(SUBSCRIPTION_ID);
-        put_variable(out, id as usize);
+        put_variable(out, *id as usize);
     }
     for attribute in delivery.attributes.iter() {
         let mut property = |id: u8, value: &[u8]| {

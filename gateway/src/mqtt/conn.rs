@@ -34,13 +34,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::clients::Seat;
 use super::codec;
-use super::downlink::{Inbox, Options};
+use super::downlink::Inbox;
 use super::pace::ClientPace;
 use super::reason::{self, Violation};
 use super::rows::StoredWill;
 use super::session::{Effect, Limits, Session};
 use super::sessions::Kept;
 use super::stats::FrontStats;
+use super::subscriptions::Options;
 use crate::access::Grant;
 use crate::ingest::{AckMailbox, Ticket};
 use end::End;

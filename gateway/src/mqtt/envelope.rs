@@ -1,77 +1,64 @@
-//! How a stored event travels through the local bus: the event and its turn, in one buffer.
+//! How a stored event travels through the local bus: its content, the same for all who get it, and
+//! beside it what is each one's own.
 //!
-//! Invariant: what [`encode`] writes, [`Envelope::decode`] reads; both ends live in one process.
+//! Invariant: what [`Message::encode_event`] and [`label`] write, [`Envelope::open`] reads; both ends live in one process.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use bytestring::ByteString;
-use storage::{Attributes, Event, StoredEvent};
 
+use super::downlink::Turn;
 use super::rows::Message;
-use super::subscriptions::Turn;
+use super::subscriptions::Manner;
 
-const HEAD_BYTES: usize = 5 * 8 + 2 + 4;
+const LABEL_BYTES: usize = 3 * 8 + 1;
+const RETAIN: u8 = 4;
 
-/// An event on its way to the subscribers of one filter.
+/// An event on its way to one connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Envelope {
-    /// Which life of which filter it matched ([`Turn::number`]).
+    /// Whose it is ([`Turn::number`]).
     pub number: u64,
-    /// Its place among what was published for the filter, in messages.
+    /// Its place among what was handed out to the connection, in messages.
     pub seq: u64,
     /// Position after it, in bytes.
     pub end: u64,
-    /// Its offset in the log.
-    pub offset: u64,
+    /// How the client gets it.
+    pub manner: Manner,
     /// The event.
     pub message: Message,
 }
 
-/// Bytes that an event takes in an envelope.
-pub fn size_bytes(event: &Event) -> u64 {
-    (HEAD_BYTES + event.topic.len() + event.attributes.len() + event.payload.len()) as u64
-}
-
-/// Packs an event for its turn.
-pub fn encode(stored: &StoredEvent, turn: Turn) -> Bytes {
-    let event = &stored.event;
-    let size = size_bytes(event);
-    let mut out = BytesMut::with_capacity(size as usize);
+/// What is one connection's own.
+pub fn label(turn: Turn, manner: &Manner) -> Bytes {
+    let mut out = BytesMut::with_capacity(LABEL_BYTES + 4 * manner.ids.len());
     out.put_u64_le(turn.number);
     out.put_u64_le(turn.seq);
-    out.put_u64_le(turn.position + size);
-    out.put_u64_le(stored.offset);
-    out.put_u64_le(event.received_us);
-    out.put_u16_le(event.topic.len() as u16);
-    out.put_u32_le(event.attributes.len() as u32);
-    out.put_slice(event.topic.as_bytes());
-    out.put_slice(event.attributes.as_bytes());
-    out.put_slice(&event.payload);
+    out.put_u64_le(turn.end);
+    out.put_u8(manner.qos | if manner.retain { RETAIN } else { 0 });
+    for id in &manner.ids {
+        out.put_u32_le(*id);
+    }
     out.freeze()
 }
 
 impl Envelope {
     /// Unpacks; `None` if it is not an envelope.
-    pub fn decode(mut bytes: Bytes) -> Option<Self> {
-        if bytes.len() < HEAD_BYTES {
-            return None;
+    pub fn open(mut label: Bytes, body: Bytes) -> Option<Self> {
+        let number = label.try_get_u64_le().ok()?;
+        let seq = label.try_get_u64_le().ok()?;
+        let end = label.try_get_u64_le().ok()?;
+        let flags = label.try_get_u8().ok()?;
+        let mut ids = Vec::with_capacity(label.len() / 4);
+        while let Ok(id) = label.try_get_u32_le() {
+            ids.push(id);
         }
-        let (number, seq, end) = (bytes.get_u64_le(), bytes.get_u64_le(), bytes.get_u64_le());
-        let (offset, received_us) = (bytes.get_u64_le(), bytes.get_u64_le());
-        let topic_len = usize::from(bytes.get_u16_le());
-        let attributes_len = bytes.get_u32_le() as usize;
-        if bytes.len() < topic_len + attributes_len {
-            return None;
-        }
-        let topic = ByteString::try_from(bytes.split_to(topic_len)).ok()?;
-        let attributes = Attributes::from_bytes(bytes.split_to(attributes_len));
-        let message = Message { received_us, topic, attributes, payload: bytes };
-        Some(Self { number, seq, end, offset, message })
+        let manner = Manner { qos: flags & 3, retain: flags & RETAIN != 0, ids };
+        Some(Self { number, seq, end, manner, message: Message::decode(body)? })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use storage::Attribute;
+    use storage::{Attribute, Attributes, Event};
 
     use super::*;
 
@@ -85,21 +72,15 @@ mod tests {
             attributes: Attributes::encode([Attribute::QoS(1), Attribute::ContentType("a/b")]),
             payload: Bytes::from_static(b"\0payload"),
         };
-        let turn = Turn { slot: 9, number: 11, position: 100, seq: 5 };
-        let stored = StoredEvent { offset: 13, seq: 0, event: event.clone(), stamp: None };
-        let bytes = encode(&stored, turn);
-        assert_eq!(bytes.len() as u64, size_bytes(&event));
-        let envelope = Envelope::decode(bytes.clone()).unwrap();
-        assert_eq!(
-            envelope,
-            Envelope {
-                number: 11,
-                seq: 5,
-                end: 100 + bytes.len() as u64,
-                offset: 13,
-                message: Message::of(&event),
-            }
-        );
-        assert_eq!(Envelope::decode(bytes.slice(..HEAD_BYTES)), None);
+        let turn = Turn { slot: 9, number: 11, end: 100, seq: 5 };
+        for ids in [vec![], vec![1, 0x0FFF_FFFF]] {
+            let manner = Manner { qos: 2, retain: true, ids };
+            let (label, body) = (label(turn, &manner), Message::encode_event(&event));
+            let message = Message::of(&event);
+            let whole = Envelope { number: 11, seq: 5, end: 100, manner, message };
+            assert_eq!(Envelope::open(label.clone(), body.clone()), Some(whole));
+            assert_eq!(Envelope::open(label.slice(..LABEL_BYTES - 1), body.clone()), None);
+            assert_eq!(Envelope::open(label, body.slice(..3)), None);
+        }
     }
 }

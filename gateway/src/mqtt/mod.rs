@@ -22,8 +22,8 @@
 //! QoS 2 receipts, [`session::DOWNLINK_IN_FLIGHT_MAX`] deliveries unacked,
 //! [`session::TOPIC_ALIAS_MAX`] aliases, [`downlink::SUBSCRIPTIONS_MAX`] filters. Over all:
 //! `connections_max`, `held_bytes_max`, the bounds of `[sessions]` and `[retained]`,
-//! [`subscriptions::FILTERS_MAX`] filters, each with half a megabyte of the local bus at most beside
-//! its largest message.
+//! [`subscriptions::FILTERS_MAX`] filters; per connection that subscribes, half a megabyte of the local
+//! bus at most beside its largest message, of which a message that goes to many is there once.
 //!
 //! # Choices where the specification leaves one
 //! - A publish that no route takes, or to `$SYS/` or `$share/`: v5 answers 0x90. v3 has no negative
@@ -31,8 +31,10 @@
 //!   topic; at QoS 0 the publish is dropped and counted, in both versions.
 //! - A retained publish past the bounds of `[retained]` is stored and acked as any other, and is not
 //!   retained: what was retained before is not the last any more, and goes.
-//! - Overlapping subscriptions: one copy for each, with its own QoS and subscription identifier
-//!   [MQTT-3.3.4-2], [MQTT-3.3.5-1 of 3.1.1].
+//! - Overlapping subscriptions: one copy, in all versions, with the highest QoS and all identifiers
+//!   [MQTT-3.3.4-2], [MQTT-3.3.5-1 of 3.1.1]; the publisher's retain flag if one of them asks for it. A
+//!   retained message that is due to a new subscription comes for that one alone.
+//! - After an UNSUBSCRIBE messages still come that were on their way to the client [MQTT-3.10.4-2].
 //! - Shared subscriptions, in all versions: each message goes to one member, in turns among those that
 //!   are connected; where none is, a member whose session is kept gets it when it is back.
 //! - A PUBACK of v5 says 0x10 where no sink is configured and nobody subscribes: the event is stored,

@@ -9,7 +9,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use bytestring::ByteString;
 use storage::{Attributes, Control, Event};
 
-use super::downlink::Options;
+use super::subscriptions::{Manner, Options};
 
 /// QoS 2 receipts: session and packet id.
 pub const RECEIPTS: u16 = 1;
@@ -174,18 +174,21 @@ impl Message {
 
     /// The value of a row.
     pub fn encode(&self) -> Bytes {
-        let mut out = BytesMut::with_capacity(14 + self.size_bytes());
+        let mut out = BytesMut::with_capacity(HEAD_BYTES + self.size_bytes());
         self.put(&mut out);
         out.freeze()
     }
 
+    /// As [`Message::encode`] of the message that an event is.
+    pub fn encode_event(event: &Event) -> Bytes {
+        let size = event.topic.len() + event.attributes.len() + event.payload.len();
+        let mut out = BytesMut::with_capacity(HEAD_BYTES + size);
+        put_message(&mut out, event.received_us, &event.topic, &event.attributes, &event.payload);
+        out.freeze()
+    }
+
     fn put(&self, out: &mut BytesMut) {
-        out.put_u64_le(self.received_us);
-        out.put_u16_le(self.topic.len() as u16);
-        out.put_u32_le(self.attributes.len() as u32);
-        out.put_slice(self.topic.as_bytes());
-        out.put_slice(self.attributes.as_bytes());
-        out.put_slice(&self.payload);
+        put_message(out, self.received_us, &self.topic, &self.attributes, &self.payload);
     }
 
     /// Reads a value.
@@ -202,29 +205,59 @@ impl Message {
     }
 }
 
+const HEAD_BYTES: usize = 8 + 2 + 4;
+
+fn put_message(
+    out: &mut BytesMut,
+    received_us: u64,
+    topic: &str,
+    attributes: &Attributes,
+    payload: &[u8],
+) {
+    out.put_u64_le(received_us);
+    out.put_u16_le(topic.len() as u16);
+    out.put_u32_le(attributes.len() as u32);
+    out.put_slice(topic.as_bytes());
+    out.put_slice(attributes.as_bytes());
+    out.put_slice(payload);
+}
+
 /// A message in a session's queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Queued {
     /// Packet id, its own until the exchange is over.
     pub packet_id: u16,
-    /// QoS to deliver with: 1 or 2.
-    pub qos: u8,
-    /// Retain flag to deliver with.
-    pub retain: bool,
-    /// Identifier of the subscription that it matched.
-    pub subscription_id: Option<u32>,
+    /// How to deliver it: with QoS 1 or 2.
+    pub manner: Manner,
     /// The message; `None` once the client has it and only waits for the PUBREL.
     pub message: Option<Message>,
 }
 
+const RETAIN: u8 = 4;
+const HAS_MESSAGE: u8 = 8;
+/// More than one subscription identifier.
+const MORE_IDS: u8 = 16;
+
 impl Queued {
     /// The value of its row.
     pub fn encode(&self) -> Bytes {
+        let Manner { qos, retain, ids } = &self.manner;
         let size = self.message.as_ref().map_or(0, Message::size_bytes);
-        let mut out = BytesMut::with_capacity(24 + size);
+        let mut out = BytesMut::with_capacity(24 + 4 * ids.len() + size);
+        let (id, more) = ids.split_first().map_or((0, &[][..]), |(id, more)| (*id, more));
+        let mut flags = *qos;
+        flags |= if *retain { RETAIN } else { 0 };
+        flags |= if self.message.is_some() { HAS_MESSAGE } else { 0 };
+        flags |= if more.is_empty() { 0 } else { MORE_IDS };
         out.put_u16_le(self.packet_id);
-        out.put_u8(self.qos | u8::from(self.retain) << 2 | u8::from(self.message.is_some()) << 3);
-        out.put_u32_le(self.subscription_id.unwrap_or(0));
+        out.put_u8(flags);
+        out.put_u32_le(id);
+        if !more.is_empty() {
+            out.put_u16_le(more.len() as u16);
+            for id in more {
+                out.put_u32_le(*id);
+            }
+        }
         if let Some(message) = &self.message {
             message.put(&mut out);
         }
@@ -236,15 +269,16 @@ impl Queued {
         let packet_id = row.try_get_u16_le().ok()?;
         let flags = row.try_get_u8().ok()?;
         let id = row.try_get_u32_le().ok()?;
-        let message = if flags & 8 != 0 { Some(Message::decode(row)?) } else { None };
-        let qos = flags & 3;
-        (packet_id > 0 && (1..=2).contains(&qos)).then_some(Self {
-            packet_id,
-            qos,
-            retain: flags & 4 != 0,
-            subscription_id: (id > 0).then_some(id),
-            message,
-        })
+        let mut ids: Vec<u32> = (id > 0).then_some(id).into_iter().collect();
+        if flags & MORE_IDS != 0 {
+            for _ in 0..row.try_get_u16_le().ok()? {
+                ids.push(row.try_get_u32_le().ok()?);
+            }
+        }
+        let message = if flags & HAS_MESSAGE != 0 { Some(Message::decode(row)?) } else { None };
+        let manner = Manner { qos: flags & 3, retain: flags & RETAIN != 0, ids };
+        let whole = packet_id > 0 && (1..=2).contains(&manner.qos);
+        whole.then_some(Self { packet_id, manner, message })
     }
 }
 
@@ -310,10 +344,13 @@ mod tests {
     fn rows_come_out_as_they_went_in() {
         let message = Message::of(&event());
         assert_eq!(Message::decode(message.encode()), Some(message.clone()));
+        assert_eq!(Message::encode_event(&event()), message.encode());
         for message in [Some(message), None] {
-            let queued =
-                Queued { packet_id: 9, qos: 2, retain: true, subscription_id: Some(7), message };
-            assert_eq!(Queued::decode(queued.encode()), Some(queued));
+            for ids in [vec![], vec![7], vec![7, 8, 7]] {
+                let manner = Manner { qos: 2, retain: true, ids };
+                let queued = Queued { packet_id: 9, manner, message: message.clone() };
+                assert_eq!(Queued::decode(queued.encode()), Some(queued));
+            }
         }
         for user in [None, Some(""), Some("élise")] {
             let user = user.map(ByteString::from);

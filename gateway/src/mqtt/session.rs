@@ -21,8 +21,8 @@ use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5;
 
 use super::codec::{self, Connect, Delivery, Packet, Version, Welcome};
-use super::downlink::Options;
 use super::reason::{self, Violation};
+use super::subscriptions::Options;
 pub use inbound::Inbound;
 use inbound::{Arrival, Release};
 use outbound::{Ended, Received, Stage, Window};

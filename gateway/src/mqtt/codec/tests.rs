@@ -397,7 +397,7 @@ proptest! {
         packet_id in prop::option::of(1u16..),
         retain in any::<bool>(),
         expiry_s in prop::option::of(1u32..),
-        subscription_id in prop::option::of(1u32..0x0FFF_FFFF),
+        subscription_ids in prop::collection::vec(1u32..0x0FFF_FFFF, 0..4),
         user in prop::collection::vec((text(), text()), 0..8),
         content_type in prop::option::of(text()),
         correlation in prop::option::of(prop::collection::vec(any::<u8>(), 0..20)),
@@ -418,7 +418,7 @@ proptest! {
             dup: false,
             retain,
             expiry_s,
-            subscription_id,
+            subscription_ids: &subscription_ids,
             topic_alias: None,
         };
         for version in BOTH {
@@ -438,7 +438,7 @@ proptest! {
             let Some(properties) = read.properties else { continue };
             prop_assert_eq!(properties.message_expiry_interval.map(std::num::NonZero::get), expiry_s);
             let ids: Vec<_> = properties.subscription_ids.iter().map(|id| id.get()).collect();
-            prop_assert_eq!(ids, subscription_id.into_iter().collect::<Vec<_>>());
+            prop_assert_eq!(&ids, &subscription_ids);
             let read_user: Vec<_> = properties
                 .user_properties
                 .iter()

@@ -11,14 +11,13 @@ use rmqtt_codec::v5;
 use storage::{Attribute, Control};
 
 use super::super::codec::{Delivery, Version};
-use super::super::downlink::{Interrupted, Options, PUBLISHER, SUBSCRIPTIONS_MAX};
-use super::super::envelope::Envelope;
+use super::super::downlink::{Interrupted, SUBSCRIPTIONS_MAX};
 use super::super::reason::{self, Violation};
 use super::super::rows::{Message, Queued};
 use super::super::session::{self, Delivered, Turn};
 use super::super::sessions::Kept;
 use super::super::stats::FrontStats;
-use super::super::subscriptions::Full;
+use super::super::subscriptions::{Full, Manner, Options};
 use super::super::topic;
 use super::{Conn, End, OUT_BYTES_MAX};
 use crate::ingest::clock;
@@ -35,7 +34,7 @@ impl Conn<'_> {
     pub(super) async fn take(&mut self, turn: Turn) -> Result<(), End> {
         match turn {
             Turn::Subscribe(subscribe) => self.subscribe(subscribe).await?,
-            Turn::Unsubscribe(unsubscribe) => self.unsubscribe(unsubscribe).await?,
+            Turn::Unsubscribe(unsubscribe) => self.unsubscribe(&unsubscribe)?,
             Turn::SubAck { packet_id, codes, retained } => {
                 self.session.subscribed(packet_id, &codes, &mut self.out)?;
                 self.look_up(retained);
@@ -150,7 +149,7 @@ impl Conn<'_> {
         (codes, controls)
     }
 
-    async fn unsubscribe(&mut self, unsubscribe: v5::Unsubscribe) -> Result<(), End> {
+    fn unsubscribe(&mut self, unsubscribe: &v5::Unsubscribe) -> Result<(), End> {
         let (mut codes, mut controls) = (Vec::new(), Vec::new());
         match &self.kept {
             Some(kept) => {
@@ -164,7 +163,7 @@ impl Conn<'_> {
                     controls.extend(row);
                 }
             }
-            None => codes = self.inbox.unsubscribe(&unsubscribe.topic_filters).await?,
+            None => codes = self.inbox.unsubscribe(&unsubscribe.topic_filters),
         }
         self.marks_publisher = self.has_no_local();
         if controls.is_empty() {
@@ -221,19 +220,15 @@ impl Conn<'_> {
             self.check_grant()?;
             let (mut controls, mut places) = (Vec::new(), Vec::new());
             for (message, options) in read {
-                let qos = message.attributes.qos().min(options.qos);
-                match &self.kept {
-                    Some(kept) if qos > 0 => {
-                        let queued = Queued {
-                            packet_id: 0,
-                            qos,
-                            retain: true,
-                            subscription_id: options.id,
-                            message: Some(message),
-                        };
+                let client_id = self.session.client_id();
+                let manner = Manner::of_retained(&message.attributes, options, client_id);
+                match (&self.kept, manner) {
+                    (_, None) => {}
+                    (Some(kept), Some(manner)) if manner.qos > 0 => {
+                        let queued = Queued { packet_id: 0, manner, message: Some(message) };
                         places.extend(kept.offer(queued, &mut controls));
                     }
-                    _ => self.deliver_message(&message, options, true),
+                    (_, Some(manner)) => self.deliver_message(&message, &manner),
                 }
             }
             if !controls.is_empty() {
@@ -287,11 +282,9 @@ impl Conn<'_> {
     fn deliver_kept(&mut self) {
         let Some(kept) = self.kept.clone() else { return };
         while self.out.len() < OUT_BYTES_MAX {
-            if let Some(Queued { retain, subscription_id, message: Some(message), .. }) =
-                kept.next_passing()
-            {
+            if let Some(Queued { manner, message: Some(message), .. }) = kept.next_passing() {
                 if self.grant.may_subscribe(&message.topic) {
-                    let delivered = self.put(&message, 0, retain, subscription_id, None, false);
+                    let delivered = self.put(&message, &manner, None, false);
                     self.count(delivered);
                 } else {
                     self.count_denied();
@@ -300,7 +293,7 @@ impl Conn<'_> {
             }
             let next = if self.session.takes_delivery() { kept.next() } else { None };
             let Some(next) = next else { return };
-            let Queued { packet_id, qos, retain, subscription_id, message } = next.queued;
+            let Queued { packet_id, manner, message } = next.queued;
             let Some(message) = message else {
                 let number = self.session.release_again(packet_id);
                 self.keep(number, |kept| kept.received(packet_id));
@@ -312,8 +305,7 @@ impl Conn<'_> {
                 self.count_denied();
                 continue;
             }
-            let id = Some(packet_id);
-            let delivered = self.put(&message, qos, retain, subscription_id, id, next.dup);
+            let delivered = self.put(&message, &manner, Some(packet_id), next.dup);
             match delivered {
                 Delivered::Sent => kept.sent(next.place),
                 Delivered::TooLarge => self.submit([kept.drop_at(next.place)]),
@@ -338,37 +330,24 @@ impl Conn<'_> {
     /// Delivers a message, and those that are there already.
     pub(super) fn deliver(
         &mut self,
-        first: Result<(Envelope, Options), Interrupted>,
+        first: Result<(Message, Manner), Interrupted>,
     ) -> Result<(), End> {
         self.check_grant()?;
         let mut next = Some(first);
         while let Some(message) = next {
-            let (envelope, options) = message?;
-            self.deliver_message(&envelope.message, options, false);
+            let (message, manner) = message?;
+            self.deliver_message(&message, &manner);
             next = if self.takes_delivery() { self.inbox.try_next() } else { None };
         }
         Ok(())
     }
 
-    /// Delivers a message for a subscription, if it is for this client.
-    fn deliver_message(&mut self, message: &Message, options: Options, retained: bool) {
+    /// Delivers a message, if the rules do not keep it back.
+    fn deliver_message(&mut self, message: &Message, manner: &Manner) {
         if self.grant.keeps_back(&message.topic) {
             return self.count_denied();
         }
-        let (mut qos, mut retain) = (0, retained);
-        for attribute in message.attributes.iter() {
-            match attribute {
-                Attribute::QoS(published) => qos = published.min(options.qos),
-                Attribute::Retain => retain |= options.retain_as_published,
-                Attribute::Unknown(PUBLISHER, id)
-                    if options.no_local && id == self.session.client_id().as_bytes() =>
-                {
-                    return;
-                }
-                _ => {}
-            }
-        }
-        let delivered = self.put(message, qos, retain, options.id, None, false);
+        let delivered = self.put(message, manner, None, false);
         self.count(delivered);
     }
 
@@ -377,9 +356,7 @@ impl Conn<'_> {
     fn put(
         &mut self,
         message: &Message,
-        qos: u8,
-        retain: bool,
-        subscription_id: Option<u32>,
+        manner: &Manner,
         packet_id: Option<u16>,
         dup: bool,
     ) -> Delivered {
@@ -403,12 +380,12 @@ impl Conn<'_> {
             topic: &message.topic,
             payload: &message.payload,
             attributes: &message.attributes,
-            qos,
+            qos: manner.qos,
             packet_id,
             dup,
-            retain,
+            retain: manner.retain,
             expiry_s,
-            subscription_id,
+            subscription_ids: &manner.ids,
             topic_alias: None,
         };
         self.session.deliver(delivery, &mut self.out)

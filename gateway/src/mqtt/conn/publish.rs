@@ -10,10 +10,10 @@ use rmqtt_codec::v5;
 use storage::{Attribute, Attributes, Control, Event, Lane};
 
 use super::super::codec::Version;
-use super::super::downlink::PUBLISHER;
 use super::super::reason::{self, Violation};
 use super::super::session::Publishing;
 use super::super::stats::FrontStats;
+use super::super::subscriptions::PUBLISHER;
 use super::super::topic;
 use super::Conn;
 use super::end::End;

@@ -94,6 +94,7 @@ pub async fn serve<R, W>(
     };
     session.welcome(before, kept.is_some(), expiry_s, &mut out);
     tracing::debug!(peer, client = %session.client_id(), version = ?session.version(), "connected");
+    let inbox = shared.downlink.inbox(session.client_id());
 
     let mut conn = Conn {
         shared,
@@ -105,7 +106,7 @@ pub async fn serve<R, W>(
         out,
         hold: Hold { queue: VecDeque::new(), budget: shared.held.clone() },
         mailbox: kept.as_ref().map(|kept| kept.mailbox()).unwrap_or_default(),
-        inbox: shared.downlink.inbox(),
+        inbox,
         marks_publisher: kept.as_ref().is_some_and(|kept| kept.has_no_local()),
         kept,
         retained_due: VecDeque::new(),

@@ -1,7 +1,14 @@
-use bytes::Bytes;
-use storage::{Attributes, Event};
+use std::pin::pin;
+use std::task::{Context, Waker};
 
+use bytes::Bytes;
+use storage::{Attribute, Attributes, Event, StoredEvent};
+use tokio::task::spawn_blocking;
+
+use super::follower::{Follower, MESSAGES_AT_ONCE, UNTAKEN_BYTES_MAX};
 use super::*;
+use crate::mqtt::reason;
+use crate::mqtt::subscriptions::Manner;
 
 const PLAIN: Options = Options { qos: 0, no_local: false, retain_as_published: false, id: None };
 
@@ -26,6 +33,10 @@ fn event(topic: &str, payload: &[u8]) -> StoredEvent {
     }
 }
 
+fn connect(downlink: &Downlink) -> Inbox {
+    downlink.inbox(&"client".into())
+}
+
 async fn publish(downlink: &Downlink, events: Vec<StoredEvent>) {
     Follower::new(downlink.clone(), None).hand_out(&events, 0).await;
 }
@@ -41,19 +52,19 @@ async fn kill(downlink: &Downlink) {
 }
 
 async fn next(inbox: &mut Inbox) -> (String, Vec<u8>) {
-    let (envelope, _) = inbox.next().await.unwrap();
-    (envelope.message.topic.to_string(), envelope.message.payload.to_vec())
+    let (message, _) = inbox.next().await.unwrap();
+    (message.topic.to_string(), message.payload.to_vec())
 }
 
 #[tokio::test]
 async fn in_a_storm_of_subscribers_most_wait_without_a_thread() {
     let (_watermark, downlink) = downlink();
     let calls = downlink.0.calls.acquire_many(ROUTER_CALLS_MAX as u32).await.unwrap();
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     let mut subscribing = pin!(subscribe(&mut inbox, "x"));
     let mut context = Context::from_waker(Waker::noop());
     assert!(subscribing.as_mut().poll(&mut context).is_pending());
-    assert!(lock(&downlink.0.table).link_names.is_empty(), "no link was asked for");
+    assert_eq!(lock(&downlink.0.table).streams.places(), (0, 0), "no link was asked for");
     drop(calls);
     assert_eq!(subscribing.await, reason::SUCCESS);
 }
@@ -61,7 +72,7 @@ async fn in_a_storm_of_subscribers_most_wait_without_a_thread() {
 #[tokio::test]
 async fn a_subscriber_gets_what_it_asked_for_and_nothing_else() {
     let (_watermark, downlink) = downlink();
-    let (mut one, mut two) = (downlink.inbox(), downlink.inbox());
+    let (mut one, mut two) = (connect(&downlink), connect(&downlink));
     assert_eq!(subscribe(&mut one, "é/+").await, reason::SUCCESS);
     assert_eq!(subscribe(&mut two, "#").await, reason::SUCCESS);
     publish(&downlink, vec![event("x", b"1"), event("é/y", b"2"), event("$dev/x", b"3")]).await;
@@ -72,34 +83,69 @@ async fn a_subscriber_gets_what_it_asked_for_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn overlapping_subscriptions_get_a_copy_each_with_their_options() {
+async fn overlapping_subscriptions_get_one_copy_for_all_mqtt_3_3_4_2_mqtt_3_3_4_4() {
     let (_watermark, downlink) = downlink();
-    let mut inbox = downlink.inbox();
-    let (first, second) = (Options { id: Some(1), ..PLAIN }, Options { qos: 1, ..PLAIN });
-    let filters = [("a/b".into(), first), ("a/#".into(), second)];
+    let mut inbox = connect(&downlink);
+    let filters = [
+        ("a/b".into(), Options { id: Some(1), ..PLAIN }),
+        ("a/#".into(), Options { qos: 1, id: Some(2), ..PLAIN }),
+    ];
     assert_eq!(inbox.subscribe(&filters).await.unwrap(), [0, 1]);
-    publish(&downlink, vec![event("a/b", b"")]).await;
-    let mut options = [inbox.next().await.unwrap().1, inbox.next().await.unwrap().1];
-    options.sort_by_key(|options| options.qos);
-    assert_eq!(options, [first, second]);
+    let mut event = event("a/b", b"");
+    event.event.attributes = Attributes::encode([Attribute::QoS(2)]);
+    publish(&downlink, vec![event]).await;
+    let (_, mut manner) = inbox.next().await.unwrap();
+    manner.ids.sort_unstable();
+    assert_eq!(manner, Manner { qos: 1, retain: false, ids: vec![1, 2] });
+    assert!(inbox.try_next().is_none());
+}
+
+/// Each filter had a queue of its own on the bus once, and they were read in turns.
+#[tokio::test]
+async fn order_holds_while_overlapping_subscriptions_come_and_go_mqtt_4_6_0_6() {
+    let (_watermark, downlink) = downlink();
+    let mut inbox = connect(&downlink);
+    subscribe(&mut inbox, "#").await;
+    let filters = ["t", "+", "t/#"];
+    let mut number = 0u32;
+    // Nothing is taken meanwhile: each round's messages wait while filters change.
+    for round in 0..12 {
+        let events = (0..20).map(|_| {
+            number += 1;
+            event(if number.is_multiple_of(3) { "u" } else { "t" }, &number.to_be_bytes())
+        });
+        let events = events.collect();
+        publish(&downlink, events).await;
+        let filter = filters[round % 3];
+        if round % 2 == 0 {
+            subscribe(&mut inbox, filter).await;
+        } else {
+            inbox.unsubscribe(&[filters[(round - 1) % 3].into()]);
+        }
+    }
+    for expected in 1..=number {
+        assert_eq!(next(&mut inbox).await.1, expected.to_be_bytes());
+    }
+    assert!(inbox.try_next().is_none());
+    assert_eq!(downlink.stats().missed.load(Ordering::Relaxed), 0);
 }
 
 #[tokio::test]
 async fn a_second_subscription_to_a_filter_replaces_the_first_mqtt_3_8_4_3() {
     let (_watermark, downlink) = downlink();
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     subscribe(&mut inbox, "a").await;
-    let again = Options { qos: 1, ..PLAIN };
-    assert_eq!(inbox.subscribe(&[("a".into(), again)]).await.unwrap(), [1]);
+    let again = Options { id: Some(3), ..PLAIN };
+    assert_eq!(inbox.subscribe(&[("a".into(), again)]).await.unwrap(), [0]);
     publish(&downlink, vec![event("a", b"")]).await;
-    assert_eq!(inbox.next().await.unwrap().1, again);
+    assert_eq!(inbox.next().await.unwrap().1.ids, [3]);
     assert!(inbox.try_next().is_none());
 }
 
 #[tokio::test]
 async fn bad_shares_and_too_many_are_refused() {
     let (_watermark, downlink) = downlink();
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     assert_eq!(subscribe(&mut inbox, "$share/g").await, reason::FILTER_INVALID);
     let filters: Vec<_> =
         (0..=SUBSCRIPTIONS_MAX).map(|i| (ByteString::from(i.to_string()), PLAIN)).collect();
@@ -110,24 +156,41 @@ async fn bad_shares_and_too_many_are_refused() {
 }
 
 #[tokio::test]
-async fn after_unsubscribe_nothing_more_comes_and_the_slot_is_free_mqtt_3_10_4() {
+async fn after_unsubscribe_nothing_more_is_handed_out_mqtt_3_10_4_2() {
     let (_watermark, downlink) = downlink();
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     subscribe(&mut inbox, "a").await;
-    publish(&downlink, vec![event("a", b"old")]).await;
-    let codes = inbox.unsubscribe(&["a".into(), "never".into()]).await.unwrap();
+    publish(&downlink, vec![event("a", b"before")]).await;
+    let codes = inbox.unsubscribe(&["a".into(), "never".into()]);
     assert_eq!(codes, [reason::SUCCESS, reason::NO_SUBSCRIPTION_EXISTED]);
     assert!(lock(&downlink.0.table).subscriptions.is_empty());
-    // The same slot, and what was on its way for the filter before must not pass for it.
     subscribe(&mut inbox, "b").await;
-    publish(&downlink, vec![event("a", b"old"), event("b", b"new")]).await;
+    publish(&downlink, vec![event("a", b"after"), event("b", b"new")]).await;
+    assert_eq!(next(&mut inbox).await, ("a".to_owned(), b"before".to_vec()));
     assert_eq!(next(&mut inbox).await, ("b".to_owned(), b"new".to_vec()));
+}
+
+#[tokio::test]
+async fn a_place_that_is_taken_anew_gets_nothing_of_the_one_before() {
+    let (_watermark, downlink) = downlink();
+    let mut old = connect(&downlink);
+    subscribe(&mut old, "a").await;
+    publish(&downlink, vec![event("a", b"old")]).await;
+    let late = Reader::Connection { number: 1, slot: 0, client_id: "client".into() };
+    drop(old);
+    let mut new = connect(&downlink);
+    subscribe(&mut new, "b").await;
+    // As if the table still had it: the number tells them apart.
+    downlink.enter("a", &late, PLAIN, 0).unwrap();
+    publish(&downlink, vec![event("a", b"late"), event("b", b"new")]).await;
+    assert_eq!(next(&mut new).await, ("b".to_owned(), b"new".to_vec()));
+    assert_eq!(lock(&downlink.0.table).streams.places(), (1, 1));
 }
 
 #[tokio::test]
 async fn more_than_the_router_hands_over_at_once_arrives_whole_and_in_order() {
     let (_watermark, downlink) = downlink();
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     subscribe(&mut inbox, "t").await;
     for batch in 0..10u32 {
         let events = (0..200).map(|i| event("t", &(batch * 200 + i).to_be_bytes())).collect();
@@ -136,31 +199,40 @@ async fn more_than_the_router_hands_over_at_once_arrives_whole_and_in_order() {
     for i in 0..2000u32 {
         assert_eq!(next(&mut inbox).await.1, i.to_be_bytes());
     }
-    // A subscription in the middle of that: its answer comes although the link is called for first.
     assert_eq!(downlink.stats().missed.load(Ordering::Relaxed), 0);
 }
 
 #[tokio::test]
-async fn a_subscription_is_answered_while_the_link_is_full() {
+async fn what_is_for_very_many_is_handed_out_in_pieces() {
     let (_watermark, downlink) = downlink();
-    let mut inbox = downlink.inbox();
-    subscribe(&mut inbox, "t").await;
-    for _ in 0..5 {
-        publish(&downlink, (0..200).map(|_| event("t", b"")).collect()).await;
+    let mut inboxes = [connect(&downlink), connect(&downlink), connect(&downlink)];
+    for inbox in &mut inboxes {
+        subscribe(inbox, "t").await;
     }
-    assert_eq!(subscribe(&mut inbox, "u").await, reason::SUCCESS);
-    publish(&downlink, vec![event("u", b"last")]).await;
-    let mut got = 0;
-    while next(&mut inbox).await.0 != "u" {
-        got += 1;
+    let events: Vec<_> = (0..MESSAGES_AT_ONCE as u32 / 2)
+        .map(|number| StoredEvent { offset: number.into(), ..event("t", &number.to_be_bytes()) })
+        .collect();
+    let (addressed, rest) = downlink.address(&events);
+    assert!(addressed.messages.len() < MESSAGES_AT_ONCE + inboxes.len());
+    assert_eq!(addressed.messages.len(), inboxes.len() * (events.len() - rest.len()));
+    drop(inboxes);
+
+    let mut inbox = connect(&downlink);
+    for group in 0..3 {
+        subscribe(&mut inbox, &format!("$share/{group}/t")).await;
     }
-    assert!(got <= 1000);
+    publish(&downlink, events.clone()).await;
+    for event in &events {
+        for _ in 0..3 {
+            assert_eq!(next(&mut inbox).await.1, event.event.payload);
+        }
+    }
 }
 
 #[tokio::test]
 async fn who_does_not_keep_up_misses_messages_and_they_are_counted() {
     let (_watermark, downlink) = downlink();
-    let (mut slow, mut fast) = (downlink.inbox(), downlink.inbox());
+    let (mut slow, mut fast) = (connect(&downlink), connect(&downlink));
     subscribe(&mut slow, "t").await;
     subscribe(&mut fast, "t").await;
     let payload = [0; 1024];
@@ -185,7 +257,7 @@ async fn who_does_not_keep_up_misses_messages_and_they_are_counted() {
 #[tokio::test]
 async fn the_bus_is_replaced_when_it_dies_and_its_users_are_told() {
     let (_watermark, downlink) = downlink();
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     subscribe(&mut inbox, "t").await;
     kill(&downlink).await;
     assert_eq!(inbox.next().await.unwrap_err(), Interrupted);
@@ -193,7 +265,7 @@ async fn the_bus_is_replaced_when_it_dies_and_its_users_are_told() {
     assert_eq!(downlink.stats().respawns.load(Ordering::Relaxed), 1);
     drop(inbox);
 
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     subscribe(&mut inbox, "t").await;
     publish(&downlink, vec![event("t", b"2")]).await;
     assert_eq!(next(&mut inbox).await.1, b"2");
@@ -202,12 +274,12 @@ async fn the_bus_is_replaced_when_it_dies_and_its_users_are_told() {
 #[tokio::test]
 async fn a_subscription_brings_a_dead_bus_back() {
     let (_watermark, downlink) = downlink();
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     subscribe(&mut inbox, "t").await;
     kill(&downlink).await;
     assert_eq!(inbox.next().await.unwrap_err(), Interrupted);
     drop(inbox);
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     assert_eq!(subscribe(&mut inbox, "t").await, reason::SUCCESS);
 }
 
@@ -215,20 +287,20 @@ async fn a_subscription_brings_a_dead_bus_back() {
 async fn a_connection_that_goes_gives_everything_back() {
     let (_watermark, downlink) = downlink();
     for _ in 0..50 {
-        let mut inbox = downlink.inbox();
+        let mut inbox = connect(&downlink);
         subscribe(&mut inbox, "a/+").await;
         subscribe(&mut inbox, "b").await;
     }
     let table = lock(&downlink.0.table);
     assert!(table.subscriptions.is_empty());
-    assert_eq!(table.link_names, [false], "one name was enough for all");
+    assert_eq!(table.streams.places(), (1, 0), "one place was enough for all");
 }
 
 #[tokio::test]
 async fn the_first_subscription_starts_at_the_watermark() {
     let (watermark, downlink) = downlink();
     watermark.send(41).unwrap();
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     subscribe(&mut inbox, "a").await;
     watermark.send(43).unwrap();
     subscribe(&mut inbox, "b").await;
@@ -238,12 +310,12 @@ async fn the_first_subscription_starts_at_the_watermark() {
 #[tokio::test]
 async fn the_follower_waits_for_a_subscriber_before_it_leaves_it_behind() {
     let (_watermark, downlink) = downlink();
-    let mut inbox = downlink.inbox();
+    let mut inbox = connect(&downlink);
     subscribe(&mut inbox, "t").await;
     let large = vec![0; UNTAKEN_BYTES_MAX as usize + 1];
     // One event alone may be larger than what may be untaken: it is waited for once it is out.
     publish(&downlink, vec![event("t", &large)]).await;
-    let left_behind = lock(&downlink.0.table).subscriptions.in_reach(&[0], UNTAKEN_BYTES_MAX);
+    let left_behind = lock(&downlink.0.table).streams.in_reach(&[0], UNTAKEN_BYTES_MAX);
     assert!(left_behind, "nobody took it: the follower has waited, and goes on");
     inbox.next().await.unwrap();
     let untaken = event("t", &large);

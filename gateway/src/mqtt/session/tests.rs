@@ -525,7 +525,7 @@ fn delivery<'a>(payload: &'a [u8], attributes: &'a storage::Attributes) -> Deliv
         dup: false,
         retain: false,
         expiry_s: None,
-        subscription_id: None,
+        subscription_ids: &[],
         topic_alias: None,
     }
 }

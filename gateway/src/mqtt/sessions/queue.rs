@@ -209,6 +209,7 @@ mod tests {
     use bytes::Bytes;
     use storage::Attributes;
 
+    use super::super::super::subscriptions::Manner;
     use super::*;
 
     const LIMITS: QueueLimits = QueueLimits { messages_max: 3, bytes_max: 40, drops_oldest: true };
@@ -220,13 +221,8 @@ mod tests {
             attributes: Attributes::default(),
             payload: Bytes::from_static(payload),
         };
-        Queued {
-            packet_id: 0,
-            qos: 1,
-            retain: false,
-            subscription_id: None,
-            message: Some(message),
-        }
+        let manner = Manner { qos: 1, ..Manner::default() };
+        Queued { packet_id: 0, manner, message: Some(message) }
     }
 
     fn push(queue: &mut Queue, payload: &'static [u8], limits: &QueueLimits) -> Option<u64> {

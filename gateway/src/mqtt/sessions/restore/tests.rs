@@ -1,4 +1,5 @@
 use super::*;
+use crate::mqtt::session::NEVER_S;
 
 const NOW_US: u64 = SET_US + 1_000_000_000_000;
 const HOUR_S: u32 = 3_600;
