@@ -1,5 +1,5 @@
-//! Where work is done for clients that are not let in yet: handshakes of TLS and WebSocket, checks of
-//! passwords. Both cost a thousand times as much as a publish, and anybody can ask for them.
+//! Where work is done for clients that are not let in yet: accepting them, handshakes of TLS and WebSocket,
+//! checks of passwords. All cost far more than a publish, and anybody can ask for them.
 //!
 //! Invariant: devices that are at work go before. The threads here have `NICENESS`: while others
 //! want the processors they get about a tenth of what one of those gets, and whatever is idle

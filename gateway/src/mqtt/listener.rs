@@ -4,8 +4,9 @@
 //! unwrap, `flushed` keeps their writers honest.
 //! Invariant: a connection that panics ends alone; nothing that a client or the system does makes
 //! this loop stop or spin. All handshakes together have `connect_timeout`, each in a task of its own:
-//! a client that is slow at them holds up nobody else. Those of TLS and WebSocket are worked on where
-//! they cannot keep devices waiting that are let in ([`gatehouse`](crate::access::gatehouse)).
+//! a client that is slow at them holds up nobody else. Accepting, and the handshakes of TLS and WebSocket,
+//! are worked on where they cannot keep devices waiting that are let in
+//! ([`gatehouse`](crate::access::gatehouse)).
 
 mod flushed;
 mod newcomers;
@@ -21,9 +22,11 @@ use std::time::Duration;
 
 use bytestring::ByteString;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::runtime::Handle;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsAcceptor;
+use tokio_util::context::TokioContext;
 use tokio_util::sync::CancellationToken;
 
 use self::flushed::Flushed;
@@ -135,7 +138,19 @@ impl Front {
 
     /// Serves until `stop`; then stops reading, acks what is durable within the grace time, says
     /// goodbye and returns.
+    ///
+    /// Who comes is accepted at low priority, so that a storm of reconnects waits in the system's queue
+    /// while devices are at work; who was accepted is served on the caller's runtime.
+    ///
+    /// # Panics
+    /// If accepting has: nothing that a client does makes it.
     pub async fn run(self, stop: CancellationToken) {
+        let access = self.door.shared.access.clone();
+        let accepting = TokioContext::new(self.accept(stop), Handle::current());
+        access.gatehouse().work(accepting).await.expect("accepting does not panic");
+    }
+
+    async fn accept(self, stop: CancellationToken) {
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
