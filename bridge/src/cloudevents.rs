@@ -290,6 +290,7 @@ impl Name {
     }
 
     /// As a header of Kafka's has it.
+    #[cfg(feature = "kafka")]
     pub(crate) fn prefixed(self) -> &'static str {
         self.0
     }
