@@ -6,7 +6,7 @@
 //! Deliberately absent: packet ids and windows: the connection sees to them.
 //!
 //! The table says who gets what, and how (`subscriptions`); sessions that are kept take theirs into
-//! their queues at once, connections get theirs over the bus ([`bus`]), each on a topic of its own. All
+//! their queues at once, connections get theirs over the bus (`bus`), each on a topic of its own. All
 //! that a client gets comes in one row, whatever it subscribes to and whenever: so that no order can be
 //! lost between its filters, nor a message come once for each. The bus never waits for a link, and
 //! forgets what a slow one has not read; so the follower stops short of that, for
