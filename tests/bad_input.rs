@@ -7,7 +7,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use harness::{Bench, Ended, eventually, http_sink, run_to_end, sink, skip};
+use harness::{Bench, Ended, eventually, http_sink, run_to_end, skip};
 use redb::{ReadableTable, TableDefinition};
 
 /// Exit codes of the command line.
@@ -272,13 +272,7 @@ async fn fill_and_make_room(journal: &str) {
     gateway.until("ready again", |status| status.ready).await;
     let enough = fleet.counters().acked + 500;
     eventually("acks again", async || (fleet.counters().acked >= enough).then_some(())).await;
-    collector.bring_back().unwrap();
-    bench.drain(fleet).await;
-    let status = gateway.until_delivered("upstream").await;
-    assert_eq!((status.store.losses, sink(&status, "upstream").dead_letters), (0, 0));
-    assert_eq!(gateway.terminate().await, Some(0));
-    collector.finish().await;
-    bench.assert_balanced("upstream");
+    bench.end_with_upstream(gateway, fleet, collector).await;
 }
 
 /// Nobody frees a full disk but the upstream, which comes back: the cursor has to move on a disk

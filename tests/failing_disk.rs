@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use firmware_sim::audit::audit;
 use firmware_sim::ledger::read_sent;
-use harness::{Bench, FailingSyncs, eventually, http_sink, sink, skip};
+use harness::{Bench, FailingSyncs, eventually, http_sink, skip};
 
 /// Exit code of the command line.
 const FAILED: i32 = 1;
@@ -129,11 +129,5 @@ async fn fail_once(seed: u64, journal: &str, thread: &str) {
     assert_eq!(log_files(&bench.path("data")), files + 1, "nothing is written behind what failed");
     assert!(gateway.status().await.ready);
 
-    collector.bring_back().unwrap();
-    bench.drain(fleet).await;
-    let status = gateway.until_delivered("upstream").await;
-    assert_eq!((status.store.losses, sink(&status, "upstream").dead_letters), (0, 0));
-    assert_eq!(gateway.terminate().await, Some(0));
-    collector.finish().await;
-    bench.assert_balanced("upstream");
+    bench.end_with_upstream(gateway, fleet, collector).await;
 }

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{GatewayProcess, PATIENCE, assert_balanced};
+use super::{GatewayProcess, PATIENCE, assert_balanced, sink};
 
 /// Rotated files of a file sink that are read back, at most.
 const ROTATED_MAX: usize = 1_000;
@@ -132,6 +132,26 @@ level = "info"
     pub(crate) async fn drain(&self, fleet: Fleet) {
         let report = fleet.finish(PATIENCE).await.unwrap();
         assert!(report.drained, "the last events were not acked: {report:?}");
+    }
+
+    /// Ends a test whose upstream was away: it comes back, everything drains into it, nothing was given
+    /// up, and the gateway stops.
+    ///
+    /// # Panics
+    /// When that does not happen, or the audit finds anything.
+    pub(crate) async fn end_with_upstream(
+        &self,
+        gateway: GatewayProcess,
+        fleet: Fleet,
+        mut collector: HttpCollector,
+    ) {
+        collector.bring_back().unwrap();
+        self.drain(fleet).await;
+        let status = gateway.until_delivered("upstream").await;
+        assert_eq!((status.store.losses, sink(&status, "upstream").dead_letters), (0, 0));
+        assert_eq!(gateway.terminate().await, Some(0));
+        collector.finish().await;
+        self.assert_balanced("upstream");
     }
 
     /// Audits a collector's ledger against the fleet's.
