@@ -14,8 +14,8 @@ use std::time::Instant;
 
 use storage::Control;
 
-use super::Ticket;
 use super::in_flight::Waiting;
+use super::{GivenUp, Ticket};
 
 /// Submitted, and not yet handed to the log.
 #[derive(Debug, Default)]
@@ -114,7 +114,7 @@ impl Changes {
         let void = ahead.into_iter().map(|(_, change)| change).chain(changes);
         let again = void.filter(|change| match &change.ticket {
             Some(waiting) => {
-                waiting.ticket.mailbox.fail();
+                waiting.ticket.mailbox.give_up(GivenUp::Failed);
                 false
             }
             None => true,

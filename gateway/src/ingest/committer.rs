@@ -13,7 +13,7 @@
 //!
 //! | the log says | then |
 //! | --- | --- |
-//! | quota reached | cursors are committed alone, retention runs, the batch is tried again; devices are held or refused meanwhile |
+//! | quota reached | cursors are committed alone, retention runs, the batch is tried again; devices are held meanwhile, or refused, and with them what waits |
 //! | disk full, or too little free | the same, slower, and the gateway is not ready |
 //! | write or sync failed | the batch and what is not durable is failed: its connections close. The rings rest until a probe without events succeeds; if none does for long, the committer ends, and the process with it |
 
@@ -31,7 +31,7 @@ use storage::{
 use super::clock::Times;
 use super::dedup::{self, Dedup};
 use super::in_flight::{Commit, Waiting};
-use super::{Admission, Pending, Rings, Shared};
+use super::{Admission, GivenUp, Pending, Rings, Shared};
 use crate::config::IngestConfig;
 
 /// What the committer asks of the log. [`Writer`] is the log; the benches put in its place what
@@ -53,6 +53,13 @@ pub trait Append: Send + 'static {
     /// # Errors
     /// See [`Writer::check`].
     fn check(&mut self) -> Result<(), CommitError> {
+        Ok(())
+    }
+    /// See [`Writer::make_room`]. A log that asks for no room has it.
+    ///
+    /// # Errors
+    /// See [`Writer::make_room`].
+    fn make_room(&mut self, _now_us: u64) -> Result<(), CommitError> {
         Ok(())
     }
     /// See [`Writer::commit`].
@@ -92,6 +99,9 @@ impl Append for Writer {
     }
     fn check(&mut self) -> Result<(), CommitError> {
         self.check()
+    }
+    fn make_room(&mut self, now_us: u64) -> Result<(), CommitError> {
+        self.make_room(now_us)
     }
     fn commit(
         &mut self,
@@ -249,8 +259,8 @@ impl Batch {
     }
 
     /// Closes the connections whose events are in here, and forgets the events.
-    fn fail(&mut self) {
-        self.waiting.iter().for_each(|waiting| waiting.ticket.mailbox.fail());
+    fn give_up(&mut self, why: GivenUp) {
+        self.waiting.iter().for_each(|waiting| waiting.ticket.mailbox.give_up(why));
         self.clear();
     }
 }
@@ -328,7 +338,7 @@ impl<A: Append> Committer<A> {
     pub(super) fn run(mut self) -> Result<(), CommitterError> {
         while self.turn()?.is_continue() {}
         // What is left could not be stored and was not acked: its devices send it again.
-        self.batch.fail();
+        self.batch.give_up(GivenUp::Failed);
         if let Some(dedup) = &mut self.dedup {
             dedup.forget(self.base);
         }
@@ -373,8 +383,9 @@ impl<A: Append> Committer<A> {
         let size_bytes_max = self.size_bytes_max.saturating_sub(batch.size_bytes);
         let mut discarded = 0;
         shared.rings.drain(self.first_ring, events_max, size_bytes_max, |mut pending| {
-            // What follows a failed event is sent again behind it: stored now, it would be first.
-            if pending.ticket.as_ref().is_some_and(|ticket| ticket.mailbox.is_failed()) {
+            // What follows an event that was given up is sent again behind it: stored now, it would be
+            // first.
+            if pending.ticket.as_ref().is_some_and(|ticket| ticket.mailbox.is_given_up()) {
                 discarded += 1;
                 return;
             }
@@ -544,7 +555,7 @@ impl<A: Append> Committer<A> {
         if failed {
             // Nothing that this commit covers may be acked, nor what ran ahead of its sync.
             failed_events = self.batch.events.len() as u64;
-            self.batch.fail();
+            self.batch.give_up(GivenUp::Failed);
             self.shared.in_flight.fail();
             if let Some(dedup) = &mut self.dedup {
                 dedup.durable(self.shared.durable.load(Ordering::Acquire));
@@ -590,9 +601,29 @@ impl<A: Append> Committer<A> {
             if self.shared.set_health(health, admission) {
                 tracing::error!(%error, failed_events, "the log stands still");
             }
+            if admission == Admission::Refuse {
+                self.refuse_waiting();
+            }
         }
         let retry_at = now + pause;
         self.standstill = Some(Standstill { error, since, tried_at: now, retry_at });
+    }
+
+    /// Refuses what was taken before it was clear that the log is full: its devices are not to wait for
+    /// an answer until there is room.
+    fn refuse_waiting(&mut self) {
+        let mut refused = self.batch.events.len() as u64;
+        self.batch.give_up(GivenUp::Refused);
+        if let Some(dedup) = &mut self.dedup {
+            dedup.forget(self.base);
+        }
+        self.shared.rings.drain(self.first_ring, usize::MAX, usize::MAX, |pending| {
+            refused += 1;
+            if let Some(ticket) = pending.ticket {
+                ticket.mailbox.give_up(GivenUp::Refused);
+            }
+        });
+        self.shared.count(|counters| counters.failed_events += refused);
     }
 
     /// A commit succeeded.
@@ -627,14 +658,20 @@ impl<A: Append> Committer<A> {
         if !failed {
             // Files whose ids are in no row yet do not go.
             let save = self.is_dedup_behind();
-            if (waiting_since.is_some() || save) && !self.batch.is_empty() {
+            if waiting_since.is_some() || save {
                 self.commit_state(save);
             }
             self.retain();
         }
-        // After a failure the batch is empty: only a record of its own shows that the disk writes.
-        let probe = failed.then(probe);
-        self.commit(probe.as_slice());
+        if self.batch.is_empty() {
+            // It failed or was refused, and without events only this shows that the log takes some again.
+            match self.log.make_room(self.now_us()) {
+                Ok(()) => self.commit(&[probe()]),
+                Err(error) => self.stop_short(error),
+            }
+        } else {
+            self.commit(&[]);
+        }
         Ok(())
     }
 

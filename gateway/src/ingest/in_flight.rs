@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use super::latency::{Latency, LatencyStats};
 use super::stats::Durable;
-use super::{AckMailbox, Ticket};
+use super::{AckMailbox, GivenUp, Ticket};
 
 /// A ticket on its way, and since when its client waits.
 #[derive(Debug)]
@@ -106,7 +106,7 @@ impl InFlight {
     pub(super) fn fail(&self) {
         let mut state = self.lock();
         state.commits.clear();
-        state.waiting.drain(..).for_each(|waiting| waiting.ticket.mailbox.fail());
+        state.waiting.drain(..).for_each(|waiting| waiting.ticket.mailbox.give_up(GivenUp::Failed));
     }
 
     /// What became durable, and how long commits and acks took.
@@ -191,7 +191,7 @@ mod tests {
 
     fn collected(mailbox: &AckMailbox) -> Vec<u64> {
         let mut numbers = Vec::new();
-        assert!(mailbox.collect(&mut numbers));
+        assert_eq!(mailbox.collect(&mut numbers), Ok(()));
         numbers
     }
 
@@ -238,7 +238,7 @@ mod tests {
         in_flight.durable(mark(3, 5), now);
         assert_eq!(collected(&safe), [0]);
         let mut numbers = Vec::new();
-        assert!(!lost.collect(&mut numbers));
+        assert_eq!(lost.collect(&mut numbers), Err(GivenUp::Failed));
         assert!(numbers.is_empty());
     }
 

@@ -4,8 +4,7 @@
 //! their connection collects them. A mailbox needs no bound of its own: a number is in it only
 //! while its publish waits in the connection's ack ledger, which is bounded.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::Notify;
 
@@ -18,12 +17,21 @@ pub struct Ticket {
     pub number: u64,
 }
 
+/// Why events of a connection were given up after they had been taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GivenUp {
+    /// The commit that held them failed.
+    Failed,
+    /// The store is full, and whoever comes then is to be refused.
+    Refused,
+}
+
 /// Per connection: numbers that became durable and were not collected yet. One connection collects,
 /// any thread completes.
 #[derive(Debug, Default)]
 pub struct AckMailbox {
     durable: Mutex<Vec<u64>>,
-    failed: AtomicBool,
+    given_up: OnceLock<GivenUp>,
     wake: Notify,
 }
 
@@ -49,22 +57,25 @@ impl AckMailbox {
         self.wake.notify_one();
     }
 
-    /// Committer: the commit that held some of this connection's events failed; they are not
-    /// stored, and the connection must close so that the device sends them again.
-    pub fn fail(&self) {
-        if !self.failed.swap(true, Ordering::AcqRel) {
+    /// Committer: some of this connection's events are not stored, and the connection must close so
+    /// that the device sends them again. The first reason stays.
+    pub fn give_up(&self, why: GivenUp) {
+        if self.given_up.set(why).is_ok() {
             self.wake();
         }
     }
 
-    /// Whether [`AckMailbox::fail`] was called: from then on no event of this connection may be
+    /// Whether [`AckMailbox::give_up`] was called: from then on no event of this connection may be
     /// stored, or the events sent again after it would come behind those that followed them.
-    pub fn is_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
+    pub fn is_given_up(&self) -> bool {
+        self.given_up.get().is_some()
     }
 
-    /// Connection: moves what became durable into `into`. `false` after [`AckMailbox::fail`].
-    pub fn collect(&self, into: &mut Vec<u64>) -> bool {
+    /// Connection: moves what became durable into `into`.
+    ///
+    /// # Errors
+    /// After [`AckMailbox::give_up`], with the reason.
+    pub fn collect(&self, into: &mut Vec<u64>) -> Result<(), GivenUp> {
         let mut durable = self.durable();
         if into.is_empty() {
             // The usual case costs no copy, and the two buffers take turns.
@@ -72,14 +83,14 @@ impl AckMailbox {
         } else {
             into.append(&mut durable);
         }
-        !self.is_failed()
+        self.given_up.get().map_or(Ok(()), |why| Err(*why))
     }
 
     /// Connection: resolves when there is something to collect. Cancel safe.
     pub async fn changed(&self) {
         // A wake-up that comes before the wait is kept by `Notify`, so none is lost; one left over
         // from what was collected in the meantime makes the loop look once more.
-        while !self.is_failed() && self.durable().is_empty() {
+        while !self.is_given_up() && self.durable().is_empty() {
             self.wake.notified().await;
         }
     }
@@ -108,13 +119,13 @@ mod tests {
         let mut numbers = Vec::new();
         mailbox.complete(&[3, 1]);
         mailbox.complete(&[2]);
-        assert!(mailbox.collect(&mut numbers));
+        assert_eq!(mailbox.collect(&mut numbers), Ok(()));
         assert_eq!(numbers, [3, 1, 2]);
         mailbox.complete(&[4]);
-        assert!(mailbox.collect(&mut numbers));
+        assert_eq!(mailbox.collect(&mut numbers), Ok(()));
         assert_eq!(numbers, [3, 1, 2, 4]);
         numbers.clear();
-        assert!(mailbox.collect(&mut numbers));
+        assert_eq!(mailbox.collect(&mut numbers), Ok(()));
         assert!(numbers.is_empty());
     }
 
@@ -133,7 +144,7 @@ mod tests {
     fn changed_waits_and_is_not_fooled_by_an_old_wake_up() {
         let mailbox = AckMailbox::default();
         mailbox.complete(&[1]);
-        mailbox.collect(&mut Vec::new());
+        assert_eq!(mailbox.collect(&mut Vec::new()), Ok(()));
 
         let mut changed = pin!(mailbox.changed());
         assert!(!poll(changed.as_mut()), "the wake-up for number 1 is stale");
@@ -154,16 +165,17 @@ mod tests {
     }
 
     #[test]
-    fn failure_stays() {
+    fn giving_up_stays() {
         let mailbox = AckMailbox::default();
         let mut changed = pin!(mailbox.changed());
         assert!(!poll(changed.as_mut()));
-        mailbox.fail();
+        mailbox.give_up(GivenUp::Refused);
         assert!(poll(changed.as_mut()));
         let mut numbers = Vec::new();
         mailbox.complete(&[7]);
-        assert!(!mailbox.collect(&mut numbers));
-        assert_eq!(numbers, [7], "what was durable before the failure may still be acked");
-        assert!(!mailbox.collect(&mut numbers));
+        assert_eq!(mailbox.collect(&mut numbers), Err(GivenUp::Refused));
+        assert_eq!(numbers, [7], "what was durable before that may still be acked");
+        mailbox.give_up(GivenUp::Failed);
+        assert_eq!(mailbox.collect(&mut numbers), Err(GivenUp::Refused));
     }
 }

@@ -34,7 +34,7 @@ pub use ack_ledger::AckLedger;
 pub use committer::{Append, CommitterError, Health};
 pub use device_key::Routes;
 pub use latency::LatencyStats;
-pub use mailbox::{AckMailbox, Ticket};
+pub use mailbox::{AckMailbox, GivenUp, Ticket};
 pub use stats::IngestStats;
 
 use std::any::Any;

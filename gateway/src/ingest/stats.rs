@@ -36,8 +36,9 @@ pub struct IngestStats {
 pub struct Counters {
     /// Commits that the log refused or failed.
     pub failed_commits: u64,
-    /// Events that were not stored, because their commit or one before it on the same connection
-    /// failed; the connection was closed, so that the device sends them again.
+    /// Events that were taken and not stored, because their commit or one before it on the same
+    /// connection failed, or the log is full and refuses; the connection was closed, so that the device
+    /// sends them again.
     pub failed_events: u64,
     /// Resends that were recognised: acked and not stored again.
     pub duplicate_events: u64,

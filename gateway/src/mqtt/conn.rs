@@ -43,7 +43,7 @@ use super::sessions::Kept;
 use super::stats::FrontStats;
 use super::subscriptions::Options;
 use crate::access::Grant;
-use crate::ingest::{AckMailbox, Ticket};
+use crate::ingest::{AckMailbox, GivenUp, Ticket};
 use end::End;
 pub use hold::Held;
 use hold::Hold;
@@ -349,14 +349,22 @@ impl Conn<'_> {
 
     /// Acks what became durable.
     fn collect(&mut self) -> Result<(), End> {
-        let sound = self.mailbox.collect(&mut self.durable);
+        let collected = self.mailbox.collect(&mut self.durable);
         self.session.complete(&self.durable, &mut self.out);
         self.durable.clear();
-        if !sound {
-            let why = "an event could not be stored: send again what was not acked";
-            return Err(Violation::new(reason::IMPLEMENTATION_SPECIFIC, why).into());
-        }
-        Ok(())
+        collected.map_err(|given_up| {
+            let (code, why) = match given_up {
+                GivenUp::Failed => (
+                    reason::IMPLEMENTATION_SPECIFIC,
+                    "an event could not be stored: send again what was not acked",
+                ),
+                GivenUp::Refused => (
+                    reason::QUOTA_EXCEEDED,
+                    "the store is full: what was not acked is not stored",
+                ),
+            };
+            Violation::new(code, why).into()
+        })
     }
 }
 

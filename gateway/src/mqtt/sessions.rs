@@ -225,11 +225,11 @@ impl Sessions {
             let mut inbound = inner.inbound.take().unwrap_or_default();
             // What became durable, or failed, after the last connection had gone.
             let mut durable = Vec::new();
-            let sound = inner.mailbox.collect(&mut durable);
+            let collected = inner.mailbox.collect(&mut durable);
             for number in durable {
                 inbound.complete(number);
             }
-            if !sound {
+            if collected.is_err() {
                 inbound.fail();
                 inner.mailbox = Arc::default();
             }
@@ -343,5 +343,5 @@ pub(crate) async fn durable(ingest: &Ingest, controls: Vec<Control>) -> bool {
     let mailbox: Arc<AckMailbox> = Arc::default();
     ingest.submit(controls, Some(Ticket { mailbox: mailbox.clone(), number: 0 }));
     mailbox.changed().await;
-    mailbox.collect(&mut Vec::new())
+    mailbox.collect(&mut Vec::new()).is_ok()
 }

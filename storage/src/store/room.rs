@@ -23,8 +23,19 @@ const RETAIN_FILES_MAX: usize = 2;
 const WORTH_ROLLING: u64 = 8;
 
 impl Writer {
+    /// Sees to it that there is room for events: what no sink needs goes, and under
+    /// [`AtQuota::DropOldest`] what one needs.
+    ///
+    /// # Errors
+    /// [`CommitError::Quota`], [`CommitError::LittleSpace`] or [`CommitError::DiskFull`] if there is none;
+    /// [`CommitError::Io`].
+    pub fn make_room(&mut self, now_us: u64) -> Result<(), CommitError> {
+        self.hold_ballast(now_us)?;
+        self.make_room_in_log(now_us)
+    }
+
     /// Sees to it that the ballast is held: on a disk that was full, events wait for that.
-    pub(super) fn hold_ballast(&mut self, now_us: u64) -> Result<(), CommitError> {
+    fn hold_ballast(&mut self, now_us: u64) -> Result<(), CommitError> {
         let drop_oldest = self.shared.options.at_quota == AtQuota::DropOldest;
         let mut report = RetentionReport::default();
         while let Err(error) = self.ballast.hold(self.shared.state.used_bytes()) {
@@ -44,7 +55,7 @@ impl Writer {
     }
 
     /// Sees to it that the log is below its quota, and that enough of the disk is free.
-    pub(super) fn make_room(&mut self, now_us: u64) -> Result<(), CommitError> {
+    fn make_room_in_log(&mut self, now_us: u64) -> Result<(), CommitError> {
         let drop_oldest = self.shared.options.at_quota == AtQuota::DropOldest;
         let mut report = RetentionReport::default();
         while let Err(error) = self.has_room() {

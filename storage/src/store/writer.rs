@@ -179,7 +179,6 @@ impl Writer {
         now_us: u64,
     ) -> Result<u64, CommitError> {
         if !events.is_empty() {
-            self.hold_ballast(now_us)?;
             self.make_room(now_us)?;
         }
         if events.is_empty() && control.is_empty() {

@@ -106,6 +106,13 @@ impl Append for ScriptedLog {
         }
         Ok(Committed { commit: self.mark.commit, offsets })
     }
+    fn make_room(&mut self, _now_us: u64) -> Result<(), CommitError> {
+        let mut record = self.record.lock().expect("no panic before");
+        match record.script.pop_front_if(|answer| *answer == Answer::Quota) {
+            Some(_) => Err(CommitError::Quota { used_bytes: 2, quota_bytes: 1 }),
+            None => Ok(()),
+        }
+    }
     fn retain(&mut self, _now_us: u64) -> Result<RetentionReport, StateError> {
         self.record.lock().expect("no panic before").retained += 1;
         Ok(RetentionReport::default())
@@ -211,7 +218,7 @@ impl Client {
     /// Acks that may leave now; `None` once the connection must close.
     fn acks(&mut self) -> Option<usize> {
         let mut numbers = Vec::new();
-        let open = self.mailbox.collect(&mut numbers);
+        let open = self.mailbox.collect(&mut numbers).is_ok();
         for number in numbers {
             self.ledger.complete(number);
         }
@@ -230,11 +237,7 @@ fn cursor(sink: &str, offset: u64) -> Seen {
 
 #[test]
 fn at_the_quota_devices_wait_until_a_cursor_makes_room() {
-    for (at_quota, admission) in [
-        (AtQuota::Hold, Admission::Hold),
-        (AtQuota::Refuse, Admission::Refuse),
-        (AtQuota::DropOldest, Admission::Hold),
-    ] {
+    for at_quota in [AtQuota::Hold, AtQuota::DropOldest] {
         use Answer::{Ok, Quota};
         let script = [Quota, Quota, Quota, Ok];
         let mut bench = Bench::new(&script, at_quota, &config());
@@ -245,7 +248,7 @@ fn at_the_quota_devices_wait_until_a_cursor_makes_room() {
         bench.turn();
         assert_eq!(bench.ingest.admission(), Admission::Open, "retention was not asked yet");
         bench.turn();
-        assert_eq!(bench.ingest.admission(), admission);
+        assert_eq!(bench.ingest.admission(), Admission::Hold);
         assert!(matches!(bench.ingest.health(), Health::AtQuota { .. }));
         assert!(bench.ingest.health().is_ready());
         assert_eq!(bench.record.lock().expect("no panic").retained, 1);
@@ -263,6 +266,45 @@ fn at_the_quota_devices_wait_until_a_cursor_makes_room() {
         assert_eq!(bench.commits().last(), Some(&events(&[(0, 2)])));
         assert_eq!(client.acks(), Some(3));
     }
+}
+
+#[test]
+fn who_was_let_in_before_the_quota_was_reached_is_refused_as_those_who_come_later() {
+    use Answer::{Ok, Quota};
+    let mut bench = Bench::new(&[Quota, Quota, Ok, Quota], AtQuota::Refuse, &config());
+    let mut clients = [Client::default(), Client::default(), Client::default()];
+    clients[0].push(&bench.ingest, 0);
+    bench.turn();
+    // Taken meanwhile: into the same ring, and into another.
+    clients[0].push(&bench.ingest, 0);
+    clients[1].push(&bench.ingest, 1);
+    assert_eq!(bench.ingest.admission(), Admission::Open, "retention was not asked yet");
+    bench.turn();
+    assert_eq!(bench.ingest.admission(), Admission::Refuse);
+    assert!(bench.ingest.health().is_ready(), "it does what it was told to");
+    for client in &clients[..2] {
+        let mut numbers = Vec::new();
+        assert_eq!(client.mailbox.collect(&mut numbers), Err(GivenUp::Refused));
+        assert!(numbers.is_empty());
+    }
+    assert_eq!(bench.ingest.stats().counters.failed_events, 3);
+
+    // It saw that it was open, and came too late.
+    clients[2].push(&bench.ingest, 2);
+    bench.ingest.move_cursor()("cloud", &7.into());
+    bench.turn();
+    assert_eq!(bench.commits(), [cursor("cloud", 7)], "state passes at the quota");
+    assert_eq!(bench.ingest.admission(), Admission::Refuse);
+    assert_eq!(clients[2].acks(), None);
+
+    bench.turn();
+    assert_eq!(bench.ingest.health(), Health::Storing);
+    assert_eq!(bench.ingest.admission(), Admission::Open);
+    let mut again = Client::default();
+    again.push(&bench.ingest, 0);
+    bench.turn();
+    assert_eq!(bench.commits().last(), Some(&events(&[(0, 0)])));
+    assert_eq!(again.acks(), Some(1));
 }
 
 #[test]
@@ -477,7 +519,7 @@ fn a_failed_commit_fails_those_who_wait_for_a_change_and_keeps_the_others() {
     let ticket = Ticket { mailbox: Arc::clone(&client.mailbox), number: 0 };
     bench.ingest.submit(vec![put(2)], Some(ticket));
     bench.turn();
-    assert!(client.mailbox.is_failed());
+    assert!(client.mailbox.is_given_up());
     bench.turn_awake();
     assert_eq!(bench.commits(), [Seen { changes: vec![1], ..Seen::default() }]);
 }
@@ -495,7 +537,7 @@ fn changes_that_ran_ahead_of_a_failed_sync_are_committed_again_in_their_order() 
     let ticket = Ticket { mailbox: Arc::clone(&client.mailbox), number: 0 };
     bench.ingest.submit(vec![put(4)], Some(ticket));
     bench.turn();
-    assert!(client.mailbox.is_failed());
+    assert!(client.mailbox.is_given_up());
     bench.turn_awake();
     // The first was durable.
     let again = Seen { changes: vec![2, 3], ..Seen::default() };
@@ -777,7 +819,7 @@ mod over_the_real_log {
                 }
                 tokio::task::yield_now().await;
                 let mut numbers = Vec::new();
-                assert!(mailbox.collect(&mut numbers));
+                mailbox.collect(&mut numbers).expect("open");
                 acked += numbers.len();
             }
         };
