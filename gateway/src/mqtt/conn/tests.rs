@@ -186,7 +186,8 @@ impl Rig {
             sessions: &sessions_config(),
             has_sinks: true,
             held_bytes_max,
-            shutdown_grace: PATIENCE,
+            // Half of it is for the connections: more than any test waits.
+            shutdown_grace: 4 * PATIENCE,
         };
         let mut shared = Shared::new(ingest, routes, open_access(), downlink, retained, bounds);
         shared.write_stall = Duration::from_secs(1);
@@ -761,6 +762,35 @@ async fn a_failed_commit_acks_nothing_and_closes_the_connection() {
         client.expect_closed().await;
         gate.set(|state| (state.error, state.closing) = (None, true));
     }
+}
+
+/// A log that takes nothing, and the committer with it.
+struct Broken;
+
+impl Append for Broken {
+    fn on_durable(&mut self, _callback: impl Fn(Mark) + Send + Sync + 'static) {}
+
+    fn commit(&mut self, _: &[Event], _: &[Control], _: u64) -> Result<Committed, CommitError> {
+        panic!("injected")
+    }
+
+    fn retain(&mut self, _now_us: u64) -> Result<RetentionReport, StateError> {
+        Ok(RetentionReport::default())
+    }
+
+    fn close(self) -> Result<(), StateError> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_shutdown_without_a_committer_waits_for_no_ack() {
+    let rig = Rig::over(Broken, listener_config(), &ingest_config(), AtQuota::Hold, &[]).await;
+    let mut client = rig.client(V5).await;
+    client.send(&wire::publish(V5, "t", Some(1), "")).await;
+    rig.committer.ended().await;
+    rig.stop.cancel();
+    client.expect_end(V5, reason::SHUTTING_DOWN).await;
 }
 
 #[tokio::test]
