@@ -45,7 +45,7 @@ enum Kind {
     PubComp,
     /// As `PubComp`, for a connection that has ended.
     SilentPubComp,
-    /// The caller's turn: see [`Released::turns`].
+    /// The caller's turn: [`Inbound::release`] gives how many have come.
     Turn,
 }
 
