@@ -1,7 +1,7 @@
 //! The log: rolling redb files of batches, `log/<first offset, 20 digits>.redb`.
 //!
 //! Owns: the list of files, the one that is appended to, and a few handles to those that are read.
-//! Each file has a table of batches keyed by [`Position`] and a head row.
+//! Each file has a table of batches keyed by [`Position`](crate::head::Position) and a head row.
 //!
 //! Invariants:
 //! - a file holds the offsets from its name to the next file's name; what it may hold beyond, from

@@ -449,7 +449,8 @@ impl Store {
         StoreStats {
             files: shared.log.spans(mark.watermark).len() as u32,
             log_bytes,
-            room_bytes: (quota_bytes + spare_bytes)
+            room_bytes: quota_bytes
+                .saturating_add(spare_bytes)
                 .saturating_sub(log_bytes)
                 .min(free_bytes.saturating_sub(free_bytes_min)),
             state_bytes: shared.state.used_bytes(),

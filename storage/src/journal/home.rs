@@ -18,9 +18,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use redb::{BackendError, StorageBackend};
 
-use super::Ring;
 use super::homeward::Homeward;
 use super::record::{Draft, Look, Record};
+use super::ring::Ring;
 use crate::disk::{Fenced, SharedDisk};
 use crate::log::{self, Reused};
 
