@@ -5,7 +5,8 @@
 //! commit and nothing else. So a trimmed file may become the spare (`log/spare`), of which there is one
 //! at most, and the next file begins as the spare: its length starts at nothing and grows as redb asks,
 //! over blocks that it finds there, and when it is sealed what it has not taken is cut off.
-//! The spare counts as used, and goes first when room is needed: a log at its quota has none.
+//! The spare counts as used, and goes first when room is needed; but against the quota of a log that drops
+//! its oldest it does not count (see `store::room`).
 //!
 //! Why nothing of the old file is ever taken for the new one's:
 //! - *The name.* Nothing reads a file called `log/spare`, and an open removes it. A new file gets its own

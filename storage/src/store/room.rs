@@ -76,8 +76,13 @@ impl Writer {
     }
 
     fn has_room(&self) -> Result<(), CommitError> {
-        let StoreOptions { quota_bytes, free_bytes_min, .. } = self.shared.options;
-        let used_bytes = self.shared.log.used_bytes();
+        let StoreOptions { quota_bytes, free_bytes_min, at_quota, .. } = self.shared.options;
+        let mut used_bytes = self.shared.log.used_bytes();
+        if at_quota == AtQuota::DropOldest {
+            // Such a log is at its quota for good. The file that it has dropped there is what the next one is
+            // written over; until then it is over its quota by less than that file.
+            used_bytes -= self.shared.log.spare_bytes();
+        }
         if used_bytes >= quota_bytes {
             return Err(CommitError::Quota { used_bytes, quota_bytes });
         }

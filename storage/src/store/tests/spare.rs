@@ -274,6 +274,29 @@ fn at_the_quota_the_spare_goes_first() {
     world.check();
 }
 
+/// Such a log is at its quota for good.
+#[test]
+fn at_the_quota_what_is_dropped_is_written_over() {
+    let at_quota = AtQuota::DropOldest;
+    let options = StoreOptions { quota_bytes: 640 << 10, at_quota, ..world::options() };
+    let quota_bytes = options.quota_bytes;
+    let mut world = World::new(SimDisk::new(11), options);
+    for round in 0..20 {
+        roll(&mut world);
+        assert!(is_over_spare(&world) || round < 5, "round {round}");
+        let files = world.store.files().unwrap();
+        let largest = files.iter().map(|file| file.size_bytes).max().unwrap();
+        let log_bytes = world.store.stats().log_bytes;
+        assert!(log_bytes < quota_bytes + largest, "{log_bytes}");
+        let files = world.disk.list(log::FOLDER).unwrap().into_iter();
+        let blocks_bytes: u64 =
+            files.map(|file| world.disk.used_bytes(&format!("{}/{file}", log::FOLDER))).sum();
+        assert!(blocks_bytes < quota_bytes + 2 * largest, "{blocks_bytes}");
+    }
+    assert!(world.store.stats().first_offset > 0);
+    world.check();
+}
+
 #[test]
 fn on_a_full_disk_the_spare_goes_first() {
     let mut world = with_spare(9);
