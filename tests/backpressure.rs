@@ -1,9 +1,6 @@
 //! A disk that is slower than the publishers, one that stands still, and a full quota under each policy:
 //! devices are slowed, held or refused, nothing that was acked is lost, and whoever only wants to talk
 //! is not kept waiting. (A disk without room: see `bad_input`.)
-//!
-//! The disk is slow, or stands still, in that a library in front of the C library's makes the syncs of
-//! the real gateway wait.
 
 mod harness;
 
@@ -13,46 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use harness::raw::{Hello, Raw};
 use harness::wire::{self, BOTH, Connect, V5, V311, Version};
-use harness::{Bench, GatewayProcess, eventually, http_sink, run_to_end, skip};
+use harness::{Bench, Disk, eventually, http_sink, run_to_end, skip};
 use tokio::net::TcpStream;
-use tokio::process::Command;
 use tokio::task::JoinSet;
-
-/// Waits `SYNC_MS` before each sync, and for as long as the file `STALLED` is there.
-const SLOW_DISK: &str = r#"
-#define _GNU_SOURCE
-#include <stdlib.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-static void wait_for_it(void) {
-  usleep(1000 * atoi(getenv("SYNC_MS")));
-  while (access(getenv("STALLED"), F_OK) == 0) usleep(1000);
-}
-int fdatasync(int fd) { wait_for_it(); return syscall(SYS_fdatasync, fd); }
-int fsync(int fd) { wait_for_it(); return syscall(SYS_fsync, fd); }
-"#;
 
 /// Events that a ring has room for, and a commit: so few that a publisher soon meets a full one.
 const RING_EVENTS: u64 = 64;
 
 const SMALL_RINGS: &str = "\n[ingest]\nring_events_max = 64\ncommit_events_max = 64\n";
-
-/// A gateway whose syncs wait so long; the file that stops them altogether.
-async fn on_slow_disk(bench: &Bench, sync_ms: u32) -> Result<(GatewayProcess, PathBuf), String> {
-    let (source, library) = (bench.path("slow.c"), bench.path("slow.so"));
-    std::fs::write(&source, SLOW_DISK).unwrap();
-    let mut cc = Command::new("cc");
-    cc.args(["-shared", "-fPIC", "-o"]).args([&library, &source]);
-    let built = cc.status().await.map_err(|error| format!("cannot run cc: {error}"))?;
-    if !built.success() {
-        return Err(format!("cc does not build {}", source.display()));
-    }
-    let stalled = bench.path("stalled");
-    let mut command = harness::command("run", &bench.path("gateway.toml"));
-    command.env("LD_PRELOAD", library).env("SYNC_MS", sync_ms.to_string());
-    command.env("STALLED", &stalled);
-    Ok((GatewayProcess::start_as(command, &bench.path("gateway.log")).await, stalled))
-}
 
 /// A client that says its packets by itself; blocks.
 fn client(bench: &Bench, version: Version, client_id: &str) -> wire::Raw {
@@ -74,10 +39,11 @@ async fn a_publisher_faster_than_the_disk_is_slowed_and_loses_nothing() {
     for journal in ["off", "on"] {
         let bench = Bench::new(101);
         bench.configure(&format!("{SMALL_RINGS}[storage]\njournal = \"{journal}\"\n"));
-        let (gateway, _) = match on_slow_disk(&bench, 10).await {
-            Ok(started) => started,
+        let disk = match Disk::new(&bench).await {
+            Ok(disk) => disk.with_sync_ms(10),
             Err(why) => return skip("a slow disk", &why),
         };
+        let gateway = disk.start(&bench).await;
         let stream = TcpStream::connect(bench.mqtt).await.unwrap();
         let hello = Hello { client_id: "hasty", ..Hello::default() };
         let mut hasty = Raw::welcome(stream, false, hello).await;
@@ -112,16 +78,17 @@ async fn a_disk_that_stands_still_holds_the_acks_and_nobody_else() {
         let collector = bench.collector("upstream");
         let sink = http_sink("upstream", collector.addr()) + TELEMETRY_ONLY;
         bench.configure(&format!("{sink}{SMALL_RINGS}[storage]\njournal = \"{journal}\"\n"));
-        let (gateway, stalled) = match on_slow_disk(&bench, 0).await {
-            Ok(started) => started,
+        let disk = match Disk::new(&bench).await {
+            Ok(disk) => disk,
             Err(why) => return skip("a disk that stands still", &why),
         };
+        let gateway = disk.start(&bench).await;
         let fleet = bench.fleet(20, 4_000.0);
         eventually("events are acked", async || (fleet.counters().acked >= 500).then_some(()))
             .await;
         let mut idle = BOTH.map(|version| client(&bench, version, &format!("idle-{version:?}")));
 
-        std::fs::write(&stalled, "").unwrap();
+        disk.stall();
         let mut waiting = BOTH.map(|version| client(&bench, version, &format!("new-{version:?}")));
         for raw in &mut waiting {
             // No ack comes before the answer to the ping, nor does anything keep that back.
@@ -140,7 +107,7 @@ async fn a_disk_that_stands_still_holds_the_acks_and_nobody_else() {
             raw.ping();
         }
 
-        std::fs::remove_file(&stalled).unwrap();
+        disk.go_on();
         for raw in &mut waiting {
             raw.expect_ack(0x40, 1);
             raw.expect_ack(0x40, 2);
@@ -236,7 +203,7 @@ async fn at_the_quota_devices_are_refused_and_may_come_again() {
 
     let mut told = client(&bench, V5, "told");
     publish(&mut told, 1);
-    told.expect(&[0x40, 3, 0, 1, 0x97]);
+    told.expect_refusal(0x40, 1, 0x97);
     told.ping();
     let mut cut = client(&bench, V311, "cut");
     publish(&mut cut, 1);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use firmware_sim::audit::audit;
 use firmware_sim::ledger::read_sent;
-use harness::{Bench, FailingSyncs, eventually, http_sink, skip};
+use harness::{Bench, Disk, eventually, http_sink, skip};
 
 /// Exit code of the command line.
 const FAILED: i32 = 1;
@@ -45,15 +45,15 @@ async fn fail_for_ever(seed: u64, journal: &str) {
     let mut collector = bench.collector("upstream");
     collector.take_down().await;
     bench.configure(&format!("{}{}", http_sink("upstream", collector.addr()), storage(journal)));
-    let mut gateway = bench.start().await;
+    let disk = match Disk::new(&bench).await {
+        Ok(disk) => disk,
+        Err(why) => return skip("syncs that fail for ever", &why),
+    };
+    let mut gateway = disk.start(&bench).await;
     let fleet = bench.fleet(DEVICES, RATE);
     eventually("events are acked", async || (fleet.counters().acked > 200).then_some(())).await;
 
-    let syncs = bench.path("syncs");
-    let failing = match FailingSyncs::all(gateway.id(), &syncs).await {
-        Ok(failing) => failing,
-        Err(why) => return skip("syncs that fail for ever", &why),
-    };
+    disk.fail();
     let began = Instant::now();
     let not_ready =
         async || Some(gateway.get("/health/ready").await).filter(|(code, _)| *code == 503);
@@ -73,7 +73,7 @@ async fn fail_for_ever(seed: u64, journal: &str) {
     fleet.finish(Duration::ZERO).await.unwrap();
 
     // What was sent after a sync had failed was never synced, so no ack for it is true.
-    let failed_us = failing.failed_us()[0];
+    let failed_us = disk.failed_us()[0];
     let (mut later, mut false_acks) = (0, Vec::new());
     read_sent(&bench.sent(), |row| {
         if row.sent_us > failed_us {
@@ -107,23 +107,22 @@ async fn fail_once(seed: u64, journal: &str, thread: &str) {
     let mut collector = bench.collector("upstream");
     collector.take_down().await;
     bench.configure(&format!("{}{}", http_sink("upstream", collector.addr()), storage(journal)));
-    let gateway = bench.start().await;
+    let disk = match Disk::new(&bench).await {
+        Ok(disk) => disk,
+        Err(why) => return skip("a sync that failed once", &why),
+    };
+    let gateway = disk.start(&bench).await;
     let fleet = bench.fleet(DEVICES, RATE);
     eventually("events are acked", async || (fleet.counters().acked > 200).then_some(())).await;
     let files = log_files(&bench.path("data"));
 
-    let syncs = bench.path("syncs");
-    let failing = match FailingSyncs::next_of(gateway.id(), thread, &syncs).await {
-        Ok(failing) => failing,
-        Err(why) => return skip("a sync that failed once", &why),
-    };
+    disk.fail_once(thread);
     let told = async |what| {
         eventually(what, async || gateway.log().contains(what).then_some(())).await;
     };
     told("the log stands still").await;
     told("the log takes events again").await;
-    assert_eq!(failing.failed_us().len(), 1);
-    drop(failing);
+    assert_eq!(disk.failed_us().len(), 1);
     let enough = fleet.counters().acked + 200;
     eventually("acks again", async || (fleet.counters().acked >= enough).then_some(())).await;
     assert_eq!(log_files(&bench.path("data")), files + 1, "nothing is written behind what failed");

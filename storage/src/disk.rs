@@ -193,6 +193,8 @@ pub(crate) struct OpenFile {
     database: Option<Database>,
     /// What it is written through; none for a file that never is.
     home: Option<Arc<HomeFile>>,
+    /// Whether it was made by this process.
+    created: bool,
     /// Whether it had to be repaired in memory, because it was not closed cleanly.
     repaired: bool,
 }
@@ -213,7 +215,8 @@ impl OpenFile {
         builder.set_cache_size(cache_bytes).set_repair_callback(redb::RepairSession::abort);
         match caught(|| Ok(builder.create_with_backend(backend)?)) {
             Ok(database) => {
-                Ok(Some(Self { database: Some(database), home: Some(home), repaired: false }))
+                let (database, home) = (Some(database), Some(home));
+                Ok(Some(Self { database, home, created: false, repaired: false }))
             }
             Err(redb::Error::RepairAborted) => Ok(None),
             Err(error) => Err(error),
@@ -226,9 +229,22 @@ impl OpenFile {
         name: &str,
         cache_bytes: usize,
     ) -> Result<Self, redb::Error> {
-        let home = Arc::new(HomeFile::new(disk.create(name)?));
+        Self::begin(HomeFile::new(disk.create(name)?), cache_bytes)
+    }
+
+    /// As [`OpenFile::create`], over the blocks of a file that has the name and means nothing any more.
+    pub(crate) fn create_over(
+        disk: &dyn Disk,
+        name: &str,
+        cache_bytes: usize,
+    ) -> Result<Self, redb::Error> {
+        Self::begin(HomeFile::over_blocks_of(disk.open(name)?), cache_bytes)
+    }
+
+    fn begin(home: HomeFile, cache_bytes: usize) -> Result<Self, redb::Error> {
+        let home = Arc::new(home);
         let (database, _) = build(HomeBackend(home.clone()), cache_bytes)?;
-        Ok(Self { database: Some(database), home: Some(home), repaired: false })
+        Ok(Self { database: Some(database), home: Some(home), created: true, repaired: false })
     }
 
     /// Opens a file without ever writing to it; repairs it in memory if it was not closed cleanly.
@@ -246,7 +262,7 @@ impl OpenFile {
             return Err(redb::Error::Corrupted("the file is empty".into()));
         }
         let (database, repaired) = build(overlay, cache_bytes)?;
-        Ok(Self { database: Some(database), home: None, repaired })
+        Ok(Self { database: Some(database), home: None, created: false, repaired })
     }
 
     /// Whether it had to be repaired in memory, as it will be each time that it is opened.
@@ -260,6 +276,19 @@ impl OpenFile {
     /// If it is never written.
     pub(crate) fn home(&self) -> &Arc<HomeFile> {
         self.home.as_ref().expect("a file that is appended to")
+    }
+
+    /// Bytes that it has taken of another's blocks, if it is written over some.
+    pub(crate) fn reused_bytes(&self) -> Option<u64> {
+        self.home.as_ref()?.reused_bytes()
+    }
+
+    /// Closes it. Says whether another file may be written over its blocks: only if this process made it,
+    /// without a journal, and nothing that was done to it has failed.
+    pub(crate) fn close_reusable(self) -> bool {
+        let home = self.home.clone().filter(|_| self.created);
+        drop(self);
+        home.is_some_and(|home| home.is_sound_by_itself())
     }
 
     /// Checks every page. Changes nothing in a file that is whole.
@@ -361,6 +390,11 @@ pub(crate) struct Fenced {
 impl Fenced {
     pub(crate) fn new(file: Box<dyn StorageBackend>) -> Self {
         Self { file, failed: OnceLock::new() }
+    }
+
+    /// Whether nothing has failed.
+    pub(crate) fn is_sound(&self) -> bool {
+        self.failed.get().is_none()
     }
 
     fn guarded(&self, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {

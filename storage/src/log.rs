@@ -1,7 +1,7 @@
 //! The log: rolling redb files of batches, `log/<first offset, 20 digits>.redb`.
 //!
 //! Owns: the list of files, the one that is appended to, and a few handles to those that are read.
-//! Each file has a table of batches keyed by [`Position`] and a head row.
+//! Each file has a table of batches keyed by [`Position`](crate::head::Position) and a head row.
 //!
 //! Invariants:
 //! - a file holds the offsets from its name to the next file's name; what it may hold beyond, from
@@ -11,6 +11,7 @@
 //!   after the first failed write: what a failed sync covered may be lost even if it reads back
 //!   well, so the log goes on in a new file. Every other file is opened over an overlay and never
 //!   written, but by the replay of a journal;
+//! - a trimmed file is unlinked, or the next one is written over its blocks (see `spare`);
 //! - a file joins the journal once it has its name, and the next one begins only when all that this
 //!   one holds is durable and home;
 //! - a batch is lost only where its own bytes are: of a file whose tree is damaged everything else is
@@ -25,6 +26,7 @@ mod reading;
 mod recovery;
 mod salvage;
 mod sealed;
+mod spare;
 mod walk;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -39,6 +41,7 @@ use redb::TableDefinition;
 pub(crate) use self::pack_anew::Packing;
 pub(crate) use self::recovery::{LogOpenError, first_head};
 use self::sealed::Handle;
+pub(crate) use self::spare::Reused;
 use crate::batch::Encoder;
 use crate::control::Control;
 use crate::disk::{OpenFile, SharedDisk, is_bad_sector, is_full};
@@ -115,6 +118,8 @@ pub(crate) struct Log {
     rings: Mutex<Rings>,
     files: RwLock<Files>,
     handles: Mutex<Vec<Arc<Handle>>>,
+    /// See [`Log::spare_bytes`].
+    spare_bytes: AtomicU64,
     /// First offsets of the files whose tree is not to be believed.
     distrusted: Mutex<BTreeSet<u64>>,
     /// First offsets of the files that are repaired in memory whenever they are opened.
@@ -164,10 +169,16 @@ pub(crate) struct Appended {
 
 struct LogFile {
     first: u64,
-    /// Bytes that it takes on the device: as it was last asked, and what was appended since.
+    /// Bytes that it takes on the device: as it was last asked, and what was appended since. Of one that
+    /// is written over another's blocks, until it is sealed, those that it has taken of them.
     size_bytes: AtomicU64,
     /// Bytes that were appended since it was asked.
     unasked_bytes: AtomicU64,
+    /// Held by whoever reads it after it was sealed.
+    readers: Arc<()>,
+    /// Whether another may be written over its blocks: it was made by this process without a journal, and
+    /// sealed before anything had failed.
+    reusable: bool,
 }
 
 impl LogFile {
@@ -181,13 +192,13 @@ impl LogFile {
 
     /// Counts what was appended, and asks the file system only now and then: whoever asks for a
     /// file's status between two writes has it write the inode with every sync.
-    fn grow(&self, appended_bytes: u64, disk: &SharedDisk) {
+    fn grow(&self, appended_bytes: u64, used_bytes: impl FnOnce() -> u64) {
         // A commit takes whole pages.
         let appended_bytes = appended_bytes.next_multiple_of(4096);
         let size_bytes = self.size_bytes() + appended_bytes;
         let unasked_bytes = self.unasked_bytes.load(Ordering::Relaxed) + appended_bytes;
         let ask = unasked_bytes >= ASK_BYTES_MAX.min(size_bytes / 8);
-        let size_bytes = if ask { disk.used_bytes(&self.name()) } else { size_bytes };
+        let size_bytes = if ask { used_bytes() } else { size_bytes };
         self.size_bytes.store(size_bytes, Ordering::Relaxed);
         self.unasked_bytes.store(if ask { 0 } else { unasked_bytes }, Ordering::Relaxed);
     }
@@ -205,7 +216,8 @@ fn parse(file: &str) -> Option<u64> {
 impl Log {
     fn log_file(&self, first: u64) -> LogFile {
         let size_bytes = self.disk.used_bytes(&name(first)).into();
-        LogFile { first, size_bytes, unasked_bytes: 0.into() }
+        let readers = Arc::default();
+        LogFile { first, size_bytes, unasked_bytes: 0.into(), readers, reusable: false }
     }
 
     /// Whether commits have a file to go to.
@@ -308,7 +320,7 @@ impl Log {
             Ok(size_bytes)
         });
         let size_bytes = appended.map_err(|error| self.error(file.first, error))?;
-        file.grow(size_bytes, &self.disk);
+        file.grow(size_bytes, || self.active_used_bytes(active, file.first));
         *tail = moved;
         let durable_at = files.journal.as_ref().map(|journal| journal.queued());
         Ok(Appended { size_bytes, durable_at })
@@ -343,9 +355,10 @@ impl Log {
             }
             (journal, replaces)
         };
-        let active = self.create(head, first).inspect_err(|_| {
+        let unfinished = if !replaces && self.take_spare() { spare::NAME } else { UNFINISHED };
+        let active = self.create(head, first, unfinished).inspect_err(|_| {
             // Best effort: else it goes when the next one is made, or at the next open.
-            let _ = self.disk.remove(UNFINISHED);
+            let _ = self.disk.remove(unfinished);
         })?;
         if replaces {
             // The new file has the old one's name: none of its records may be replayed into it. The old
@@ -353,22 +366,23 @@ impl Log {
             // `finish_takeover` gives it its name.
             self.rings().replace(first).map_err(|error| self.journal_error(None, error))?;
         }
-        self.disk.rename(UNFINISHED, &name(first)).map_err(|error| {
+        self.disk.rename(unfinished, &name(first)).map_err(|error| {
             // It may have its name all the same, also after a crash: then the file before it ends
             // here, and nothing may be added to that.
             self.files_mut().active = None;
             self.error(first, redb::Error::Io(error))
         })?;
         let mut files = self.files_mut();
-        // Dropping its handle closes the old file. The lock keeps readers off until it is closed.
-        files.active = None;
+        // The lock keeps readers off the old file until it is closed.
+        let reusable = files.active.take().is_some_and(OpenFile::close_reusable);
         if let Some(before) = files.list.pop_back() {
             self.forget(before.first);
             if before.first != first {
-                files.list.push_back(self.log_file(before.first));
+                files.list.push_back(LogFile { reusable, ..self.log_file(before.first) });
             }
         }
-        files.list.push_back(self.log_file(first));
+        let size_bytes = self.active_used_bytes(&active, first).into();
+        files.list.push_back(LogFile { size_bytes, ..self.log_file(first) });
         if let Some(journal) = journal {
             // From now on the old file is read as it lies on the disk.
             journal.drain().map_err(|error| self.journal_error(Some(&journal), error))?;
@@ -378,9 +392,11 @@ impl Log {
         Ok(())
     }
 
-    /// A file that begins with `head`, synced. It has no name yet.
-    fn create(&self, head: &Head, first: u64) -> Result<OpenFile, LogError> {
-        let created = OpenFile::create(&*self.disk, UNFINISHED, self.active_cache_bytes);
+    /// A file that begins with `head`, synced. It has no name of its own yet.
+    fn create(&self, head: &Head, first: u64, unfinished: &str) -> Result<OpenFile, LogError> {
+        let create =
+            if unfinished == spare::NAME { OpenFile::create_over } else { OpenFile::create };
+        let created = create(&*self.disk, unfinished, self.active_cache_bytes);
         let active = created.map_err(|error| self.error(first, error))?;
         let written = active.write(|transaction| {
             transaction.open_table(HEAD)?.insert((), head.encode().as_slice())?;
@@ -404,9 +420,16 @@ impl Log {
             .collect()
     }
 
-    /// Bytes that all files take.
+    /// Bytes that all files take, with the spare. What an active file that was the spare has not taken of
+    /// its blocks does not count a second time: while it was the spare there was room for it.
     pub(crate) fn used_bytes(&self) -> u64 {
-        self.files().list.iter().map(LogFile::size_bytes).sum()
+        let files_bytes: u64 = self.files().list.iter().map(LogFile::size_bytes).sum();
+        files_bytes + self.spare_bytes()
+    }
+
+    /// Bytes that the active file takes.
+    fn active_used_bytes(&self, active: &OpenFile, first: u64) -> u64 {
+        active.reused_bytes().unwrap_or_else(|| self.disk.used_bytes(&name(first)))
     }
 
     /// Bytes that the last file takes.
@@ -414,8 +437,8 @@ impl Log {
         self.files().list.back().map_or(0, LogFile::size_bytes)
     }
 
-    /// Takes the first `count` files out of the list, never the active one, and unlinks them. One
-    /// that cannot be unlinked is left for the next open.
+    /// Takes the first `count` files out of the list, never the active one, and removes them. One
+    /// that cannot be removed is left for the next open.
     pub(crate) fn remove_first(&self, count: usize) {
         let removed: Vec<LogFile> = {
             let mut files = self.files_mut();
@@ -423,8 +446,7 @@ impl Log {
             files.list.drain(..count.min(sealed)).collect()
         };
         for file in removed {
-            self.forget(file.first);
-            if let Err(error) = self.disk.remove(&file.name()) {
+            if let Err(error) = self.remove(&file) {
                 tracing::warn!(path = %self.disk.path(&file.name()).display(), %error,
                     "cannot remove a log file that is no longer needed; the next start tries again");
             }
@@ -438,6 +460,7 @@ impl Log {
         files.active = None;
         files.closed = true;
         self.handles().clear();
+        self.remove_spare();
         if let Some(journal) = files.journal.take() {
             if let Err(error) = journal.checkpoint() {
                 tracing::warn!(path = %self.disk.path(&journal.path()).display(), %error,

@@ -127,6 +127,8 @@ struct SimFile {
     unsynced: Vec<Change>,
     /// Pages that cannot be read until they are written.
     bad: BTreeSet<u64>,
+    /// Whether a sync of it has failed.
+    failed: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -165,6 +167,12 @@ impl SimDisk {
     /// How many syncs have failed since the last crash.
     pub(crate) fn failed_syncs(&self) -> u64 {
         self.sim().failed_syncs
+    }
+
+    /// Whether there is such a file, and a sync of it has ever failed.
+    pub(crate) fn has_failed(&self, name: &str) -> bool {
+        let sim = self.sim();
+        sim.names.get(name).is_some_and(|&file| sim.files[file].failed)
     }
 
     /// Pages in use.
@@ -423,7 +431,10 @@ impl StorageBackend for SimBackend {
             Ok(true) => file.sync(),
             Ok(false) => {}
             // No later sync writes these pages.
-            Err(_) => file.unsynced.retain(|change| matches!(change, Change::Len(_))),
+            Err(_) => {
+                file.unsynced.retain(|change| matches!(change, Change::Len(_)));
+                file.failed = true;
+            }
         }
         works.map(drop)
     }

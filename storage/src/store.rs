@@ -152,7 +152,7 @@ pub struct Read {
 pub struct RetentionReport {
     /// Files removed.
     pub files: u32,
-    /// Bytes given back to the file system.
+    /// Bytes that they took: given back to the file system, or to be written over.
     pub size_bytes: u64,
     /// Rows written to the loss ledger before.
     pub losses: Vec<Loss>,
@@ -165,7 +165,7 @@ pub struct RetentionReport {
 pub struct StoreStats {
     /// Number of log files.
     pub files: u32,
-    /// Bytes they take on disk.
+    /// Bytes they take on disk, with a trimmed one whose blocks the next is to be written over.
     pub log_bytes: u64,
     /// Bytes of the state database.
     pub state_bytes: u64,
@@ -444,11 +444,13 @@ impl Store {
         };
         let StoreOptions { quota_bytes, free_bytes_min, .. } = shared.options;
         let log_bytes = shared.log.used_bytes();
-        let free_bytes = shared.disk.free_bytes().unwrap_or(u64::MAX);
+        let spare_bytes = shared.log.spare_bytes();
+        let free_bytes = shared.disk.free_bytes().unwrap_or(u64::MAX).saturating_add(spare_bytes);
         StoreStats {
             files: shared.log.spans(mark.watermark).len() as u32,
             log_bytes,
             room_bytes: quota_bytes
+                .saturating_add(spare_bytes)
                 .saturating_sub(log_bytes)
                 .min(free_bytes.saturating_sub(free_bytes_min)),
             state_bytes: shared.state.used_bytes(),

@@ -176,9 +176,19 @@ fn mqtt_3_1_2_28_and_4_12_0_6_a_connack_has_no_response_information_and_no_metho
 fn mqtt_3_1_2_29_who_wants_no_problem_information_gets_none_with_acks() {
     let connect = Connect { properties: vec![0x17, 0], ..Connect::new(V5, "no-problems") };
     let (mut raw, _) = server().enter(&connect);
+    // One whose packets have no room for it, either [MQTT-3.4.2-2] [MQTT-3.5.2-2].
+    let connect =
+        Connect { properties: vec![0x27, 0, 0, 0, 30], ..Connect::new(V5, "small-problems") };
+    let (mut small, _) = server().enter(&connect);
+    let mut told = server().client(V5, "problems");
     for (first, ack) in [(0x32, 0x40), (0x34, 0x50)] {
-        raw.send(&publish(V5, first, "$SYS/not/ours", 7, &[], ""));
-        raw.expect(&[ack, 3, 0, 7, 0x90]);
+        let refused = publish(V5, first, "$SYS/not/ours", 7, &[], "");
+        for raw in [&mut raw, &mut small] {
+            raw.send(&refused);
+            raw.expect(&[ack, 3, 0, 7, 0x90]);
+        }
+        told.send(&refused);
+        told.expect_refusal(ack, 7, 0x90);
     }
     raw.send(&unsubscribe(V5, 8, &["never/subscribed"]));
     raw.expect(&[0xB0, 4, 0, 8, 0, 0x11]);

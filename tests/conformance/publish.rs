@@ -369,7 +369,7 @@ fn mqtt_4_3_2_5_after_its_puback_a_packet_id_stands_for_another_message() {
 fn mqtt_4_3_3_9_after_a_refusing_pubrec_a_packet_id_stands_for_another_message() {
     let (mut publisher, mut subscriber) = pair(V5, "not-refused");
     publisher.send(&publish(V5, 0x34, "$SYS/refused", 5, &[], "x"));
-    publisher.expect(&[0x50, 3, 0, 5, 0x90]);
+    publisher.expect_refusal(0x50, 5, 0x90);
     publisher.send(&publish(V5, 0x34, "not-refused", 5, &[], "taken"));
     publisher.expect_ack(0x50, 5);
     assert_eq!(subscriber.message().text(), "taken");
@@ -531,7 +531,7 @@ fn mqtt_4_7_3_3_a_topic_has_up_to_65_535_bytes() {
 fn mqtt_4_7_2_a_client_cannot_publish_to_the_servers_topics() {
     let mut raw = server().client(V5, "sys");
     raw.send(&publish(V5, 0x32, "$SYS/broker/uptime", 1, &[], ""));
-    raw.expect(&packet(0x40, [0, 1, 0x90]));
+    raw.expect_refusal(0x40, 1, 0x90);
     let mut raw = server().client(V311, "sys");
     raw.send(&publish(V311, 0x32, "$SYS/broker/uptime", 1, &[], ""));
     raw.expect_closed();

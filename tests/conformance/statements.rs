@@ -26,7 +26,7 @@ enum Whose {
 /// Section, its statements, whom they bind.
 type Statements = (&'static str, RangeInclusive<u8>, Whose);
 
-const NO_PROPERTY: &str = "no acknowledgement of this server has a property";
+const NO_PROPERTY: &str = "no such acknowledgement of this server has a property";
 const OWN_PROPERTY: &str = "this server sends no user property of its own";
 const SUPPORTED: &str = "for a server without it: this one has QoS 2, retained messages, wildcards";
 const NO_METHOD: &str = "no authentication method is supported, so that no exchange begins";
@@ -67,10 +67,10 @@ const MQTT_5: &[Statements] = &[
     ("3.3.4", 1..=7, Server),
     ("3.3.4", 8..=8, Client),
     ("3.3.4", 9..=10, Server),
-    ("3.4.2", 1..=1, Server),
-    ("3.4.2", 2..=3, Unseen(NO_PROPERTY)),
-    ("3.5.2", 1..=1, Server),
-    ("3.5.2", 2..=3, Unseen(NO_PROPERTY)),
+    ("3.4.2", 1..=2, Server),
+    ("3.4.2", 3..=3, Unseen(OWN_PROPERTY)),
+    ("3.5.2", 1..=2, Server),
+    ("3.5.2", 3..=3, Unseen(OWN_PROPERTY)),
     ("3.6.1", 1..=1, Server),
     ("3.6.2", 1..=1, Server),
     ("3.6.2", 2..=3, Unseen(NO_PROPERTY)),

@@ -260,6 +260,18 @@ impl Raw {
         }
     }
 
+    /// The next packet is an ack of v5 that refuses, and says why.
+    pub(crate) fn expect_refusal(&mut self, first: u8, id: u16, code: u8) {
+        let packet = self.packet();
+        let [high, low] = id.to_be_bytes();
+        assert_eq!((packet[0], &packet[2..5]), (first, &[high, low, code][..]), "{packet:x?}");
+        // A property list with a reason string and nothing else.
+        let why = packet.get(9..).unwrap_or_default();
+        let said = [&[packet.len() as u8 - 6, 0x1F, 0, why.len() as u8][..], why].concat();
+        assert!(!why.is_empty() && packet[5..] == said, "no reason string: {packet:x?}");
+        std::str::from_utf8(why).expect("text");
+    }
+
     pub(crate) fn message(&mut self) -> Message {
         let packet = self.packet();
         Message::of(self.version, &packet)

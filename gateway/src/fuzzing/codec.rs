@@ -79,8 +79,8 @@ fn feed<T, E>(
 fn say_again(packet: &Packet, version: Version) {
     let mut out = BytesMut::new();
     match packet {
-        Packet::PubAck(id) => codec::put_puback(&mut out, version, *id, reason::SUCCESS),
-        Packet::PubRec(id, code) => codec::put_pubrec(&mut out, version, *id, *code),
+        Packet::PubAck(id) => codec::put_puback(&mut out, version, *id, reason::SUCCESS, ""),
+        Packet::PubRec(id, code) => codec::put_pubrec(&mut out, version, *id, *code, ""),
         Packet::PubRel(id) => codec::put_pubrel(&mut out, version, *id, reason::SUCCESS),
         Packet::PubComp(id) => codec::put_pubcomp(&mut out, version, *id, reason::SUCCESS),
         Packet::Publish(publish) => return deliver(publish, version),

@@ -280,7 +280,8 @@ mod tests {
                 // Marks never fall: an earlier one may have covered more.
                 let covered = *in_flight.watermark().borrow() as usize;
                 for connection in 0..3 {
-                    mailboxes[connection].collect(&mut received[connection]);
+                    let open = mailboxes[connection].collect(&mut received[connection]);
+                    prop_assert!(open.is_ok());
                     let expected: Vec<u64> = (0..history[covered][connection]).collect();
                     prop_assert_eq!(&received[connection], &expected);
                 }

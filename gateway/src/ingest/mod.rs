@@ -125,6 +125,8 @@ struct Shared {
     open: AtomicBool,
     counters: Mutex<Counters>,
     stopping: AtomicBool,
+    /// The committer has ended.
+    ended: CancellationToken,
     /// Highest durable commit.
     durable: AtomicU64,
     clock: MachineClock,
@@ -175,15 +177,14 @@ impl Ingest {
         let shared = Arc::new(Shared::new(watermark, config, known.clock));
         let log_of = Arc::clone(&shared);
         let committer = Committer::new(log, log_of, config, at_quota, pace, known.dedup);
-        let ended = CancellationToken::new();
-        let on_end = ended.clone().drop_guard();
+        let on_end = shared.ended.clone().drop_guard();
         let thread = thread::Builder::new().name("committer".to_owned()).spawn(move || {
             // Dropped also by a panic, so that nobody waits for a committer that is gone.
             let _on_end = on_end;
             committer.run()
         })?;
         shared.rings.set_committer(thread.thread().clone());
-        let handle = CommitterHandle { shared: Arc::clone(&shared), ended, thread };
+        let handle = CommitterHandle { shared: Arc::clone(&shared), thread };
         Ok((Self(shared), handle))
     }
 
@@ -223,6 +224,11 @@ impl Ingest {
     /// Resolves when a push that failed is worth another try. May resolve early. Cancel safe.
     pub async fn room(&self) {
         self.0.rings.room().await;
+    }
+
+    /// Resolves when the committer has ended: nothing more will be durable. Cancel safe.
+    pub async fn ended(&self) {
+        self.0.ended.cancelled().await;
     }
 
     /// Whether new publishes are taken.
@@ -300,6 +306,7 @@ impl Shared {
             open: AtomicBool::new(true),
             counters: Mutex::new(Counters::default()),
             stopping: AtomicBool::new(false),
+            ended: CancellationToken::new(),
             durable: AtomicU64::new(0),
             clock,
             clock_us: AtomicU64::new(0),
@@ -338,7 +345,6 @@ impl Shared {
 #[must_use = "the committer must be stopped, and its end be noticed"]
 pub struct CommitterHandle {
     shared: Arc<Shared>,
-    ended: CancellationToken,
     thread: JoinHandle<Result<(), CommitterError>>,
 }
 
@@ -347,7 +353,7 @@ impl CommitterHandle {
     /// panicked: nothing can be acked any more, and the process must end;
     /// [`CommitterHandle::stop`] says why. Cancel safe.
     pub async fn ended(&self) {
-        self.ended.cancelled().await;
+        self.shared.ended.cancelled().await;
     }
 
     /// Lets the committer store what is in the rings, with the cursors, and close the log. Stop

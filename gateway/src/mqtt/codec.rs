@@ -756,32 +756,38 @@ fn variable_len(value: usize) -> usize {
     }
 }
 
-/// PUBACK. The reason is left out where it says success, and in v3, which knows no other.
-pub fn put_puback(out: &mut BytesMut, version: Version, packet_id: u16, code: u8) {
-    put_ack(out, header::PUBACK, version, packet_id, code);
+/// PUBACK. The code is left out where it says success, and in v3, which knows no other; `why` is empty
+/// where there is nothing to say to a person.
+pub fn put_puback(out: &mut BytesMut, version: Version, packet_id: u16, code: u8, why: &str) {
+    put_ack(out, header::PUBACK, version, packet_id, code, why);
 }
 
-/// PUBREC.
-pub fn put_pubrec(out: &mut BytesMut, version: Version, packet_id: u16, code: u8) {
-    put_ack(out, header::PUBREC, version, packet_id, code);
+/// PUBREC, as [`put_puback`].
+pub fn put_pubrec(out: &mut BytesMut, version: Version, packet_id: u16, code: u8, why: &str) {
+    put_ack(out, header::PUBREC, version, packet_id, code, why);
 }
 
 /// PUBREL.
 pub fn put_pubrel(out: &mut BytesMut, version: Version, packet_id: u16, code: u8) {
-    put_ack(out, header::PUBREL, version, packet_id, code);
+    put_ack(out, header::PUBREL, version, packet_id, code, "");
 }
 
 /// PUBCOMP.
 pub fn put_pubcomp(out: &mut BytesMut, version: Version, packet_id: u16, code: u8) {
-    put_ack(out, header::PUBCOMP, version, packet_id, code);
+    put_ack(out, header::PUBCOMP, version, packet_id, code, "");
 }
 
-fn put_ack(out: &mut BytesMut, first: u8, version: Version, packet_id: u16, code: u8) {
+fn put_ack(out: &mut BytesMut, first: u8, version: Version, packet_id: u16, code: u8, why: &str) {
     let [high, low] = packet_id.to_be_bytes();
     if code == reason::SUCCESS || version == Version::V3 {
         out.put_slice(&[first, 2, high, low]);
-    } else {
+    } else if why.is_empty() {
         out.put_slice(&[first, 3, high, low, code]);
+    } else {
+        let reason = reason_string(why);
+        put_head(out, first, 4 + reason.len());
+        out.put_slice(&[high, low, code, reason.len() as u8]);
+        put_reason(out, reason);
     }
 }
 

@@ -358,10 +358,9 @@ impl Conn<'_> {
                     reason::IMPLEMENTATION_SPECIFIC,
                     "an event could not be stored: send again what was not acked",
                 ),
-                GivenUp::Refused => (
-                    reason::QUOTA_EXCEEDED,
-                    "the store is full: what was not acked is not stored",
-                ),
+                GivenUp::Refused => {
+                    (reason::QUOTA_EXCEEDED, "the store is full: what was not acked is not stored")
+                }
             };
             Violation::new(code, why).into()
         })

@@ -14,6 +14,7 @@ mod opening;
 mod outbound;
 mod turns;
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
@@ -119,6 +120,8 @@ pub struct Session {
     keeps: bool,
     limits: Limits,
     packet_bytes_max: usize,
+    /// Whether it is told why with packets of any kind: Request Problem Information.
+    wants_reasons: bool,
     keep_alive: Option<Duration>,
     keep_alive_told_s: Option<u16>,
     heard: Instant,
@@ -343,10 +346,14 @@ impl Session {
     ) -> Result<(), Violation> {
         let Some(number) = number else { return Ok(()) };
         let closes = self.version == Version::V3 && self.inbound.is_acked(number);
-        self.inbound.refuse(number, violation.code);
         if closes {
+            self.inbound.refuse(number, violation.code, Cow::default());
             return Err(violation);
         }
+        // [MQTT-3.1.2-29], [MQTT-3.4.2-2], [MQTT-3.5.2-2]
+        let explains = self.wants_reasons && self.packet_bytes_max >= REASON_STRING_BYTES_MIN;
+        let why = if explains { violation.why } else { Cow::default() };
+        self.inbound.refuse(number, violation.code, why);
         self.release(out);
         Ok(())
     }

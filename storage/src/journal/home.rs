@@ -1,6 +1,8 @@
 //! A log file under redb, whose writes go through the journal once it has joined one.
 //!
-//! Before that, and without a journal, it is the file itself. Afterwards the file has a layer over
+//! Before that, and without a journal, it is the file itself, perhaps one that is written over another's
+//! blocks: then its length is what redb grows it to, and the rest is cut off when it is closed (see
+//! `log::spare`). Afterwards the file has a layer over
 //! it that reads see first: the writes of the transaction at work (the draft), then the records that
 //! are not home yet, the newest first, then the file.
 //!
@@ -16,11 +18,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use redb::{BackendError, StorageBackend};
 
-use super::Ring;
 use super::homeward::Homeward;
 use super::record::{Draft, Look, Record};
+use super::ring::Ring;
 use crate::disk::{Fenced, SharedDisk};
-use crate::log;
+use crate::log::{self, Reused};
 
 /// Room is taken in pieces of this size.
 const RESERVE_BYTES: u64 = 1 << 20;
@@ -29,6 +31,8 @@ const RESERVE_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct HomeFile {
     file: Fenced,
+    /// If it is written over another's blocks.
+    reused: Option<Reused>,
     joined: OnceLock<Joined>,
 }
 
@@ -74,7 +78,22 @@ impl Joined {
 
 impl HomeFile {
     pub(crate) fn new(file: Box<dyn StorageBackend>) -> Self {
-        Self { file: Fenced::new(file), joined: OnceLock::new() }
+        Self { file: Fenced::new(file), reused: None, joined: OnceLock::new() }
+    }
+
+    /// An empty file, over the blocks of one that means nothing any more.
+    pub(crate) fn over_blocks_of(file: Box<dyn StorageBackend>) -> Self {
+        Self { reused: Some(Reused::default()), ..Self::new(file) }
+    }
+
+    /// Bytes that it has taken of another's blocks, if it is written over some.
+    pub(crate) fn reused_bytes(&self) -> Option<u64> {
+        self.reused.as_ref().map(Reused::used_bytes)
+    }
+
+    /// Whether no journal knows it, and nothing that was done to it has failed.
+    pub(crate) fn is_sound_by_itself(&self) -> bool {
+        self.joined.get().is_none() && self.file.is_sound()
     }
 
     /// From now on writes go through the journal.
@@ -144,9 +163,10 @@ impl HomeFile {
     }
 
     fn len(&self) -> io::Result<u64> {
-        match self.joined.get() {
-            None => self.file.len(),
-            Some(joined) => Ok(joined.len.load(Ordering::Relaxed)),
+        match (self.joined.get(), &self.reused) {
+            (Some(joined), _) => Ok(joined.len.load(Ordering::Relaxed)),
+            (None, Some(reused)) => Ok(reused.len()),
+            (None, None) => self.file.len(),
         }
     }
 
@@ -181,12 +201,24 @@ impl HomeFile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        match self.joined.get() {
-            None => self.file.set_len(len),
-            Some(joined) => {
-                joined.len.store(len, Ordering::Relaxed);
-                Ok(())
+        match (self.joined.get(), &self.reused) {
+            (Some(joined), _) => joined.len.store(len, Ordering::Relaxed),
+            (None, Some(reused)) => {
+                if self.file.len()? < len {
+                    self.file.set_len(len)?;
+                }
+                reused.set_len(len);
             }
+            (None, None) => self.file.set_len(len)?,
+        }
+        Ok(())
+    }
+
+    /// Gives back what it has not taken of another's blocks.
+    fn cut_rest(&self) -> io::Result<()> {
+        match &self.reused {
+            Some(reused) if reused.len() < self.file.len()? => self.file.set_len(reused.len()),
+            _ => Ok(()),
         }
     }
 
@@ -210,7 +242,11 @@ impl HomeFile {
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let Some(joined) = self.joined.get() else {
-            return self.file.write(offset, data);
+            self.file.write(offset, data)?;
+            if let Some(reused) = &self.reused {
+                reused.note_written(offset, data.len());
+            }
+            return Ok(());
         };
         joined.reserve(offset..offset + data.len() as u64)?;
         joined.draft().write(offset, data);
@@ -219,7 +255,10 @@ impl HomeFile {
 
     fn close(&self) -> io::Result<()> {
         match self.joined.get() {
-            None => self.file.close(),
+            None => {
+                let cut = self.cut_rest();
+                self.file.close().and(cut)
+            }
             Some(joined) => {
                 joined.ring.closed(joined.first);
                 Ok(())

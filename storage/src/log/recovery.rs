@@ -14,7 +14,7 @@ use bytes::Bytes;
 use super::salvage::Salvaged;
 use super::sealed::{HANDLES_MAX, Source, head_row, rows};
 use super::{
-    FOLDER, Files, Journaled, Journaling, Log, LogError, UNFINISHED, name, pack_anew, parse,
+    FOLDER, Files, Journaled, Journaling, Log, LogError, UNFINISHED, name, pack_anew, parse, spare,
 };
 use crate::batch::{Batch, BatchHead, events_max};
 use crate::control::Control;
@@ -80,6 +80,7 @@ impl Log {
             rings: Mutex::new(rings),
             files: RwLock::new(files),
             handles: Mutex::new(Vec::new()),
+            spare_bytes: 0.into(),
             distrusted: Mutex::default(),
             unclean: Mutex::default(),
             packed: Mutex::default(),
@@ -104,8 +105,8 @@ impl Log {
         for file in self.disk.list(FOLDER).map_err(|e| io(FOLDER, e))? {
             firsts.extend(parse(&file));
         }
-        for unfinished in [UNFINISHED, pack_anew::UNFINISHED] {
-            self.disk.remove(unfinished).map_err(|e| io(unfinished, e))?;
+        for left in [UNFINISHED, pack_anew::UNFINISHED, spare::NAME] {
+            self.disk.remove(left).map_err(|e| io(left, e))?;
         }
         firsts.sort_unstable();
         // An unlink that was cut short: everything below `start` was given up before.

@@ -164,7 +164,7 @@ impl Salvaged {
         self.batches.len() as u64
     }
 
-    /// As [`super::rows`].
+    /// As [`super::sealed::rows`].
     pub(super) fn rows(
         &self,
         start: Position,
@@ -179,7 +179,7 @@ impl Salvaged {
         Ok(())
     }
 
-    /// As [`super::floor`].
+    /// As [`super::sealed::floor`].
     pub(super) fn floor(&self, offset: u64) -> Position {
         let last = Position { offset, ordinal: u32::MAX };
         let before = self.batches.range(..=last).next_back();

@@ -88,12 +88,14 @@ impl Log {
         }
     }
 
-    /// As [`Log::with_file`], for a file that is not appended to.
+    /// As [`Log::with_file`], for a file that is not appended to. Nothing is written over its blocks until
+    /// this is done.
     pub(super) fn with_sealed<T>(
         &self,
         first: u64,
         mut f: impl FnMut(Source<'_>) -> Result<T, redb::Error>,
     ) -> Result<T, LogError> {
+        let _reading = self.reader(first)?;
         loop {
             let result = self.open_sealed(first).and_then(|sealed| f(sealed.source()));
             let error = match result {
@@ -106,6 +108,15 @@ impl Log {
             if gone || !error.is_damage() || !self.note_damage(first, &error.error.to_string()) {
                 return Err(error);
             }
+        }
+    }
+
+    /// What a reader of a file has to hold.
+    fn reader(&self, first: u64) -> Result<Arc<()>, LogError> {
+        let files = self.files();
+        match files.list.binary_search_by_key(&first, |file| file.first) {
+            Ok(at) => Ok(files.list[at].readers.clone()),
+            Err(_) => Err(self.error(first, redb::Error::Io(io::ErrorKind::NotFound.into()))),
         }
     }
 

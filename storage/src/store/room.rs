@@ -44,6 +44,9 @@ impl Writer {
                 let reason = error.to_string();
                 return Err(CommitError::Io { path, reason });
             }
+            if self.shared.log.remove_spare() {
+                continue;
+            }
             // As at the quota: what only a wish keeps goes first.
             let removed = report.files;
             self.trim(now_us, true, &mut report)?;
@@ -59,6 +62,9 @@ impl Writer {
         let drop_oldest = self.shared.options.at_quota == AtQuota::DropOldest;
         let mut report = RetentionReport::default();
         while let Err(error) = self.has_room() {
+            if self.shared.log.remove_spare() {
+                continue;
+            }
             // What only a wish keeps goes first, and no more of it than is needed.
             let removed = report.files;
             self.trim(now_us, true, &mut report)?;

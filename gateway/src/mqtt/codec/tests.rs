@@ -365,9 +365,9 @@ fn a_suback_of_v3_knows_one_failure() {
 #[test]
 fn acks_name_their_reason_only_where_they_must() {
     let mut out = BytesMut::new();
-    put_puback(&mut out, V5, 0x1234, reason::SUCCESS);
-    put_puback(&mut out, V5, 2, reason::QUOTA_EXCEEDED);
-    put_puback(&mut out, V3, 3, reason::QUOTA_EXCEEDED);
+    put_puback(&mut out, V5, 0x1234, reason::SUCCESS, "");
+    put_puback(&mut out, V5, 2, reason::QUOTA_EXCEEDED, "");
+    put_puback(&mut out, V3, 3, reason::QUOTA_EXCEEDED, "");
     assert_eq!(&out[..], [0x40, 2, 0x12, 0x34, 0x40, 3, 0, 2, 0x97, 0x40, 2, 0, 3]);
 }
 

@@ -112,6 +112,7 @@ impl Conn<'_> {
 
     /// Shutdown: reads nothing more, waits for the acks of what was read, and says goodbye.
     pub(super) async fn finish<W: AsyncWrite + Unpin>(&mut self, writer: &mut W) -> End {
+        let ingest = &self.shared.ingest;
         // The other half is for the sinks and the last commit.
         let grace = self.shared.shutdown_grace / 2;
         let finish = async {
@@ -129,10 +130,14 @@ impl Conn<'_> {
             }
             Ok(())
         };
-        match timeout(grace, finish).await {
-            Ok(Err(end)) => end,
-            _ => Violation::new(reason::SHUTTING_DOWN, "the gateway shuts down").into(),
-        }
+        let finished = tokio::select! {
+            finished = timeout(grace, finish) => finished.unwrap_or(Ok(())),
+            // A disk that failed for good, say: no ack will come.
+            () = ingest.ended() => Ok(()),
+        };
+        finished.err().unwrap_or_else(|| {
+            Violation::new(reason::SHUTTING_DOWN, "the gateway shuts down").into()
+        })
     }
 
     /// Sends the last words, and stores what must outlive the connection: held publishes, the will.

@@ -10,6 +10,7 @@
 //! Deliberately absent: how receipts are stored. This lives as long as the session, which may be
 //! longer than a connection: [`Inbound::part`] says what becomes of the acks of one that has ended.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use bytes::BytesMut;
@@ -44,7 +45,7 @@ enum Kind {
     PubComp,
     /// As `PubComp`, for a connection that has ended.
     SilentPubComp,
-    /// The caller's turn: see [`Released::turns`].
+    /// The caller's turn: [`Inbound::release`] gives how many have come.
     Turn,
 }
 
@@ -87,6 +88,8 @@ pub struct Inbound {
     receipts: HashMap<u16, Receipt>,
     /// QoS 1 publishes that wait for their ack.
     unacked: usize,
+    /// What the acks of those that were refused say to a person, by packet id.
+    reasons: HashMap<u16, Cow<'static, str>>,
 }
 
 impl Inbound {
@@ -191,10 +194,17 @@ impl Inbound {
     }
 
     /// A publish is not taken: its ack says so, in turn. Its receipt does not wait for that turn: the
-    /// client may be gone by then and send it again, and it is new then.
-    pub(crate) fn refuse(&mut self, number: u64, code: u8) {
+    /// client may be gone by then and send it again, and it is new then. `why` is empty where the client
+    /// wants no words.
+    pub(crate) fn refuse(&mut self, number: u64, code: u8, why: Cow<'static, str>) {
         self.set_code(number, code);
         self.acks.complete(number);
+        if !why.is_empty()
+            && let Some(&Ack { kind: Kind::PubAck | Kind::PubRec, packet_id, .. }) =
+                self.acks.get(number)
+        {
+            self.reasons.insert(packet_id, why);
+        }
         let Some(&Ack { kind: Kind::PubRec | Kind::SilentPubRec, packet_id, .. }) =
             self.acks.get(number)
         else {
@@ -227,14 +237,16 @@ impl Inbound {
             match kind {
                 Kind::PubAck => {
                     self.unacked -= 1;
-                    codec::put_puback(out, version, packet_id, code);
+                    let why = self.reason(packet_id, code);
+                    codec::put_puback(out, version, packet_id, code, &why);
                 }
                 Kind::PubRec => {
                     self.stored(packet_id, code);
-                    codec::put_pubrec(out, version, packet_id, code);
+                    let why = self.reason(packet_id, code);
+                    codec::put_pubrec(out, version, packet_id, code, &why);
                 }
                 Kind::SilentPubRec => self.stored(packet_id, code),
-                Kind::PubRecAgain => codec::put_pubrec(out, version, packet_id, code),
+                Kind::PubRecAgain => codec::put_pubrec(out, version, packet_id, code, ""),
                 Kind::PubComp | Kind::SilentPubComp => {
                     if self.receipts.get(&packet_id) == Some(&Receipt::Releasing) {
                         self.receipts.remove(&packet_id);
@@ -251,6 +263,12 @@ impl Inbound {
         turns
     }
 
+    /// What an ack with this code says to a person.
+    fn reason(&mut self, packet_id: u16, code: u8) -> Cow<'static, str> {
+        let refused = code >= reason::FAILURE;
+        refused.then(|| self.reasons.remove(&packet_id)).flatten().unwrap_or_default()
+    }
+
     /// The turn of a PUBREC has come. After one that refuses, the packet id may be in use again.
     fn stored(&mut self, packet_id: u16, code: u8) {
         if code < reason::FAILURE
@@ -262,7 +280,7 @@ impl Inbound {
 
     /// A publish was given up before it entered a ring: there will be no event of it.
     pub(crate) fn forget(&mut self, number: u64) {
-        self.refuse(number, reason::IMPLEMENTATION_SPECIFIC);
+        self.refuse(number, reason::IMPLEMENTATION_SPECIFIC, Cow::default());
     }
 
     /// The connection has ended, and the session goes on: what its acks stood for still happens, but
@@ -278,6 +296,7 @@ impl Inbound {
             };
         });
         self.unacked = 0;
+        self.reasons.clear();
     }
 
     /// What waits and is not durable never will be: no such event, no such release. Begins anew.

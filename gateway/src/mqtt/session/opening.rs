@@ -80,6 +80,7 @@ impl Session {
             keeps: false,
             limits: *limits,
             packet_bytes_max: connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize),
+            wants_reasons: connect.request_problem_info,
             // [MQTT-3.1.2-22]: one and a half times; 0 turns it off.
             keep_alive: (keep_alive_s > 0)
                 .then(|| Duration::from_millis(u64::from(keep_alive_s) * 1500)),

@@ -314,7 +314,7 @@ fn a_refused_qos_2_publish_leaves_no_receipt() {
     let mut client = Client::kept(V5);
     let number = client.publish_qos2(5).unwrap();
     client.publish_qos2(5);
-    let full = Violation::new(reason::QUOTA_EXCEEDED, "full");
+    let full = Violation::new(reason::QUOTA_EXCEEDED, "");
     client.session.refuse(Some(number), full, &mut client.out).unwrap();
     assert_eq!(
         client.said(),
@@ -326,7 +326,7 @@ fn a_refused_qos_2_publish_leaves_no_receipt() {
 
 #[test]
 fn a_refused_qos_2_publish_that_comes_again_over_the_next_connection_is_no_repetition() {
-    let full = || Violation::new(reason::QUOTA_EXCEEDED, "full");
+    let full = || Violation::new(reason::QUOTA_EXCEEDED, "");
     for version in BOTH {
         for is_held_up in [false, true] {
             let mut client = Client::kept(version);
@@ -352,7 +352,7 @@ fn a_repetition_of_what_was_refused_says_nothing_of_the_next_with_its_id() {
     let refused = client.publish_qos2(5).unwrap();
     let between = client.publish(1);
     assert_eq!(client.publish_qos2(5), None);
-    let full = Violation::new(reason::QUOTA_EXCEEDED, "full");
+    let full = Violation::new(reason::QUOTA_EXCEEDED, "");
     client.session.refuse(Some(refused), full, &mut client.out).unwrap();
     assert_eq!(client.said(), [0x50, 3, 0, 5, reason::QUOTA_EXCEEDED]);
     let next = client.publish_qos2(5).expect("the id is free");
@@ -434,15 +434,29 @@ fn an_unknown_or_impossible_topic_alias_is_an_error_mqtt_3_3_2_8_and_9() {
 fn a_refused_publish_gets_its_reason_in_turn_in_v5() {
     let mut client = Client::new(V5);
     let numbers = [client.publish(1), client.publish(2), client.publish(3)];
-    let full = || Violation::new(reason::QUOTA_EXCEEDED, "full");
-    let invalid = || Violation::new(reason::TOPIC_INVALID, "no route");
+    let full = || Violation::new(reason::QUOTA_EXCEEDED, "");
+    let invalid = || Violation::new(reason::TOPIC_INVALID, "none");
     client.session.refuse(Some(numbers[2]), invalid(), &mut client.out).unwrap();
     client.session.refuse(Some(numbers[1]), full(), &mut client.out).unwrap();
     assert_eq!(client.said(), NOTHING);
+    let why = [0x1F, 0, 4, b'n', b'o', b'n', b'e'];
     assert_eq!(
         client.complete(&[numbers[0]]),
-        [0x40, 2, 0, 1, 0x40, 3, 0, 2, 0x97, 0x40, 3, 0, 3, 0x90]
+        [&[0x40, 2, 0, 1, 0x40, 3, 0, 2, 0x97, 0x40, 11, 0, 3, 0x90, 7][..], &why].concat()
     );
+}
+
+#[test]
+fn a_refusal_has_no_words_for_who_wants_none_or_takes_none_mqtt_3_1_2_29_3_4_2_2_and_3_5_2_2() {
+    for properties in [vec![0x17, 0], vec![0x27, 0, 0, 0, 30]] {
+        let mut client = Client::with(&ConnectPacket { properties, ..ConnectPacket::new(V5) });
+        let numbers = [client.publish(1), client.publish_qos2(2).unwrap()];
+        for number in numbers {
+            let invalid = Violation::new(reason::TOPIC_INVALID, "nothing takes it");
+            client.session.refuse(Some(number), invalid, &mut client.out).unwrap();
+        }
+        assert_eq!(client.said(), [0x40, 3, 0, 1, 0x90, 0x50, 3, 0, 2, 0x90]);
+    }
 }
 
 #[test]
@@ -679,7 +693,7 @@ proptest! {
                 Step::Refuse(which) => {
                     let number = open.remove(which.index(open.len()));
                     outcomes[number as usize] = Some(reason::QUOTA_EXCEEDED);
-                    let full = Violation::new(reason::QUOTA_EXCEEDED, "full");
+                    let full = Violation::new(reason::QUOTA_EXCEEDED, "");
                     client.session.refuse(Some(number), full, &mut client.out).unwrap();
                 }
             }

@@ -80,7 +80,7 @@ impl World {
         let before = self.pending.len();
         self.read();
         if let Some((Record::Event(..), number)) = self.pending.get(before) {
-            self.inbound.refuse(*number, reason::QUOTA_EXCEEDED);
+            self.inbound.refuse(*number, reason::QUOTA_EXCEEDED, "full".into());
             self.pending.truncate(before);
             self.cut();
         }
