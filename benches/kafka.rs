@@ -12,8 +12,8 @@
 //! store of 10 GB shows that this does not grow with the backlog: `--gigabytes 10 --payload 1024`.
 //!
 //! `cargo bench -p gateway --bench kafka [-- --events N | --gigabytes N] [--payload N] [--rounds N]
-//! [--headers cloudevents|id|none] [--only CONTESTANT]`: 1,000,000 events with 128 B of payload, 5
-//! rounds. Needs Java and Maven; skipped loudly without. Figures are reported, never asserted.
+//! [--headers cloudevents|id|none] [--only CONTESTANT] [--property NAME=VALUE]`: 1,000,000 events with 128 B of payload, 5
+//! rounds. `--property NAME=VALUE` passes one on to the librdkafka of the sinks. Needs Java and Maven; skipped loudly without. Figures are reported, never asserted.
 
 #[expect(dead_code, reason = "what is written to the disk is of no interest here")]
 mod traffic;
@@ -86,6 +86,8 @@ struct Plan {
     rounds: usize,
     headers: String,
     only: Option<String>,
+    /// For the sinks' librdkafka.
+    properties: Vec<(String, String)>,
 }
 
 impl Plan {
@@ -96,6 +98,7 @@ impl Plan {
             rounds: 5,
             headers: "cloudevents".to_owned(),
             only: None,
+            properties: Vec::new(),
         };
         let mut gigabytes: Option<f64> = None;
         while let Some(arg) = args.next() {
@@ -107,6 +110,11 @@ impl Plan {
                 "--rounds" => plan.rounds = value()?.parse()?,
                 "--headers" => plan.headers = value()?,
                 "--only" => plan.only = Some(value()?),
+                "--property" => {
+                    let given = value()?;
+                    let (name, value) = given.split_once('=').context("--property NAME=VALUE")?;
+                    plan.properties.push((name.to_owned(), value.to_owned()));
+                }
                 // What cargo passes to every bench.
                 "--bench" => {}
                 other => bail!("unknown argument {other}"),
@@ -164,6 +172,7 @@ fn main() -> anyhow::Result<ExitCode> {
             let job = json!({
                 "contestant": name, "store": store, "brokers": broker.bootstrap, "topic": topic,
                 "events": plan.events, "payload_bytes": plan.payload_bytes, "headers": plan.headers,
+                "properties": plan.properties,
             });
             outcomes[place].push(Outcome::of(&job)?);
             broker.delete_topic(&topic)?;
@@ -245,6 +254,7 @@ struct Job {
     events: u64,
     payload_bytes: usize,
     headers: KafkaHeaders,
+    properties: Vec<(String, String)>,
 }
 
 impl Job {
@@ -259,6 +269,7 @@ impl Job {
             events: number("events")?,
             payload_bytes: number("payload_bytes")? as usize,
             headers: named(&HEADERS, text("headers")?)?,
+            properties: serde_json::from_value(job["properties"].clone())?,
         })
     }
 
@@ -277,6 +288,7 @@ impl Job {
         let kafka = KafkaConfig {
             delivery,
             headers: self.headers,
+            librdkafka: self.properties.clone(),
             ..KafkaConfig::new(&self.brokers, &self.topic)
         };
         let config = SinkConfig::new(SINK.to_owned(), Target::Kafka(kafka));

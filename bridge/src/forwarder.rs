@@ -3,11 +3,13 @@
 //! Owns: when to read, and the order of effects: a dead letter is durable before the cursor passes
 //! it, and is one until its upstream has taken it; the cursor moves only over what `streams` calls
 //! done. A range that is missing from the log is passed over with a warning; it stands in the loss
-//! ledger. What is asked of the store for dead letters is in `letters`, what is told of it in `report`.
+//! ledger. Who reads is in `reader`, what is asked of the store for dead letters in `letters`, what is
+//! told of it in `report`.
 //! Deliberately absent: decisions about requests (`delivery`), whose turn it is (`streams`), and
 //! shared state between sinks.
 
 mod letters;
+mod reader;
 mod report;
 
 use std::sync::Arc;
@@ -19,6 +21,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use self::letters::{Search, Written};
+use self::reader::Reader;
 use self::report::Report;
 use crate::breaker::Circuit;
 use crate::cloudevents::Envelope;
@@ -227,6 +230,7 @@ impl Forwarder {
         let task = Task {
             sink,
             name: name.clone(),
+            reader: Reader::new(self.store.clone(), &name),
             requeue: Requeue::new(name, limits, backoff),
             streams,
             limits,
@@ -234,7 +238,6 @@ impl Forwarder {
             watermark: self.watermark,
             report: self.report,
             requeued: self.requeued,
-            reading: None,
             writing: None,
             looking: None,
             settling: None,
@@ -260,8 +263,7 @@ struct Task<S> {
     report: Report,
     /// Dead letters were marked.
     requeued: Arc<Notify>,
-    /// A read of the log, on the blocking pool.
-    reading: Option<JoinHandle<(ReadOrder, Result<Read, ReadError>)>>,
+    reader: Reader,
     /// Dead letters of a stream being made durable, on the blocking pool, and how many.
     writing: Option<JoinHandle<(Key, usize, Written)>>,
     /// A look for marked dead letters, on the blocking pool.
@@ -299,7 +301,7 @@ impl<S: Sink> Task<S> {
                     self.read_on(now);
                 }
             }
-            let all_begun = self.reading.is_none() && self.streams.in_flight() > 0;
+            let all_begun = !self.reader.is_reading() && self.streams.in_flight() > 0;
             if all_begun || self.requeue.is_in_flight() {
                 self.sink.close();
             }
@@ -322,7 +324,7 @@ impl<S: Sink> Task<S> {
                     self.sink.stop();
                 }
                 (id, answer) = self.sink.answer() => self.answered(id, &answer),
-                (order, read) = finished(&mut self.reading) => self.has_read(order, read),
+                (order, read) = self.reader.finished() => self.has_read(order, read),
                 (key, count, result) = finished(&mut self.writing) => {
                     self.has_written(key, count, result);
                 }
@@ -348,8 +350,12 @@ impl<S: Sink> Task<S> {
             }
         }
         // A producer's threads end while it is dropped: not where other tasks run.
-        let sink = self.sink;
-        joined(tokio::task::spawn_blocking(move || drop(sink)).await);
+        let (sink, reader) = (self.sink, self.reader);
+        let end = move || {
+            drop(sink);
+            reader.end();
+        };
+        joined(tokio::task::spawn_blocking(end).await);
         self.report.stopped();
     }
 
@@ -358,7 +364,7 @@ impl<S: Sink> Task<S> {
     fn is_quiet(&self) -> bool {
         self.streams.in_flight() == 0
             && !self.requeue.is_in_flight()
-            && self.reading.is_none()
+            && !self.reader.is_reading()
             && self.writing.is_none()
             && self.looking.is_none()
             && self.settling.is_none()
@@ -425,15 +431,13 @@ impl<S: Sink> Task<S> {
     }
 
     fn read_on(&mut self, now: Moment) {
-        if self.reading.is_some() || self.streams.waits_for_parked() {
+        if self.reader.is_reading() || self.streams.waits_for_parked() {
             return;
         }
         let Some(order) = self.streams.next_read(now) else { return };
-        let store = self.store.clone();
-        let ReadOrder { from, events_max, bytes_max, .. } = order;
-        self.reading = Some(tokio::task::spawn_blocking(move || {
-            (order, store.read(from, events_max, bytes_max))
-        }));
+        if let Err(error) = self.reader.begin(order) {
+            self.store_failed(order.key, format!("no thread to read the log with: {error}"));
+        }
     }
 
     fn has_read(&mut self, order: ReadOrder, read: Result<Read, ReadError>) {

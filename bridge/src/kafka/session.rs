@@ -32,7 +32,9 @@ use super::client::{
     Producer, Quiet, Reports, Shared, Tokens, client_config, code, producer_config,
 };
 use super::cursor::{Mark, NoCursor, Place};
+use super::feeder::{Feeder, Refusal};
 use super::ledger::{FENCED, describe, is_fenced, sort};
+use super::record::Recorder;
 use crate::config::KafkaConfig;
 use crate::reach::Reach;
 use crate::sink::{Failure, Window};
@@ -87,6 +89,7 @@ pub(super) struct Start {
     pub(super) config: KafkaConfig,
     /// What the producer may be given at once.
     pub(super) window: Window,
+    pub(super) recorder: Recorder,
     pub(super) place: Arc<Place>,
     pub(super) patience: Patience,
     pub(super) claim: Claim,
@@ -128,7 +131,7 @@ pub(super) struct Patience {
 
 /// A producer that may begin transactions.
 pub(super) struct Session {
-    pub(super) producer: Producer,
+    pub(super) feeder: Feeder,
     group: ConsumerGroupMetadata,
 }
 
@@ -155,7 +158,10 @@ impl Start {
         let mark = self.read_mark(&consumer)?.or(inherited);
         let resumed = self.resume(mark.as_ref())?;
         let group = consumer.group_metadata().expect("the consumer has a group");
-        let session = Session { producer, group };
+        let (recorder, shared) = (self.recorder.clone(), &self.patience.shared);
+        let requests_max = self.window.requests_max;
+        let feeder = Feeder::start(producer, recorder, shared, requests_max, Refusal::Transaction);
+        let session = Session { feeder: feeder.map_err(Setback::retry)?, group };
         let claim = resumed.unwrap_or_else(|| self.place.mark(Reach::default(), None));
         if !mark.is_some_and(|mark| mark.has_the_writer_of(&claim)) {
             session.begin()?;
@@ -248,7 +254,7 @@ fn raw(element: &TopicPartitionListElem<'_>) -> Option<i64> {
 impl Session {
     /// Opens a transaction; only tells librdkafka, does not block.
     pub(super) fn begin(&self) -> Result<(), Setback> {
-        self.producer.begin_transaction().map_err(|error| Setback::of(&error))
+        self.feeder.producer().begin_transaction().map_err(|error| Setback::of(&error))
     }
 
     /// Commits the open transaction, whose events are all delivered, and the mark with it. Blocks.
@@ -262,14 +268,14 @@ impl Session {
         let mut element = list.add_partition(&place.topic, CURSOR_PARTITION);
         element.set_offset(Offset::Offset(mark.offset())).expect("a plain offset");
         element.set_metadata(mark.metadata());
-        patience
-            .wait(|slice| self.producer.send_offsets_to_transaction(&list, &self.group, slice))?;
-        patience.wait(|slice| self.producer.commit_transaction(slice))
+        let producer = self.feeder.producer();
+        patience.wait(|slice| producer.send_offsets_to_transaction(&list, &self.group, slice))?;
+        patience.wait(|slice| producer.commit_transaction(slice))
     }
 
     /// Whether the producer has ended because somebody else writes under its name.
     pub(super) fn is_fenced(&self) -> bool {
-        self.producer.client().fatal_error().is_some_and(|(code, _)| is_fenced(code))
+        self.feeder.producer().client().fatal_error().is_some_and(|(code, _)| is_fenced(code))
     }
 }
 
