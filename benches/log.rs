@@ -10,8 +10,10 @@
 //! | `fjall` | an LSM tree, one keyspace `offset (big-endian) → record` | `PersistMode::SyncData` per batch |
 //! | `sqlite` | one table `events(offset INTEGER PRIMARY KEY, partition, received_us, device_key, topic, attributes, payload)` | WAL, `synchronous = FULL`, one transaction per batch |
 //!
-//! Each keeps a window of 64 MB of events, filled before the clock starts. The log trims by
-//! unlinking files of 16 MB; `rows` and `sqlite` delete ranges of 4,096 events at least, in the
+//! Each keeps a window of 64 MB of events, filled before the clock starts. The log trims files of 16 MB,
+//! and without a journal writes the next ones over them: blocks that batches of another size have left are
+//! not quite those that it needs, so the steady state of a size shows the second time
+//! (`--batch 256,256`); `rows` and `sqlite` delete ranges of 4,096 events at least, in the
 //! transaction that appends; fjall drops whole tables (its FIFO strategy, the cheapest it has).
 //! Every cache is 16 MB; fjall has memtables of 16 MB beside it. Nothing is compressed. A record is
 //! what `raw` writes for an event: receive time, key, topic, attributes, payload.

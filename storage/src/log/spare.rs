@@ -5,6 +5,7 @@
 //! commit and nothing else. So a trimmed file may become the spare (`log/spare`), of which there is one
 //! at most, and the next file begins as the spare: its length starts at nothing and grows as redb asks,
 //! over blocks that it finds there, and when it is sealed what it has not taken is cut off.
+//! The spare counts as used, and goes first when room is needed: a log at its quota has none.
 //!
 //! Why nothing of the old file is ever taken for the new one's:
 //! - *The name.* Nothing reads a file called `log/spare`, and an open removes it. A new file gets its own
@@ -25,7 +26,7 @@
 //! - *Salvage* believes every sound batch in the file, and passes over those below its first offset
 //!   (see `salvage`). Those of the old file all are: it was made by this process and nothing of it has
 //!   failed, so that it never held more than the events up to where the next one began, perhaps with
-//!   control records behind them; and the new file does not start there either, as long as it does not
+//!   control records behind them, over what was below its own first offset; and the new file does not start there either, as long as it does not
 //!   take over from a file without events. One that does is not written over the spare. What an earlier
 //!   process has left in its files it knows not: those are unlinked.
 //! - *Readers.* Whoever reads a sealed file counts as its reader until done. A file that is being read is

@@ -135,7 +135,8 @@ fn live_until_cut(seed: u64, world: &mut World, rng: &mut fastrand::Rng) -> bool
     let mut over_spare = false;
     // So often that most files are written over trimmed ones.
     let trims_often = world.options.journal == JournalMode::Off && rng.bool();
-    let (power_left, failing) = (rng.u64(..400), rng.u8(..4) == 0);
+    let operations_max = if trims_often { 1000 } else { 400 };
+    let (power_left, failing) = (rng.u64(..operations_max), rng.u8(..4) == 0);
     let fail_sync_after = failing.then(|| rng.u64(..40));
     world.disk.set_faults(|faults| {
         (faults.power_left, faults.fail_sync_after) = (Some(power_left), fail_sync_after);
@@ -165,9 +166,9 @@ fn live_until_cut(seed: u64, world: &mut World, rng: &mut fastrand::Rng) -> bool
             _ => {
                 // Every sink has got the most of it.
                 let watermark = world.watermark();
-                let got = SINKS.map(|sink| {
-                    world.cursor_to(sink, rng.u64(watermark / 4 * 3..=watermark)).map(drop)
-                });
+                let most = if trims_often { watermark - watermark / 32 } else { watermark / 4 * 3 };
+                let got =
+                    SINKS.map(|sink| world.cursor_to(sink, rng.u64(most..=watermark)).map(drop));
                 // What goes then takes few operations: the power finds them seldom by itself.
                 if !trims_often && rng.bool() {
                     let power_left = rng.u64(..40);
