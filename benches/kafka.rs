@@ -12,8 +12,9 @@
 //! store of 10 GB shows that this does not grow with the backlog: `--gigabytes 10 --payload 1024`.
 //!
 //! `cargo bench -p gateway --bench kafka [-- --events N | --gigabytes N] [--payload N] [--rounds N]
-//! [--headers cloudevents|id|none] [--only CONTESTANT] [--property NAME=VALUE]`: 1,000,000 events with 128 B of payload, 5
-//! rounds. `--property NAME=VALUE` passes one on to the librdkafka of the sinks. Needs Java and Maven; skipped loudly without. Figures are reported, never asserted.
+//! [--headers cloudevents|id|none] [--only CONTESTANT] [--property NAME=VALUE ...]`: 1,000,000 events
+//! with 128 B of payload, 5 rounds. A property is passed on to the librdkafka of the sinks. Needs Java
+//! and Maven; skipped loudly without. Figures are reported, never asserted.
 
 #[expect(dead_code, reason = "what is written to the disk is of no interest here")]
 mod traffic;

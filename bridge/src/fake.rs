@@ -76,6 +76,9 @@ pub(crate) fn reply(status: u16) -> Reply {
     (StatusCode::from_u16(status).expect("a status"), Vec::new(), String::new())
 }
 
+/// Stands for a status: it does not answer at all.
+pub(crate) const SILENCE: u16 = 999;
+
 type Behaviour = Box<dyn FnMut(&Received) -> Reply + Send>;
 
 #[derive(Clone)]
@@ -137,6 +140,9 @@ async fn take(State(shared): State<Shared>, headers: HeaderMap, body: Bytes) -> 
     };
     let received = Received { headers, body };
     let (status, headers, text) = (shared.behaviour.lock().expect("no panic"))(&received);
+    if status == SILENCE {
+        return std::future::pending().await;
+    }
     if status.is_success() {
         shared.accepted.send_modify(|all| all.push(received));
     }

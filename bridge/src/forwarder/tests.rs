@@ -295,6 +295,45 @@ async fn requeued_letters_are_delivered_beside_live_events() {
     running.stop().await;
 }
 
+/// An upstream that takes live events and says nothing to a requeued one: that one has a share of the
+/// time, the others are not held up for good, and in the end it is delivered.
+#[tokio::test]
+async fn a_requeued_letter_that_hangs_does_not_hold_up_live_events() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut log = Log::open(dir.path(), &["cloud"]);
+    log.append(1);
+    log.requeue_all("cloud");
+    let (hung, asked) = watch::channel(0);
+    let upstream = Upstream::start(move |received| {
+        let is_requeued = received.events().iter().any(|event| event["requeued"] == true);
+        hung.send_modify(|count| *count += u32::from(is_requeued));
+        reply(if is_requeued { fake::SILENCE } else { 200 })
+    })
+    .await;
+    let request_timeout = Duration::from_millis(100);
+    let config = SinkConfig { request_timeout, ..http("cloud", &upstream.url) };
+    let forwarder = log.forwarder(config);
+    let mut status = forwarder.status();
+    let running = Running::start([forwarder]);
+    let mut end = 1;
+    for times in 1..=2 {
+        // While it hangs.
+        asked.clone().wait_for(|count| *count >= times).await.expect("the upstream lives");
+        log.append(20);
+        end += 20;
+        let seen = until(&mut status, |s| s.cursor == end).await;
+        assert_eq!((seen.requeued_events, seen.dead_lettered_events), (0, 0));
+    }
+    assert_eq!(log.store.requeued("cloud", 9, 9).expect("readable").len(), 1);
+    upstream.behave(|_| reply(200));
+    until(&mut status, |s| s.requeued_events == 1).await;
+    running.stop().await;
+    // A machine that is slow enough has a live event time out, and come again.
+    let mut known = std::collections::BTreeSet::new();
+    let first: Vec<u64> = upstream.seqs().into_iter().filter(|&seq| known.insert(seq)).collect();
+    assert_eq!(first, (1..end).chain([0]).collect::<Vec<_>>());
+}
+
 /// What was marked while no forwarder ran is found at the start; an upstream that is down keeps it.
 #[tokio::test]
 async fn letters_that_were_requeued_before_the_start_outlive_an_outage() {

@@ -25,12 +25,6 @@ use crate::sink::Failure;
 /// need a moment.
 const TOPIC_WAIT_MS: &str = "5000";
 
-/// What goes to one partition at once. A request is spread over the partitions, and is done when the
-/// slowest of them has it: in librdkafka's batches of a megabyte all that is in flight is sent in one go
-/// and comes back in one go, and the brokers have nothing to do in between. With larger events that
-/// costs a quarter of the rate.
-const BATCH_BYTES: &str = "131072";
-
 pub(super) type Producer = ThreadedProducer<Reports>;
 
 /// What a sink and librdkafka's threads share.
@@ -70,9 +64,6 @@ pub(super) fn producer_config(
     let mut client = client_config(config)?;
     if client.get("topic.metadata.propagation.max.ms").is_none() {
         client.set("topic.metadata.propagation.max.ms", TOPIC_WAIT_MS);
-    }
-    if client.get("batch.size").is_none() {
-        client.set("batch.size", BATCH_BYTES);
     }
     client
         .set("acks", "all")
