@@ -45,12 +45,16 @@ fn with_spare(seed: u64) -> World {
 }
 
 fn with_spare_under(seed: u64, journal: JournalMode) -> World {
+    with_spare_of(seed, under(journal))
+}
+
+fn under(journal: JournalMode) -> StoreOptions {
     let mut options = StoreOptions { journal, ..world::options() };
     if journal == JournalMode::On {
         // It takes a megabyte of room at once: else every commit would begin a new file.
         options.file_bytes_max += 1 << 20;
     }
-    with_spare_of(seed, options)
+    options
 }
 
 fn with_spare_of(seed: u64, options: StoreOptions) -> World {
@@ -214,6 +218,20 @@ fn a_file_in_which_damage_was_found_is_not_written_over() {
     let second = world.writer.shared.log.last_first_offset().unwrap();
     deliver(&mut world, second);
     assert_eq!((world.store.stats().files, has_spare(&world)), (1, false));
+}
+
+/// Its last sync may still fail.
+#[test]
+fn a_file_that_the_journal_has_not_let_go_of_is_not_written_over() {
+    let mut world = World::new(SimDisk::new(13), under(JournalMode::On));
+    roll(&mut world);
+    let second = world.writer.shared.log.last_first_offset().unwrap();
+    for sink in SINKS {
+        world.cursor_to(sink, second).unwrap();
+    }
+    world.writer.shared.log.settle().unwrap();
+    world.retain().unwrap();
+    assert_eq!((world.store.stats().first_offset, has_spare(&world)), (second, false));
 }
 
 #[test]
