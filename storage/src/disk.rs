@@ -283,12 +283,12 @@ impl OpenFile {
         self.home.as_ref()?.reused_bytes()
     }
 
-    /// Closes it. Says whether another file may be written over its blocks: only if this process made it,
-    /// without a journal, and nothing that was done to it has failed.
-    pub(crate) fn close_reusable(self) -> bool {
+    /// Closes it. If this process made it, another may be written over its blocks for as long as what this
+    /// gives is sound.
+    pub(crate) fn close_reusable(self) -> Option<Soundness> {
         let home = self.home.clone().filter(|_| self.created);
         drop(self);
-        home.is_some_and(|home| home.is_sound_by_itself())
+        Some(home?.soundness())
     }
 
     /// Checks every page. Changes nothing in a file that is whole.
@@ -379,30 +379,41 @@ fn caught<T>(f: impl FnOnce() -> Result<T, redb::Error>) -> Result<T, redb::Erro
     })
 }
 
+/// Whether nothing that was done to a file has failed. Outlives the file.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Soundness {
+    /// What the first failure was: redb may only hand on a later one.
+    failed: Arc<OnceLock<io::ErrorKind>>,
+}
+
+impl Soundness {
+    pub(crate) fn is_sound(&self) -> bool {
+        self.failed.get().is_none()
+    }
+}
+
 /// A file that takes no write any more after the first failure.
 #[derive(Debug)]
 pub(crate) struct Fenced {
     file: Box<dyn StorageBackend>,
-    /// What the first failure was: redb may only hand on a later one.
-    failed: OnceLock<io::ErrorKind>,
+    soundness: Soundness,
 }
 
 impl Fenced {
     pub(crate) fn new(file: Box<dyn StorageBackend>) -> Self {
-        Self { file, failed: OnceLock::new() }
+        Self { file, soundness: Soundness::default() }
     }
 
-    /// Whether nothing has failed.
-    pub(crate) fn is_sound(&self) -> bool {
-        self.failed.get().is_none()
+    pub(crate) fn soundness(&self) -> Soundness {
+        self.soundness.clone()
     }
 
     fn guarded(&self, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        if let Some(&kind) = self.failed.get() {
+        if let Some(&kind) = self.soundness.failed.get() {
             return Err(io::Error::new(kind, "an earlier write to this file failed"));
         }
         write().inspect_err(|error| {
-            let _ = self.failed.set(error.kind());
+            let _ = self.soundness.failed.set(error.kind());
         })
     }
 }

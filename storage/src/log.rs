@@ -44,7 +44,7 @@ use self::sealed::Handle;
 pub(crate) use self::spare::Reused;
 use crate::batch::Encoder;
 use crate::control::Control;
-use crate::disk::{OpenFile, SharedDisk, is_bad_sector, is_full};
+use crate::disk::{OpenFile, SharedDisk, Soundness, is_bad_sector, is_full};
 use crate::event::Event;
 use crate::head::{Head, Tail};
 use crate::journal::{self, Journal, OnProgress, Rings};
@@ -176,9 +176,9 @@ struct LogFile {
     unasked_bytes: AtomicU64,
     /// Held by whoever reads it after it was sealed.
     readers: Arc<()>,
-    /// Whether another may be written over its blocks: it was made by this process without a journal, and
-    /// sealed before anything had failed.
-    reusable: bool,
+    /// Whether another may be written over its blocks: this process made and sealed it, and as long as
+    /// nothing has failed.
+    reusable: Option<Soundness>,
 }
 
 impl LogFile {
@@ -217,7 +217,7 @@ impl Log {
     fn log_file(&self, first: u64) -> LogFile {
         let size_bytes = self.disk.used_bytes(&name(first)).into();
         let readers = Arc::default();
-        LogFile { first, size_bytes, unasked_bytes: 0.into(), readers, reusable: false }
+        LogFile { first, size_bytes, unasked_bytes: 0.into(), readers, reusable: None }
     }
 
     /// Whether commits have a file to go to.
@@ -374,7 +374,10 @@ impl Log {
         })?;
         let mut files = self.files_mut();
         // The lock keeps readers off the old file until it is closed.
-        let reusable = files.active.take().is_some_and(OpenFile::close_reusable);
+        let sealed =
+            files.active.take().map(|active| (active.home().clone(), active.close_reusable()));
+        let (home, reusable) = sealed.unzip();
+        let reusable = reusable.flatten();
         if let Some(before) = files.list.pop_back() {
             self.forget(before.first);
             if before.first != first {
@@ -386,6 +389,10 @@ impl Log {
         if let Some(journal) = journal {
             // From now on the old file is read as it lies on the disk.
             journal.drain().map_err(|error| self.journal_error(Some(&journal), error))?;
+            if let Some(home) = home {
+                // If it fails, the file is not sound, and the journal stops at its next sync.
+                let _ = home.cut_rest();
+            }
             self.join(&journal, first, &active)?;
         }
         files.active = Some(active);
@@ -457,12 +464,16 @@ impl Log {
     /// appended after that.
     pub(crate) fn close(&self) {
         let mut files = self.files_mut();
-        files.active = None;
+        let home = files.active.take().map(|active| active.home().clone());
         files.closed = true;
         self.handles().clear();
         self.remove_spare();
         if let Some(journal) = files.journal.take() {
-            if let Err(error) = journal.checkpoint() {
+            let emptied = journal.checkpoint().and_then(|()| match home {
+                Some(home) => home.cut_rest(),
+                None => Ok(()),
+            });
+            if let Err(error) = emptied {
                 tracing::warn!(path = %self.disk.path(&journal.path()).display(), %error,
                     "the journal was not emptied; the next start replays it");
             }

@@ -1,9 +1,10 @@
 //! A log file under redb, whose writes go through the journal once it has joined one.
 //!
-//! Before that, and without a journal, it is the file itself, perhaps one that is written over another's
-//! blocks: then its length is what redb grows it to, and the rest is cut off when it is closed (see
-//! `log::spare`). Afterwards the file has a layer over
-//! it that reads see first: the writes of the transaction at work (the draft), then the records that
+//! It may be written over another's blocks: then its length is what redb grows it to, and the rest is cut
+//! off when it is closed and home (see `log::spare`).
+//!
+//! Before that, and without a journal, it is the file itself. Afterwards the file has a layer over it
+//! that reads see first: the writes of the transaction at work (the draft), then the records that
 //! are not home yet, the newest first, then the file.
 //!
 //! Invariants: the file itself is written by the journal only; a length is a promise of the record
@@ -21,7 +22,7 @@ use redb::{BackendError, StorageBackend};
 use super::homeward::Homeward;
 use super::record::{Draft, Look, Record};
 use super::ring::Ring;
-use crate::disk::{Fenced, SharedDisk};
+use crate::disk::{Fenced, SharedDisk, Soundness};
 use crate::log::{self, Reused};
 
 /// Room is taken in pieces of this size.
@@ -91,21 +92,20 @@ impl HomeFile {
         self.reused.as_ref().map(Reused::used_bytes)
     }
 
-    /// Whether no journal knows it, and nothing that was done to it has failed.
-    pub(crate) fn is_sound_by_itself(&self) -> bool {
-        self.joined.get().is_none() && self.file.is_sound()
+    pub(crate) fn soundness(&self) -> Soundness {
+        self.file.soundness()
     }
 
     /// From now on writes go through the journal.
     pub(super) fn join(&self, disk: SharedDisk, first: u64, ring: Arc<Ring>) -> io::Result<()> {
-        let len = self.file.len()?;
+        let (len, home_len) = (self.len()?, self.file.len()?);
         let joined = Joined {
             draft: Mutex::new(Draft::new(ring.spare())),
             ring,
             disk,
             first,
             len: len.into(),
-            home_len: len.into(),
+            home_len: home_len.into(),
             reserved: Mutex::default(),
         };
         assert!(self.joined.set(joined).is_ok(), "a file joins one journal, once");
@@ -132,12 +132,13 @@ impl HomeFile {
             self.file.set_len(homeward.len)?;
             joined.home_len.store(homeward.len, Ordering::Release);
         }
-        homeward.writes().try_for_each(|(offset, data)| self.file.write(offset, data))
+        homeward.writes().try_for_each(|(offset, data)| self.write_file(offset, data))
     }
 
     fn shrink(&self, len: u64) -> io::Result<()> {
         let joined = self.joined();
-        if len < joined.home_len.load(Ordering::Acquire) {
+        // Blocks of another's are kept until it is closed.
+        if self.reused.is_none() && len < joined.home_len.load(Ordering::Acquire) {
             joined.home_len.store(len, Ordering::Release);
             self.file.set_len(len)?;
         }
@@ -214,12 +215,22 @@ impl HomeFile {
         Ok(())
     }
 
-    /// Gives back what it has not taken of another's blocks.
-    fn cut_rest(&self) -> io::Result<()> {
-        match &self.reused {
-            Some(reused) if reused.len() < self.file.len()? => self.file.set_len(reused.len()),
-            _ => Ok(()),
+    /// Gives back what it has not taken of another's blocks. All of it must be home.
+    pub(crate) fn cut_rest(&self) -> io::Result<()> {
+        let len = self.len()?;
+        if self.reused.is_some() && len < self.file.len()? {
+            self.file.set_len(len)
+        } else {
+            Ok(())
         }
+    }
+
+    fn write_file(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write(offset, data)?;
+        if let Some(reused) = &self.reused {
+            reused.note_written(offset, data.len());
+        }
+        Ok(())
     }
 
     /// The end of a transaction: hands its writes to the journal, or syncs the file.
@@ -242,11 +253,7 @@ impl HomeFile {
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let Some(joined) = self.joined.get() else {
-            self.file.write(offset, data)?;
-            if let Some(reused) = &self.reused {
-                reused.note_written(offset, data.len());
-            }
-            return Ok(());
+            return self.write_file(offset, data);
         };
         joined.reserve(offset..offset + data.len() as u64)?;
         joined.draft().write(offset, data);

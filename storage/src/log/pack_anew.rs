@@ -184,7 +184,7 @@ impl Log {
             flush(&mut runs, &mut tail)
         });
         written.map_err(|error| self.error(first, error))?;
-        let sound = new.close_reusable() && sound;
+        let sound = new.close_reusable().is_some_and(|new| new.is_sound()) && sound;
         // Batches without events are gone, so the end may have had further ones at its offset.
         tail.position = Position { ordinal: next.tail.position.ordinal, ..tail.position };
         Ok(sound && tail == next.tail)

@@ -134,7 +134,11 @@ fn while_little_of_the_disk_is_free_events_wait_and_cursors_move() {
 fn live_until_cut(seed: u64, world: &mut World, rng: &mut fastrand::Rng) -> bool {
     let mut over_spare = false;
     // So often that most files are written over trimmed ones.
-    let trims_often = world.options.journal == JournalMode::Off && rng.bool();
+    let trims_often = match world.options.journal {
+        JournalMode::Off => rng.bool(),
+        // Lives that showed what was once wrong go on as they did.
+        _ => seed % 4 == 3,
+    };
     let operations_max = if trims_often { 1000 } else { 400 };
     let (power_left, failing) = (rng.u64(..operations_max), rng.u8(..4) == 0);
     let fail_sync_after = failing.then(|| rng.u64(..40));
@@ -248,7 +252,7 @@ fn cut_power(seed: u64, journal: JournalMode, sync_lies: Lies) -> Tally {
         let over_spare = live_until_cut(seed, &mut world, &mut rng);
         let under_way = under_way(&world.disk, journal);
         *tally.entry(under_way).or_default() += 1;
-        if over_spare && under_way == "committing" {
+        if over_spare && ["committing", "journal", "going home"].contains(&under_way) {
             *tally.entry("committing over a spare").or_default() += 1;
         }
         if world.disk.failed_syncs() > 0 {
@@ -305,8 +309,7 @@ fn cut_power_often(journal: JournalMode, phases: &[&str]) {
 
 #[test]
 fn no_power_cut_loses_what_was_acked() {
-    let recycling = ["rolling over the spare", "committing over a spare"];
-    let phases = [&["committing", "opening", "after a failed sync"], &recycling[..]].concat();
+    let phases = ["committing", "opening", "after a failed sync"];
     cut_power_often(JournalMode::Off, &[&phases[..], &PHASES].concat());
 }
 
@@ -326,7 +329,15 @@ fn a_takeover_that_the_power_cuts_short_leaves_out_no_number() {
     }
 }
 
-const PHASES: [&str; 5] = ["rolling", "sealing", "checkpointing", "trimming", "packing"];
+const PHASES: [&str; 7] = [
+    "rolling",
+    "rolling over the spare",
+    "committing over a spare",
+    "sealing",
+    "checkpointing",
+    "trimming",
+    "packing",
+];
 
 /// One life of a store: how many events it was told are safe, and how many of those its power cut took.
 fn acked_and_lost(seed: u64, journal: JournalMode, sync_lies: Lies) -> (usize, usize) {

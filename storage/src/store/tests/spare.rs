@@ -7,6 +7,8 @@ use crate::disk::Disk;
 use crate::head::Position;
 use crate::sim::SimDisk;
 
+const BOTH: [JournalMode; 2] = [JournalMode::Off, JournalMode::On];
+
 fn new_world(seed: u64) -> World {
     World::new(SimDisk::new(seed), world::options())
 }
@@ -33,12 +35,30 @@ fn deliver(world: &mut World, offset: u64) {
     for sink in SINKS {
         world.cursor_to(sink, offset).unwrap();
     }
+    world.writer.shared.log.empty_journal().unwrap();
     world.retain().unwrap();
 }
 
 /// A world whose first file, of some batches, has become the spare; the second is appended to.
 fn with_spare(seed: u64) -> World {
-    let mut world = new_world(seed);
+    with_spare_under(seed, JournalMode::Off)
+}
+
+fn with_spare_under(seed: u64, journal: JournalMode) -> World {
+    with_spare_of(seed, under(journal))
+}
+
+fn under(journal: JournalMode) -> StoreOptions {
+    let mut options = StoreOptions { journal, ..world::options() };
+    if journal == JournalMode::On {
+        // It takes a megabyte of room at once: else every commit would begin a new file.
+        options.file_bytes_max += 1 << 20;
+    }
+    options
+}
+
+fn with_spare_of(seed: u64, options: StoreOptions) -> World {
+    let mut world = World::new(SimDisk::new(seed), options);
     roll(&mut world);
     let second = world.writer.shared.log.last_first_offset().unwrap();
     deliver(&mut world, second);
@@ -91,14 +111,16 @@ fn a_trimmed_file_is_written_over_and_takes_no_more_of_the_disk() {
 
 #[test]
 fn a_spare_is_gone_after_a_close_and_after_a_crash() {
-    let mut world = with_spare(2);
-    assert!(world.store.stats().log_bytes > world.disk.used_bytes("log/spare"));
-    let killed = world.disk.after_kill();
-    world.close();
-    assert!(!has_spare(&world));
-    let mut world = with_spare(2);
-    world.reopen(killed);
-    assert!(!has_spare(&world));
+    for journal in BOTH {
+        let mut world = with_spare_under(2, journal);
+        assert!(world.store.stats().log_bytes > world.disk.used_bytes("log/spare"));
+        let killed = world.disk.after_kill();
+        world.close();
+        assert!(!has_spare(&world));
+        let mut world = with_spare_under(2, journal);
+        world.reopen(killed);
+        assert!(!has_spare(&world));
+    }
 }
 
 /// Closing cuts a file to the length that redb left it at, without a sync. A power cut may take that back:
@@ -124,11 +146,41 @@ fn a_file_that_was_closed_and_is_too_long_goes_on() {
     assert!(longer > 3, "{longer} are too long");
 }
 
+#[test]
+fn under_the_journal_what_a_file_has_not_taken_goes_when_it_is_closed_and_home() {
+    let options = StoreOptions {
+        journal: JournalMode::On,
+        file_bytes_max: 4 << 20,
+        quota_bytes: 64 << 20,
+        ..world::options()
+    };
+    let mut world = with_spare_of(12, options);
+    let len = |world: &World, name: &str| world.disk.open(name).unwrap().len().unwrap();
+    let spare_len = len(&world, "log/spare");
+    roll(&mut world);
+    let first = world.writer.shared.log.last_first_offset().unwrap();
+    let name = world.writer.shared.log.path_of(first).display().to_string();
+    assert!(is_over_spare(&world));
+    assert_eq!(len(&world, &name), spare_len);
+    world.close();
+    assert!(len(&world, &name) < spare_len, "{} of {spare_len}", len(&world, &name));
+    let closed = world.disk.clone();
+    world.reopen(closed);
+    assert!(!world.writer.shared.log.is_unclean(first));
+    world.commit_events(5, 1000);
+    world.check();
+}
+
 /// What is sound in the blocks that a file has not taken is not its own. The power is cut or the process
 /// killed before the file has taken many; then its tree turns out to be damaged.
 #[test]
 fn salvage_takes_nothing_of_the_file_before() {
-    let mut world = with_spare(3);
+    for journal in BOTH {
+        salvage_from_a_file_over_the_spare(with_spare_under(3, journal));
+    }
+}
+
+fn salvage_from_a_file_over_the_spare(mut world: World) {
     roll(&mut world);
     let first = world.writer.shared.log.last_first_offset().unwrap();
     world.commit_events(5, 100);
@@ -166,6 +218,20 @@ fn a_file_in_which_damage_was_found_is_not_written_over() {
     let second = world.writer.shared.log.last_first_offset().unwrap();
     deliver(&mut world, second);
     assert_eq!((world.store.stats().files, has_spare(&world)), (1, false));
+}
+
+/// Its last sync may still fail.
+#[test]
+fn a_file_that_the_journal_has_not_let_go_of_is_not_written_over() {
+    let mut world = World::new(SimDisk::new(13), under(JournalMode::On));
+    roll(&mut world);
+    let second = world.writer.shared.log.last_first_offset().unwrap();
+    for sink in SINKS {
+        world.cursor_to(sink, second).unwrap();
+    }
+    world.writer.shared.log.settle().unwrap();
+    world.retain().unwrap();
+    assert_eq!((world.store.stats().first_offset, has_spare(&world)), (second, false));
 }
 
 #[test]
