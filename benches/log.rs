@@ -11,7 +11,7 @@
 //! | `sqlite` | one table `events(offset INTEGER PRIMARY KEY, partition, received_us, device_key, topic, attributes, payload)` | WAL, `synchronous = FULL`, one transaction per batch |
 //!
 //! Each keeps a window of 64 MB of events, filled before the clock starts. The log trims files of 16 MB,
-//! and without a journal writes the next ones over them: blocks that batches of another size have left are
+//! and writes the next ones over them: blocks that batches of another size have left are
 //! not quite those that it needs, so the steady state of a size shows the second time
 //! (`--batch 256,256`); `rows` and `sqlite` delete ranges of 4,096 events at least, in the
 //! transaction that appends; fjall drops whole tables (its FIFO strategy, the cheapest it has).
