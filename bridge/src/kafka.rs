@@ -13,12 +13,11 @@
 //! - The queue is bounded by the window, well under librdkafka's own bounds, which are therefore
 //!   never met.
 //!
-//! Deliberately absent: exactly once (`transactional`), how an event becomes a record (`record`), on
-//! which thread (`feeder`), and librdkafka's settings (`client`).
+//! Deliberately absent: exactly once (`transactional`), how an event becomes a record (`record`),
+//! and librdkafka's settings (`client`).
 
 mod client;
 mod cursor;
-mod feeder;
 mod ledger;
 mod login;
 mod record;
@@ -31,9 +30,8 @@ use std::time::{Duration, Instant};
 use rdkafka::error::KafkaError;
 use tokio::task::JoinHandle;
 
-use self::client::{Reports, Shared, Tokens, producer_config};
+use self::client::{Producer, Reports, Shared, Tokens, producer_config};
 pub(crate) use self::cursor::Place;
-use self::feeder::{Batch, Feeder, Refusal};
 use self::record::Recorder;
 pub(crate) use self::transactional::TransactionalSink;
 use crate::cloudevents::Envelope;
@@ -49,7 +47,7 @@ pub(crate) struct KafkaSink {
     config: KafkaConfig,
     recorder: Recorder,
     request_timeout: Duration,
-    producer: Option<Feeder>,
+    producer: Option<Producer>,
     /// A producer on its way out, on the blocking pool: its threads take a moment to end.
     closing: Option<JoinHandle<()>>,
     shared: Arc<Shared>,
@@ -70,7 +68,7 @@ impl KafkaSink {
         }
     }
 
-    fn connect(&self) -> Result<Feeder, String> {
+    fn connect(&self) -> Result<Producer, String> {
         let mut client = producer_config(&self.config, WINDOW.events_max, WINDOW.bytes_max)?;
         client.set("message.timeout.ms", "0");
         match self.config.delivery {
@@ -80,9 +78,7 @@ impl KafkaSink {
             }
         };
         let reports = Reports::to(&self.shared, Tokens::of(&self.config));
-        let producer = client.create_with_context(reports).map_err(|error| cannot_start(&error))?;
-        let recorder = self.recorder.clone();
-        Feeder::start(producer, recorder, &self.shared, WINDOW.requests_max, Refusal::Alone)
+        client.create_with_context(reports).map_err(|error| cannot_start(&error))
     }
 
     /// Drops the producer; what it has not delivered is answered for once that is done.
@@ -134,8 +130,18 @@ impl Sink for KafkaSink {
                 }
             }
         }
-        let producer = self.producer.as_ref().expect("made before the first event");
-        producer.feed(Batch { request, first, done: Vec::new() });
+        for (stored, place) in request.events.iter().zip(0..) {
+            let ticket = first.wrapping_add(place);
+            let producer = self.producer.as_ref().expect("made before the first event");
+            if let Err(code) = self.recorder.send(producer, stored, request.stream, ticket) {
+                let mut ledger = self.shared.ledger();
+                ledger.refused(ticket, code);
+                self.shared.changed.notify_one();
+                if ledger.is_broken() {
+                    return;
+                }
+            }
+        }
     }
 
     fn stop(&mut self) {

@@ -47,7 +47,6 @@ fn legal(mut topic: String) -> String {
 pub(super) const TOO_LARGE: &str = "the event is larger than message.max.bytes";
 
 /// Hands the events of one sink to librdkafka.
-#[derive(Clone)]
 pub(super) struct Recorder {
     topic: KafkaTopic,
     headers: KafkaHeaders,

@@ -32,9 +32,7 @@ use super::client::{
     Producer, Quiet, Reports, Shared, Tokens, client_config, code, producer_config,
 };
 use super::cursor::{Mark, NoCursor, Place};
-use super::feeder::{Feeder, Refusal};
 use super::ledger::{FENCED, describe, is_fenced, sort};
-use super::record::Recorder;
 use crate::config::KafkaConfig;
 use crate::reach::Reach;
 use crate::sink::{Failure, Window};
@@ -89,7 +87,6 @@ pub(super) struct Start {
     pub(super) config: KafkaConfig,
     /// What the producer may be given at once.
     pub(super) window: Window,
-    pub(super) recorder: Recorder,
     pub(super) place: Arc<Place>,
     pub(super) patience: Patience,
     pub(super) claim: Claim,
@@ -131,7 +128,7 @@ pub(super) struct Patience {
 
 /// A producer that may begin transactions.
 pub(super) struct Session {
-    pub(super) feeder: Feeder,
+    pub(super) producer: Producer,
     group: ConsumerGroupMetadata,
 }
 
@@ -158,10 +155,7 @@ impl Start {
         let mark = self.read_mark(&consumer)?.or(inherited);
         let resumed = self.resume(mark.as_ref())?;
         let group = consumer.group_metadata().expect("the consumer has a group");
-        let (recorder, shared) = (self.recorder.clone(), &self.patience.shared);
-        let requests_max = self.window.requests_max;
-        let feeder = Feeder::start(producer, recorder, shared, requests_max, Refusal::Transaction);
-        let session = Session { feeder: feeder.map_err(Setback::retry)?, group };
+        let session = Session { producer, group };
         let claim = resumed.unwrap_or_else(|| self.place.mark(Reach::default(), None));
         if !mark.is_some_and(|mark| mark.has_the_writer_of(&claim)) {
             session.begin()?;
@@ -254,7 +248,7 @@ fn raw(element: &TopicPartitionListElem<'_>) -> Option<i64> {
 impl Session {
     /// Opens a transaction; only tells librdkafka, does not block.
     pub(super) fn begin(&self) -> Result<(), Setback> {
-        self.feeder.producer().begin_transaction().map_err(|error| Setback::of(&error))
+        self.producer.begin_transaction().map_err(|error| Setback::of(&error))
     }
 
     /// Commits the open transaction, whose events are all delivered, and the mark with it. Blocks.
@@ -268,14 +262,14 @@ impl Session {
         let mut element = list.add_partition(&place.topic, CURSOR_PARTITION);
         element.set_offset(Offset::Offset(mark.offset())).expect("a plain offset");
         element.set_metadata(mark.metadata());
-        let producer = self.feeder.producer();
-        patience.wait(|slice| producer.send_offsets_to_transaction(&list, &self.group, slice))?;
-        patience.wait(|slice| producer.commit_transaction(slice))
+        patience
+            .wait(|slice| self.producer.send_offsets_to_transaction(&list, &self.group, slice))?;
+        patience.wait(|slice| self.producer.commit_transaction(slice))
     }
 
     /// Whether the producer has ended because somebody else writes under its name.
     pub(super) fn is_fenced(&self) -> bool {
-        self.feeder.producer().client().fatal_error().is_some_and(|(code, _)| is_fenced(code))
+        self.producer.client().fatal_error().is_some_and(|(code, _)| is_fenced(code))
     }
 }
 

@@ -32,8 +32,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::WINDOW;
 use super::client::Shared;
 use super::cursor::{Mark, Place, Witness};
-use super::feeder::Batch;
-use super::ledger::{FENCED, Ticket};
+use super::ledger::FENCED;
 use super::record::{Recorder, TOO_LARGE};
 use super::session::{Claim, Log, Patience, Session, Setback, Start, Started};
 use crate::cloudevents::Envelope;
@@ -175,7 +174,6 @@ impl TransactionalSink {
         let start = Start {
             config: self.config.clone(),
             window: self.window(),
-            recorder: self.recorder.clone(),
             place: Arc::clone(&self.place),
             patience: self.patience(),
             claim: if self.resumed { Claim::After(self.mark.clone()) } else { Claim::Ours },
@@ -254,9 +252,7 @@ impl TransactionalSink {
     /// Whether the open transaction has all that it will carry, delivered.
     fn is_complete(&self, now: Instant) -> bool {
         let closed = !self.takes_more(now) || self.dry && self.waiting.is_empty();
-        // At one look: what was refused a moment ago is not pending either.
-        let ledger = self.shared.ledger();
-        self.open.is_some() && closed && ledger.pending() == 0 && !ledger.is_broken()
+        self.open.is_some() && closed && self.shared.ledger().pending() == 0
     }
 
     /// Whether librdkafka has room for more.
@@ -305,16 +301,23 @@ impl TransactionalSink {
         }
         let events = request.events.len();
         let first = self.shared.ledger().admit(request.id, events, request.size_bytes());
-        let mut done = Vec::new();
         for (stored, place) in request.events.iter().zip(0..) {
+            let ticket = first.wrapping_add(place);
             if in_order && self.done.has(stored) {
-                self.shared.ledger().report(first.wrapping_add(place as Ticket), Ok(()));
-                done.push(place);
-            } else {
-                open.size_bytes += stored.event.size_bytes();
+                self.shared.ledger().report(ticket, Ok(()));
+                continue;
+            }
+            open.size_bytes += stored.event.size_bytes();
+            if let Err(code) = self.recorder.send(&session.producer, stored, request.stream, ticket)
+            {
+                // What else is in the transaction is as good as new.
+                let mut ledger = self.shared.ledger();
+                ledger.refused(ticket, code);
+                let reason = format!("taken back with event {}: {code}", stored.offset);
+                ledger.breaks(Failure::Again, reason);
+                return;
             }
         }
-        session.feeder.feed(Batch { request, first, done });
     }
 
     /// Refuses what is too large in a request, and takes back the rest and all that waits behind it.
