@@ -28,11 +28,10 @@
 //!   (see `salvage`). Those of the old file all are: it was made by this process and nothing of it has
 //!   failed, so that it never held more than the events up to where the next one began, perhaps with
 //!   control records behind them, over what was below its own first offset; and the new file does not
-//!   start there either, as long as it does not take over from a file without events. One that does is not written over the spare. What an earlier
-//!   process has left in its files it knows not: those are unlinked.
+//!   start there either, as long as it does not take over from a file without events. One that does is not
+//!   written over the spare. What an earlier process has left in its files it knows not: those are unlinked.
 //! - *Readers.* Whoever reads a sealed file counts as its reader until done. A file that is being read is
 //!   unlinked, and stays there for its reader; from one that is out of the list nobody begins to read.
-//!
 //! - *The journal* has let go of the old file: the ring holds nothing of it, and its last sync has come
 //!   back, so that it is known whether anything has failed. A record of the new file says how long that is,
 //!   and a replay makes it so; where the ring has none of it, its length is as above.
