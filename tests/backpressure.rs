@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use harness::raw::{Hello, Raw};
 use harness::wire::{self, BOTH, Connect, V5, V311, Version};
-use harness::{Bench, Disk, eventually, http_sink, run_to_end, skip};
+use harness::{Bench, Disk, eventually, http_sink, run_to_end};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
@@ -39,10 +39,8 @@ async fn a_publisher_faster_than_the_disk_is_slowed_and_loses_nothing() {
     for journal in ["off", "on"] {
         let bench = Bench::new(101);
         bench.configure(&format!("{SMALL_RINGS}[storage]\njournal = \"{journal}\"\n"));
-        let disk = match Disk::new(&bench).await {
-            Ok(disk) => disk.with_sync_ms(10),
-            Err(why) => return skip("a slow disk", &why),
-        };
+        let Some(disk) = Disk::new(&bench, "a slow disk").await else { return };
+        let disk = disk.with_sync_ms(10);
         let gateway = disk.start(&bench).await;
         let stream = TcpStream::connect(bench.mqtt).await.unwrap();
         let hello = Hello { client_id: "hasty", ..Hello::default() };
@@ -78,10 +76,7 @@ async fn a_disk_that_stands_still_holds_the_acks_and_nobody_else() {
         let collector = bench.collector("upstream");
         let sink = http_sink("upstream", collector.addr()) + TELEMETRY_ONLY;
         bench.configure(&format!("{sink}{SMALL_RINGS}[storage]\njournal = \"{journal}\"\n"));
-        let disk = match Disk::new(&bench).await {
-            Ok(disk) => disk,
-            Err(why) => return skip("a disk that stands still", &why),
-        };
+        let Some(disk) = Disk::new(&bench, "a disk that stands still").await else { return };
         let gateway = disk.start(&bench).await;
         let fleet = bench.fleet(20, 4_000.0);
         eventually("events are acked", async || (fleet.counters().acked >= 500).then_some(()))

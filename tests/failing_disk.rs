@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use firmware_sim::audit::audit;
 use firmware_sim::ledger::read_sent;
-use harness::{Bench, Disk, eventually, http_sink, skip};
+use harness::{Bench, Disk, eventually, http_sink};
 
 /// Exit code of the command line.
 const FAILED: i32 = 1;
@@ -45,10 +45,7 @@ async fn fail_for_ever(seed: u64, journal: &str) {
     let mut collector = bench.collector("upstream");
     collector.take_down().await;
     bench.configure(&format!("{}{}", http_sink("upstream", collector.addr()), storage(journal)));
-    let disk = match Disk::new(&bench).await {
-        Ok(disk) => disk,
-        Err(why) => return skip("syncs that fail for ever", &why),
-    };
+    let Some(disk) = Disk::new(&bench, "syncs that fail for ever").await else { return };
     let mut gateway = disk.start(&bench).await;
     let fleet = bench.fleet(DEVICES, RATE);
     eventually("events are acked", async || (fleet.counters().acked > 200).then_some(())).await;
@@ -107,10 +104,7 @@ async fn fail_once(seed: u64, journal: &str, thread: &str) {
     let mut collector = bench.collector("upstream");
     collector.take_down().await;
     bench.configure(&format!("{}{}", http_sink("upstream", collector.addr()), storage(journal)));
-    let disk = match Disk::new(&bench).await {
-        Ok(disk) => disk,
-        Err(why) => return skip("a sync that failed once", &why),
-    };
+    let Some(disk) = Disk::new(&bench, "a sync that failed once").await else { return };
     let gateway = disk.start(&bench).await;
     let fleet = bench.fleet(DEVICES, RATE);
     eventually("events are acked", async || (fleet.counters().acked > 200).then_some(())).await;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::process::Command;
 
-use super::{Bench, GatewayProcess, command};
+use super::{Bench, GatewayProcess, command, skip};
 
 /// The disk of one gateway, which works until something else is said.
 pub(crate) struct Disk {
@@ -19,17 +19,21 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    /// # Errors
-    /// Why there is none on this machine.
-    pub(crate) async fn new(bench: &Bench) -> Result<Self, String> {
+    /// `None` where there is no C compiler: then the test is skipped.
+    pub(crate) async fn new(bench: &Bench, test: &str) -> Option<Self> {
         let (library, orders) = (bench.path("disk.so"), bench.path("disk"));
         fs::create_dir(&orders).unwrap();
         let mut cc = Command::new("cc");
         cc.args(["-Wall", "-Werror", "-shared", "-fPIC", "-o"]).arg(&library);
         cc.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/harness/disk.c"));
-        let built = cc.status().await.map_err(|error| format!("cannot run cc: {error}"))?;
-        assert!(built.success(), "cc does not build it");
-        Ok(Self { library, orders, sync_ms: 0 })
+        match cc.status().await {
+            Ok(built) => assert!(built.success(), "cc does not build it"),
+            Err(error) => {
+                skip(test, &format!("cannot run cc: {error}"));
+                return None;
+            }
+        }
+        Some(Self { library, orders, sync_ms: 0 })
     }
 
     /// Every sync takes so long, and what the real disk takes.

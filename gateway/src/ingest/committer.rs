@@ -338,10 +338,7 @@ impl<A: Append> Committer<A> {
     pub(super) fn run(mut self) -> Result<(), CommitterError> {
         while self.turn()?.is_continue() {}
         // What is left could not be stored and was not acked: its devices send it again.
-        self.batch.give_up(GivenUp::Failed);
-        if let Some(dedup) = &mut self.dedup {
-            dedup.forget(self.base);
-        }
+        self.give_up_batch(GivenUp::Failed);
         // So that the next start need not read them again.
         let save = self.is_dedup_behind();
         if self.shared.cursors.waiting_since().is_some() || self.shared.changes.any() || save {
@@ -613,10 +610,7 @@ impl<A: Append> Committer<A> {
     /// an answer until there is room.
     fn refuse_waiting(&mut self) {
         let mut refused = self.batch.events.len() as u64;
-        self.batch.give_up(GivenUp::Refused);
-        if let Some(dedup) = &mut self.dedup {
-            dedup.forget(self.base);
-        }
+        self.give_up_batch(GivenUp::Refused);
         self.shared.rings.drain(self.first_ring, usize::MAX, usize::MAX, |pending| {
             refused += 1;
             if let Some(ticket) = pending.ticket {
@@ -624,6 +618,14 @@ impl<A: Append> Committer<A> {
             }
         });
         self.shared.count(|counters| counters.failed_events += refused);
+    }
+
+    /// Gives up what the log has taken nothing of: it is to come again, and is no resend then.
+    fn give_up_batch(&mut self, why: GivenUp) {
+        self.batch.give_up(why);
+        if let Some(dedup) = &mut self.dedup {
+            dedup.forget(self.base);
+        }
     }
 
     /// A commit succeeded.

@@ -755,11 +755,7 @@ async fn a_failed_commit_acks_nothing_and_closes_the_connection() {
             state.error =
                 Some(|| CommitError::Io { path: "log".into(), reason: "injected".into() });
         });
-        if version == V5 {
-            let disconnect = client.packet().await;
-            assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::IMPLEMENTATION_SPECIFIC));
-        }
-        client.expect_closed().await;
+        client.expect_end(version, reason::IMPLEMENTATION_SPECIFIC).await;
         gate.set(|state| (state.error, state.closing) = (None, true));
     }
 }
@@ -881,11 +877,7 @@ async fn shutdown_acks_what_was_taken_and_says_goodbye() {
         for id in 1..=3 {
             client.expect(&wire::puback(id)).await;
         }
-        if version == V5 {
-            let disconnect = client.packet().await;
-            assert_eq!((disconnect[0], disconnect[2]), (0xE0, reason::SHUTTING_DOWN));
-        }
-        client.expect_closed().await;
+        client.expect_end(version, reason::SHUTTING_DOWN).await;
         rig.tasks.join_next().await.unwrap().unwrap();
         assert_eq!(rig.count(|s| &s.connections), 0);
     }
